@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vqmoe_vision.contrib.int8 import experts_as_linear, export_int8, quantize_int8
 from vqmoe_vision.engine.export import export
-from vqmoe_vision.models.export import Exportable, differences, export_onnx, load_exported
+from vqmoe_vision.models.export import Exportable, differences, load_exported
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 
-from ..models.conftest import TINY, make
+from ..models.conftest import make
 from ..models.elsewhere import IMAGES, run_elsewhere
 from ..variants import VARIANTS
 
@@ -131,28 +129,6 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method: str) 
     assert saved > 0.5 * sizes[0] or METHODS[method].needs_features
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_what_decides_stays_float_with_torchaos_own_call_too(variant: str) -> None:
-    quantization = pytest.importorskip('torchao.quantization')
-    method, options = VARIANTS[variant]
-    model = make(method, **{'depth': 2, **options}).eval()
-    config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    theirs = experts_as_linear(copy.deepcopy(model))
-    quantization.quantize_(theirs, config)
-    for quantized in (quantize_int8(model), theirs):
-        assert_experts_alone(quantized)
-        with torch.no_grad():
-            assert quantized(torch.randn(2, 3, 32, 32)).isfinite().all()
-
-
-def test_bfloat16_too() -> None:
-    pytest.importorskip('torchao')
-    model, images = started('vqmoe').bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
-    with torch.no_grad():
-        assert quantize_int8(model)(images).dtype == torch.bfloat16
-
-
 def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
     """Int8 in as many layers, near to the model, which stays as it was."""
     onnx = pytest.importorskip('onnx')
@@ -172,39 +148,10 @@ def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
         assert 1e-6 < difference.largest < 0.2
 
 
-def plain() -> Exportable:
-    """Two layers that become int8, and one that decides."""
-    last = NonDynamicallyQuantizableLinear(8, 3)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), last)
-    return Exportable(network.eval(), (1, 2, 2), about={'channels': 'L'})
-
-
-@pytest.mark.long
-def test_an_onnx_file_in_int8(tmp_path: Path) -> None:
-    check_onnx(plain(), tmp_path, 2)
-
-
 @pytest.mark.long
 def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
     exportable = Exportable.of(started(method, **SMALL))
     check_onnx(exportable, tmp_path, 2 + 2 * SMALL['num_experts'] + 1)
-
-
-@pytest.mark.long
-def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
-    pytest.importorskip('torchao')
-    exportable = plain()
-    file = export_int8(exportable, tmp_path / 'model.pt2')
-    program = torch.export.load(file)
-    called = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
-    assert 'aten._int_mm.default' in called and 'aten.linear.default' in called
-    assert not any('torchao' in name for name in called)
-    images = torch.randn(5, 1, 2, 2)
-    with torch.no_grad():
-        # the same operators in another order of float32
-        torch.testing.assert_close(
-            program.module()(images), quantize_int8(exportable.network)(images)
-        )
 
 
 @pytest.mark.long
@@ -247,28 +194,6 @@ def test_what_has_no_kernel_is_one_line_and_changes_nothing(spoil, message: str)
         quantize_int8(model)
     assert '\n' not in str(caught.value)
     assert list(model.state_dict()) == before
-
-
-def test_int8_does_not_become_onnx(tmp_path: Path) -> None:
-    for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(name)
-    model = quantize_int8(make('smoe', **SMALL).eval())
-    with pytest.raises(ValueError, match=r'model=.*quantized.* not possible: one in float'):
-        export_onnx(model, tmp_path / 'model.onnx')
-
-
-def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('vqmoe_vision.contrib.int8._PACKAGE', 'torchao_of_nobody')
-    with pytest.raises(ModuleNotFoundError, match=r'needs torchao_of_nobody: pip .*\[export\]'):
-        quantize_int8(make('smoe', depth=2).eval())
-
-
-def test_a_dense_model() -> None:
-    pytest.importorskip('torchao')
-    model = timm.create_model('vit_tiny_patch16_224', **{**TINY, 'depth': 1}).eval()
-    with pytest.raises(ValueError, match=r"model='VisionTransformer' .*a model with MoE layers"):
-        experts_as_linear(model)
-    assert is_int8(quantize_int8(model).head)
 
 
 @pytest.mark.long

@@ -80,15 +80,6 @@ def test_all_tokens_of_an_image_share_their_experts_and_weights_sum_to_one(train
     torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(160))
 
 
-def test_images_of_one_cluster_have_one_expert_but_for_the_noise_of_training():
-    clusters = torch.arange(2).repeat(400)
-    router, x = router_of(clusters.tolist(), router_noise=0.1), torch.zeros(800, 1, 2)
-    for index, mode in enumerate((False, True)):
-        experts = router.train(mode)(x).indices[:, 0]
-        found = [len(experts[clusters == k].unique()) for k in range(2)]
-        assert found == [index + 1] * 2
-
-
 def test_noise_is_a_tenth_in_the_logits_and_drawn_from_torchs_generator():
     # Two experts of equal logits: the gate is sigmoid(|a - b| / tau) of two draws; the difference
     # has a standard deviation of 0.1 * sqrt(2).
@@ -130,40 +121,6 @@ def test_blobs_become_clusters_and_an_unknown_image_has_the_nearest():
     assert reader.fitted
 
 
-def test_clusters_travel_with_the_state():
-    reader, other = clusters_of(3), clusters_of(3)
-    reader.fit(BLOBS)
-    other.load_state_dict(reader.state_dict())
-    images = BLOBS[..., None, None]
-    assert other.fitted and torch.equal(other(images, (1, 1)), reader(images, (1, 1)))
-
-
-def test_more_clusters_than_images_are_refused():
-    with pytest.raises(ValueError, match=r'num_clusters=4 is not possible: at most 3, one for'):
-        clusters_of(4).fit(BLOBS)
-
-
-def test_features_that_are_no_numbers_are_refused():
-    features = BLOBS.clone()
-    features[1, 0] = torch.nan
-    reader = clusters_of(2)
-    with pytest.raises(ValueError, match=r'features=.nan or infinite. is not possible: finite num'):
-        reader.fit(features)
-    assert not reader.fitted
-
-
-def test_the_cluster_decides_from_the_start_on():
-    # Logits have a deviation of sqrt(1/3 + 1/(3 D)) = 0.58, twice that of the noise between two is
-    # 0.28. With a start of 0.02, as of positions, every fifth image went where its cluster says.
-    config = MoCLEConfig(num_experts=8)
-    patches = RawPatches()
-    patches.value = torch.arange(64).repeat(20)
-    router = ClusterRouter(192, config, Host(1, raw_patches=patches))
-    x = torch.zeros(len(patches.value), 1, 192)
-    noisy, quiet = (router.train(mode)(x).indices[:, 0] for mode in (True, False))
-    assert (noisy == quiet).double().mean() > 0.75
-
-
 def test_training_moves_no_cluster():
     net, x = make_layer('mocle'), torch.randn(16, 3, D)
     before = {k: v.clone() for k, v in net.reader.state_dict().items()}
@@ -201,27 +158,3 @@ def test_images_of_another_size_are_resized_as_a_whole():
     torch.testing.assert_close(reader.features(large), expected)
     # the average over 4 x 4 equal pixels, and a little of the neighbours: in the same order
     assert reader.features(large).argsort().tolist() == [[0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize(
-    ('options', 'said'),
-    [
-        ({'num_experts': 1}, 'num_experts=1 is not possible: at least 2'),
-        ({'num_clusters': 0}, 'num_clusters=0 is not possible: at least 1'),
-        ({'temperature': 0.0}, 'temperature=0.0 is not possible: above 0'),
-        ({'router_noise': -0.1}, 'router_noise=-0.1 is not possible: at least 0'),
-    ],
-)
-def test_options_that_are_not_possible(options, said):
-    with pytest.raises(ValueError, match=said):
-        MoCLEConfig(**options)
-
-
-@pytest.mark.parametrize(
-    'option', [{'num_clusters': 4}, {'temperature': 1.0}, {'router_noise': 0.0}]
-)
-def test_two_experts_leave_nothing_to_choose(option):
-    said = f'{next(iter(option))}=.* is not possible: it has no effect with num_experts=2'
-    with pytest.raises(ValueError, match=said):
-        MoCLEConfig.from_options(num_experts=2, **option)
-    assert MoCLEConfig.from_options(num_experts=3, **option).num_experts == 3

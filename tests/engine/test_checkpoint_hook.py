@@ -150,22 +150,20 @@ def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ('last', 'outdated'),
-    [
-        ('None', 'epoch_2.pth'),
-        (7, 'epoch_2.pth'),
-        ('epoch_1.pth', 'epoch_2.pth'),
-        (7, 'epoch_1.pth'),
-    ],
+    [(7, 'epoch_2.pth'), ('epoch_1.pth', 'epoch_2.pth'), ('epoch_2.pth', 'epoch_1.pth')],
 )
 def test_at_the_end_goes_what_a_kill_has_left_and_not_the_last_checkpoint(
     last: Any, outdated: str, trained: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / 'work'
     crafted(trained, work, outdated_ckpts=[outdated], last_ckpt=last)
-    if outdated == 'epoch_1.pth':
-        shutil.copy(trained / 'epoch_2.pth', work / 'epoch_1.pth')
+    if outdated == 'epoch_1.pth':  # killed before the newer one was named
+        shutil.copy(trained / 'epoch_2.pth', work / outdated)
+        (work / 'last_checkpoint').write_text(outdated)
     resumed(write_config(tmp_path), work, epochs=2)  # nothing is left to train
     assert names(work) == ['epoch_2.pth']
+    if outdated == 'epoch_1.pth':
+        assert (work / 'last_checkpoint').read_text() == 'epoch_2.pth'
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def test_classes_are_named_as_long_as_the_head_is_kept(classes: int, tmp_path: P
     config = {'label_names': names, 'license': 'mit', 'mean': [0.5] * 3, 'std': [0.5] * 3}
     model = timm.create_model('vit_tiny_patch16_224', pretrained_cfg_overlay=config, **SIZES)
     save_for_hf(model, tmp_path / 'dense', {'label_names': names}, SIZES, safe_serialization=True)
-    options = [*OPTIONS, f'num_classes={classes}']
+    # sizes are those of the folder
+    options = [f'{name}={value}' for name, value in MOE.items()]
+    options += [] if classes == 5 else [f'num_classes={classes}']
     out = tmp_path / 'out'
     source = f'local-dir:{tmp_path / "dense"}'
     upcycle([source, 'vit_tiny_smoe', str(out), '--cfg-options', *options])

@@ -1,7 +1,6 @@
 """What timm's users expect of a model: features, sizes, heads, dtypes, copies and scripts."""
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -11,104 +10,18 @@ from timm.models._features_fx import create_feature_extractor
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vqmoe_vision.moe import MoeLayer, moe_layers
-from vqmoe_vision.moe.layer import UNCOLLECTED
+from vqmoe_vision.moe import moe_layers
 
 # Two orders of summation of the same float32 numbers differ by a few 1e-7 per layer.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
 
 
-def test_intermediates_are_the_blocks_outputs(tiny, images: Tensor) -> None:
-    model = tiny().eval()
-    seen: list[Tensor] = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append(out))
-    final, features = model.forward_intermediates(images, indices=[1, 3], output_fmt='NLC')
-    torch.testing.assert_close(features, [seen[1][:, 1:], seen[3][:, 1:]], rtol=0, atol=0)
-    torch.testing.assert_close(final, model.forward_features(images), rtol=0, atol=0)
-
-
-def test_intermediates_as_maps_with_norm_and_prefix(tiny, images: Tensor) -> None:
-    model = tiny().eval()
-    pairs = model.forward_intermediates(
-        images, indices=2, norm=True, return_prefix_tokens=True, intermediates_only=True
-    )
-    features, prefix = pairs[-1]
-    assert features.shape == (4, 32, 4, 4)
-    normed = model.forward_features(images)
-    torch.testing.assert_close(features.flatten(2).transpose(1, 2), normed[:, 1:])
-    torch.testing.assert_close(prefix, normed[:, :1])
-
-
-def test_features_only_equals_intermediates(tiny, images: Tensor) -> None:
-    torch.manual_seed(0)
-    model = tiny().eval()
-    torch.manual_seed(0)
-    extractor = tiny(features_only=True, out_indices=(0, 2)).eval()
-    expected = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
-    torch.testing.assert_close(extractor(images), expected, rtol=0, atol=0)
-    assert extractor.feature_info.channels() == [32, 32]
-    assert extractor.feature_info.reduction() == [8, 8]
-    assert str(extractor)
-
-
-def test_get_intermediate_layers_takes_the_last_blocks(tiny, images: Tensor) -> None:
-    model = tiny().eval()
-    expected = model.forward_intermediates(
-        images, indices=2, output_fmt='NLC', intermediates_only=True
-    )
-    found = model.get_intermediate_layers(images, n=2)
-    torch.testing.assert_close(list(found), expected, rtol=0, atol=0)
-
-
-def test_pruning_keeps_the_features(tiny, images: Tensor) -> None:
-    model = tiny().eval()
-    expected = model.forward_intermediates(images, indices=[1], intermediates_only=True)
-    model.prune_intermediate_layers([1], prune_norm=True, prune_head=True)
-    assert len(model.blocks) == 2
-    found = model.forward_intermediates(images, indices=[1], intermediates_only=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_reset_classifier_changes_the_head_alone(tiny, images: Tensor) -> None:
-    model = tiny().eval()
-    features = model.forward_features(images)
-    model.reset_classifier(3)
-    assert model(images).shape == (4, 3)
-    assert model.get_classifier().out_features == 3
-    model.reset_classifier(0, global_pool='avg')
-    assert model(images).shape == (4, 32)
-    torch.testing.assert_close(model.forward_features(images), features, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ('kwargs', 'size', 'grid'),
-    [
-        ({'img_size': 48}, (48, 48), (6, 6)),
-        ({'img_size': (16, 40)}, (16, 40), (2, 5)),
-        ({'patch_size': 4}, (32, 32), (8, 8)),
-        ({'img_size': 64, 'patch_size': 16}, (64, 64), (4, 4)),
-    ],
-    ids=str,
-)
-def test_set_input_size(tiny, kwargs: dict, size: tuple, grid: tuple) -> None:
-    model = tiny().eval()
-    model.set_input_size(**kwargs)
-    assert model.patch_embed.grid_size == grid
-    assert model(torch.randn(2, 3, *size)).shape == (2, 10)
-    assert str(model)
-
-
 def test_a_size_that_would_lose_pixels_is_refused_before_anything_changes(tiny) -> None:
-    model = tiny()
-    with pytest.raises(ValueError, match=r'img_size=\(32, 33\) is not possible: .*patch_size=8x8'):
-        model.set_input_size((32, 33))
-    with pytest.raises(ValueError, match=r'img_size=\(32, 32\) is not possible: .*patch_size=5x5'):
-        model.set_input_size(patch_size=5)
+    model = tiny(dynamic_img_pad=True)  # which the constructor takes with a dynamic size alone
+    for sizes in (dict(img_size=(32, 33)), dict(patch_size=5), dict(img_size=33)):
+        with pytest.raises(ValueError, match=r'^img_size=.* is not possible: .*patch_size='):
+            model.set_input_size(**sizes)
     assert model.patch_embed.grid_size == (4, 4)
-    padded = tiny(dynamic_img_pad=True)  # which the constructor takes with a dynamic size alone
-    with pytest.raises(ValueError, match='img_size=33 is not possible'):
-        padded.set_input_size(33)
 
 
 def test_a_dynamic_model_equals_one_set_to_the_size(tiny) -> None:
@@ -139,21 +52,6 @@ def test_an_image_does_not_depend_on_its_batch(tiny) -> None:
     torch.testing.assert_close(alone, together[::8], **CLOSE)
 
 
-def test_eval_is_deterministic(tiny_variant, images: Tensor) -> None:
-    model = tiny_variant().eval()
-    torch.testing.assert_close(model(images), model(images), rtol=0, atol=0)
-
-
-def test_every_parameter_gets_a_gradient_from_the_output(tiny, images: Tensor) -> None:
-    model = tiny(init_values=0.1).train()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('vqmoe_vision.moe.layer._said', {UNCOLLECTED})
-        model(images[:2]).mean().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None]
-    assert not without
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
 def test_every_parameter_gets_a_gradient_from_the_loss(
     tiny_variant, train_step, images: Tensor
 ) -> None:
@@ -173,7 +71,7 @@ def test_blocks_refuse_tokens_that_are_not_those_of_the_images(tiny, images: Ten
     if layer.reads() is None:
         assert model.blocks(tokens[:2]).shape == tokens[:2].shape
         return
-    with pytest.raises(ValueError, match=r'is not possible: \d+, as those of the images'):
+    with pytest.raises(ValueError, match=r'is not possible: \d+, as of the images'):
         model.blocks(tokens[:2])
     assert torch.equal(model.blocks(tokens), model.blocks(tokens))
 
@@ -197,19 +95,13 @@ def test_training_uncollected_is_said_once(tiny, images: Tensor, monkeypatch, wr
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize('how', ['argument', 'context'])
-def test_meta_device(tiny_variant, how: str) -> None:
-    if how == 'argument':
-        model = tiny_variant(device='meta')
-    else:
-        with torch.device('meta'):
-            model = tiny_variant()
+def test_meta_device(tiny_variant) -> None:
+    with torch.device('meta'):
+        model = tiny_variant()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     assert [name for name, tensor in tensors if tensor.device.type != 'meta'] == []
-    for training in (False, True):
-        with torch.no_grad():
-            out = model.train(training)(torch.empty(2, 3, 32, 32, device='meta'))
-        assert (out.device.type, out.shape) == ('meta', (2, 10))
+    with torch.no_grad():
+        assert model(torch.empty(2, 3, 32, 32, device='meta')).shape == (2, 10)
 
 
 def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images: Tensor) -> None:
@@ -233,66 +125,33 @@ def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images: Tens
     assert model.eval()(images).isfinite().all()
 
 
-@pytest.mark.parametrize('how', ['argument', 'to'])
-def test_bfloat16(tiny_variant, train_step, images: Tensor, how: str) -> None:
-    if how == 'argument':
-        model = tiny_variant(dtype=torch.bfloat16)
-    else:
-        model = tiny_variant().to(torch.bfloat16)
+def test_bfloat16(tiny_variant, train_step, images: Tensor) -> None:
+    model = tiny_variant(dtype=torch.bfloat16)
     floats = [t for t in model.parameters() if t.is_floating_point()]
     assert {t.dtype for t in floats} == {torch.bfloat16}
-    out = model.eval()(images.bfloat16())
-    assert out.dtype == torch.bfloat16
+    assert model.eval()(images.bfloat16()).dtype == torch.bfloat16
     assert train_step(model, None, images.bfloat16(), torch.arange(4)).isfinite()
     assert all(p.grad.isfinite().all() for p in floats if p.requires_grad)
 
 
-def test_bfloat16_autocast_stays_near_float32(tiny, images: Tensor) -> None:
-    model = tiny().eval()
-    expected = model(images)
-    with torch.autocast('cpu', torch.bfloat16):
-        out = model(images)
-    # bfloat16 has 8 bits; the output is a sum of a few terms of its own size
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-
-
-def used_model(tiny_variant, train_step, images: Tensor) -> nn.Module:
-    """A model with everything a forward and an update leave behind."""
-    model = tiny_variant()
-    train_step(model, None, images, torch.arange(4))
-    model.zero_grad()
-    return model.eval()
-
-
-@pytest.mark.parametrize('used', [False, True], ids=['fresh', 'used'])
 @pytest.mark.parametrize(
-    'duplicate',
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-    ids=['deepcopy', 'pickle'],
+    'duplicate', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
 def test_a_copy_computes_the_same_and_shares_nothing(
-    tiny_variant, train_step, images: Tensor, duplicate, used: bool
+    tiny_variant, train_step, images: Tensor, duplicate
 ) -> None:
-    model = used_model(tiny_variant, train_step, images) if used else tiny_variant().eval()
-    expected = model(images)
+    model = tiny_variant()
+    train_step(model, None, images, torch.arange(4))  # what a step leaves behind
+    model.zero_grad()
+    expected = model.eval()(images)
     twin = duplicate(model)
-    torch.testing.assert_close(twin(images), expected, rtol=0, atol=0)
     other = torch.randn(2, 3, 32, 32)
     twin_out = twin(other)  # looks at other images than the model does
     torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(twin(images), expected, rtol=0, atol=0)
     torch.testing.assert_close(model(other), twin_out, rtol=0, atol=0)
     own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
     assert own.isdisjoint(t.data_ptr() for t in [*twin.parameters(), *twin.buffers()])
-
-
-def test_a_copy_made_inside_a_block_collects_for_itself(tiny, train_step, images: Tensor) -> None:
-    model = tiny()
-    twin = copy.deepcopy(model)
-    train_step(model, None, images, torch.arange(4))
-    assert all(not layer.recorder.active for layer in moe_layers(twin).values())
-    before = copy.deepcopy(twin.state_dict())
-    train_step(model, None, images, torch.arange(4))
-    torch.testing.assert_close(twin.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_pickle_does_not_hold_images(make_tiny, train_step) -> None:
@@ -321,27 +180,6 @@ def test_model_ema(tiny_variant, train_step, images: Tensor) -> None:
     assert ema.eval()(images).isfinite().all()
 
 
-def test_an_averaged_stablemoe_routes_as_its_frozen_router(make_tiny, train_step, images) -> None:
-    model = make_tiny('stablemoe', stage1_steps=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema = ModelEmaV3(model, decay=0.9)
-    for _ in range(3):
-        train_step(model, optimizer, images, torch.arange(4))
-        ema.update(model)
-    own, averaged = model.blocks[1].mlp.router.distilled, ema.module.blocks[1].mlp.router.distilled
-    assert bool(own.frozen) and bool(averaged.frozen)
-    model.eval()(images)
-    cells = model.blocks[1].mlp.router.raw_patches.value
-    # The frozen copies start at zero, so the average is a multiple of them, and so are its scores:
-    # the best expert is the same.
-    assert torch.equal(own(cells).argmax(1), averaged(cells).argmax(1))
-
-
-def test_torchscript_is_refused_in_one_line(tiny) -> None:
-    with pytest.raises(RuntimeError, match=r'^torch\.jit\.script .*torch\.export$'):
-        torch.jit.script(tiny())
-
-
 def test_fx_feature_extraction(tiny, images: Tensor) -> None:
     model = tiny().eval()
     extractor = create_feature_extractor(model, {'blocks.1.mlp': 'moe', 'head': 'out'})
@@ -351,20 +189,3 @@ def test_fx_feature_extraction(tiny, images: Tensor) -> None:
     found = extractor(images)
     torch.testing.assert_close(found['out'], expected, rtol=0, atol=0)
     torch.testing.assert_close(found['moe'], seen[0], rtol=0, atol=0)
-
-
-def test_moe_layers_are_found_under_their_names(tiny) -> None:
-    model = tiny()
-    found = moe_layers(model)
-    assert list(found) == ['blocks.1.mlp', 'blocks.3.mlp']
-    assert all(isinstance(layer, MoeLayer) for layer in found.values())
-
-
-def test_state_dict_survives_a_file(tiny_variant, train_step, images: Tensor) -> None:
-    model = used_model(tiny_variant, train_step, images)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    twin = tiny_variant().eval()
-    twin.load_state_dict(torch.load(file, weights_only=True))
-    torch.testing.assert_close(twin(images), model(images), rtol=0, atol=0)

@@ -12,10 +12,8 @@ from vqmoe_vision import collect_losses
 from vqmoe_vision.models import to_discrete
 from vqmoe_vision.models.compat import misfit_of
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.moe import METHODS
 
-from ..groups import alone
-from .conftest import TINY, Make, fit_state, make
+from .conftest import TINY, make
 from .test_saved import RECORDS
 
 FULL = [{}, {'preset': 'official'}, {'codebook': 'simvq', 'num_codes': 16, 'output_norm': True}]
@@ -90,23 +88,6 @@ def test_strict_loading_is_strict_in_all_else() -> None:
         continuous.load_state_dict(full().state_dict())
 
 
-@pytest.mark.parametrize(
-    'change',
-    [('gate.weight', 'router.extra'), ('gate.weight', ''), ('router.weight', ''), ('', 'gate.x')],
-)
-def test_only_a_whole_full_layer_is_taken_for_one(change: tuple[str, str]) -> None:
-    lacking, more = change
-    model: Any = make('vqmoe', form='discrete')
-    state, layer = full().state_dict(), 'blocks.1.mlp.'
-    state.pop(layer + lacking, None)
-    if more:
-        state[layer + more] = torch.ones(1)
-    with pytest.raises(RuntimeError, match=r'Unexpected .*blocks\.1\.mlp\.(router|gate)'):
-        model.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"'f\.pth' .*blocks\.1\.mlp\.(router|gate)"):
-        fit_state(model, state, 'f.pth')
-
-
 @pytest.mark.parametrize('said', [{}, {'form': 'full'}])
 def test_a_discrete_model_learns_and_is_built_again(
     said: dict[str, str], tmp_path: Path, images: torch.Tensor
@@ -144,55 +125,3 @@ def test_the_discrete_form_of_a_saved_full_model(
     save_for_hf(discrete, tmp_path / 'discrete')  # and it is saved again
     again = timm.create_model(f'local-dir:{tmp_path / "discrete"}', pretrained=True).eval()
     assert torch.equal(again(images), discrete(images))
-
-
-def test_all_layers_become_discrete_or_none() -> None:
-    model: Any = full()
-    names = model.state_dict().keys()
-    with pytest.raises(ValueError, match='has no discrete branch to keep'):
-        to_discrete(torch.nn.ModuleList([model, make('smoe')]))
-    assert model.state_dict().keys() == names and model.moe_config.form == 'full'
-
-
-def test_a_wrapped_model_is_refused() -> None:
-    model: Any = full()
-    with alone():
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    with pytest.raises(ValueError, match="model='DistributedDataParallel' is not possible: one"):
-        to_discrete(wrapped)
-    assert model.moe_config.form == 'full'
-
-
-def test_it_is_found_inside_of_others_and_a_second_time_changes_nothing() -> None:
-    model = torch.nn.Sequential(full())
-    names = to_discrete(model).state_dict().keys()
-    assert not any('router' in name for name in names)
-    assert to_discrete(model).state_dict().keys() == names
-
-
-def test_models_without_a_discrete_branch_are_refused(tiny_variant: Make) -> None:
-    model: Any = tiny_variant()
-    form = getattr(model.moe_config, 'form', None)
-    before = model.state_dict().keys()
-    if form in ('full', 'discrete'):
-        to_discrete(model)
-        return
-    with pytest.raises(ValueError, match='has no discrete branch to keep'):
-        to_discrete(model)
-    assert model.state_dict().keys() == before
-
-
-def test_a_dense_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="model='VisionTransformer' is not possible: a model with"):
-        to_discrete(make('patch16_224'))
-
-
-def test_what_is_no_model_is_named() -> None:
-    for value in ('a.pth', make('vqmoe').state_dict()):
-        kind = type(value).__name__
-        with pytest.raises(ValueError, match=f"model='{kind}' is not possible: a model with MoE"):
-            to_discrete(value)  # type: ignore[arg-type]
-
-
-def test_some_method_has_a_discrete_branch() -> None:
-    assert any('form' in method.config.option_names() for method in METHODS.values())

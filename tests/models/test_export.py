@@ -3,12 +3,9 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from vqmoe_vision.models.export import (
@@ -19,7 +16,6 @@ from vqmoe_vision.models.export import (
     load_exported,
     save_program,
 )
-from vqmoe_vision.models.shipped import CIFAR10_CLASSES
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
@@ -62,7 +58,6 @@ def spoil_an_expert(model: nn.Module, images: Tensor) -> Tensor | None:
 def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
     method: str, tmp_path: Path
 ) -> None:
-    onnx = pytest.importorskip('onnx')
     needs_onnx()
     model = make(method, **SMALL).eval()
     (layer,) = moe_layers(model).values()
@@ -77,51 +72,6 @@ def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
             (found,) = run(images[:batch])
             assert found.isfinite().all()
             torch.testing.assert_close(found, model(images[:batch]), **CLOSE)
-    about = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
-    assert about.items() >= {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}.items()
-
-
-def test_onnxruntime_has_the_threads_that_it_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_onnx()
-    runtime, given = pytest.importorskip('onnxruntime'), []
-    (tmp_path / 'model.onnx').touch()
-
-    def session(_file: Path, options: Any, **_kwargs: Any) -> None:
-        given.append(options.intra_op_num_threads)
-
-    monkeypatch.setattr(runtime, 'InferenceSession', session)
-    load_exported(tmp_path / 'model.onnx', threads=3)
-    load_exported(tmp_path / 'model.onnx')
-    assert given == [3, 0]
-
-
-def test_a_model_of_one_channel_says_nothing_of_three() -> None:
-    model = make('smoe', in_chans=1, **SMALL)
-    exportable = Exportable.of(model)
-    assert exportable.input_size[0] == 1 and exportable.about == {}
-
-
-@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224', 'test_resnet'])
-def test_features_are_no_logits(name: str, tmp_path: Path) -> None:
-    options = {} if name == 'test_resnet' else {'depth': 3, 'embed_dim': 12, 'img_size': 32}
-    model = timm.create_model(name, features_only=True, **options)
-    with pytest.raises(ValueError, match=r'^features_only=True is not possible: False, a timm mo'):
-        save_program(model, tmp_path / 'model.pt2')
-
-
-@pytest.mark.parametrize(('num_classes', 'known'), [(10, True), (7, False), (0, False)])
-def test_classes_are_those_of_the_head(num_classes: int, known: bool) -> None:
-    model = timm.create_model('test_vit_vqmoe', num_classes=num_classes)
-    about = Exportable.of(model).about
-    assert about.get('classes') == (list(CIFAR10_CLASSES) if known else None)
-
-
-def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    for name in ('a.onnx', 'a.pt2'):
-        with pytest.raises(ValueError, match=rf"path='.*{name}' is not possible: a file that is"):
-            load_exported(tmp_path / name)
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -145,17 +95,6 @@ def test_every_variant_leaves(variant: str, tmp_path: Path) -> None:
     ):
         for difference in differences(model, load_exported(file, threads=1), (1, 4, 8)):
             assert difference.largest < 2e-6, (file.suffix, difference)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('opset', [18, 23])
-def test_oldest_and_newest_opset(opset: int, tmp_path: Path) -> None:
-    onnx = pytest.importorskip('onnx')
-    needs_onnx()
-    model = make('vqmoe', depth=2)
-    file = export_onnx(model, tmp_path / 'model.onnx', opset=opset)
-    assert [o.version for o in onnx.load(file).opset_import if o.domain == ''] == [opset]
-    assert differences(model, load_exported(file, threads=1))[0].largest < 2e-6
 
 
 def test_a_program_loads_where_this_package_is_not_imported(tmp_path: Path) -> None:
@@ -198,23 +137,6 @@ def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(met
     torch.testing.assert_close(program.module()(images), model.eval()(images), **CLOSE)
 
 
-@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
-def test_nothing_is_computed_twice_in_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: nn.Module = timm.create_model(name, img_size=16, depth=2, embed_dim=12)
-    model.set_grad_checkpointing()
-    monkeypatch.setattr(vision_transformer, 'checkpoint_seq', lambda *_: pytest.fail('repeats'))
-    program = export_program(model)
-    assert program.module()(torch.randn(3, 3, 16, 16)).shape == (3, 1000)
-
-
-def test_one_batch_size(tmp_path: Path) -> None:
-    model = make('smoe', **SMALL)
-    run = load_exported(save_program(model, tmp_path / 'model.pt2', batch=3))
-    assert differences(model, run, (3,))[0].largest < 2e-6
-    with pytest.raises(AssertionError, match='3'):  # of torch
-        run(torch.randn(2, 3, 16, 16))
-
-
 def test_differences_tell_numbers_and_labels() -> None:
     model = Exportable(nn.Identity(), (2, 2, 2), ('pixels',))
     second = torch.tensor([0.0, 8.0])[:, None, None]  # a power of two, which rounds nothing away
@@ -224,35 +146,6 @@ def test_differences_tell_numbers_and_labels() -> None:
     assert str(found) == f'batch 3, pixels: {equal} of 12 predictions equal, largest difference 8'
     (spoiled,) = differences(model, lambda images: [images * torch.nan], (1,))
     assert str(spoiled).endswith('largest difference nan')
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'batch': 0}, 'batch=0 is not possible: at least 1'),
-        ({'batch': True}, 'batch=True is not possible: at least 1'),
-        ({'opset': 17}, 'opset=17 is not possible: 18 to 23'),
-        ({'opset': 99}, 'opset=99 is not possible: 18 to 23'),
-        ({'path': 'model.pb'}, r"'model\.pb' is not possible: a name that ends in \.onnx"),
-        ({'path': '/proc/none/model.onnx'}, "'/proc/none/model.onnx' cannot be written: No such"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_had(tmp_path: Path, options: dict, message: str) -> None:
-    needs_onnx()
-    model = nn.Linear(2, 2)
-    network = Exportable(model, (1, 2, 2))
-    arguments = {'path': tmp_path / 'model.onnx', **options}
-    with pytest.raises(ValueError, match=message) as caught:
-        export_onnx(network, **arguments)
-    assert '\n' not in str(caught.value)
-
-
-def test_float32_on_the_cpu_alone() -> None:
-    with pytest.raises(ValueError, match=r'dtype=torch.bfloat16 .*model.float\(\)'):
-        export_program(make('smoe', **SMALL).bfloat16())
-    with pytest.raises(ValueError, match=r"device='meta' .*model.cpu\(\)"):
-        export_program(make('smoe', **SMALL, device='meta'))
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,7 @@
 """Memory stays flat while a model trains and predicts, whoever collects its losses.
 
-Two measures. The objects that Python keeps, tensors among them, are counted: fewer than one more in
-four steps. What torch keeps for itself, such as a graph behind a tensor, is seen in the memory of
-the process: a graph of this model is about 0.7 MB, so that one kept in each step would be 17 MB in
-the short form and 700 MB in the long one. malloc's own keeping comes to one or two.
+A graph that one step keeps is about 0.7 MB of the process, so 17 MB in the short form and 700 MB in
+the long one; malloc's own keeping comes to one or two.
 """
 
 import contextlib
@@ -29,23 +27,16 @@ def resident() -> int:
     return int(Path('/proc/self/statm').read_text().split()[1]) * getpagesize()
 
 
-def held() -> tuple[int, int]:
-    """Objects that Python tracks, and bytes of the process."""
-    gc.collect()
-    return len(gc.get_objects()), resident()
-
-
 def growth(step: Callable[[], None], num_steps: int) -> tuple[int, int]:
-    """What is held more after so many steps, without the first ones, which fill caches."""
-    for _ in range(10):
+    """Objects and bytes that are held more after so many steps; the first ones fill caches."""
+    for _ in range(11):
         step()
     gc.collect()
-    step()
-    objects, process = held()
+    objects, process = len(gc.get_objects()), resident()
     for _ in range(num_steps):
         step()
-    more_objects, more_process = held()
-    return more_objects - objects, more_process - process
+    gc.collect()
+    return len(gc.get_objects()) - objects, resident() - process
 
 
 def stepper(model: nn.Module, training: bool, collects: bool) -> Callable[[], None]:

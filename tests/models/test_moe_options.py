@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from vqmoe_vision.models.create import create_model, options_in_full
@@ -38,12 +37,6 @@ def test_how_experts_are_made_counts_where_a_model_starts_from_weights(method: s
     assert 'upcycling' not in options_in_full(model)
     started = options_in_full({**model, 'checkpoint': 'dense.pth', 'upcycling': {'drop': 0.5}})
     assert started['upcycling'] == {'noise': 0.0, 'drop': 0.5, 'split': False}
-
-
-def test_a_model_without_such_layers_has_none() -> None:
-    assert timm.is_model('vit_tiny_patch16_224')
-    assert options_in_full({'model_name': 'vit_tiny_patch16_224', 'moe': None}) == {}
-    assert options_in_full({'type': 'SomebodysModel'}) == {}
 
 
 def test_what_a_finished_run_says_and_no_model_takes_any_more_is_of_its_day() -> None:

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.multiprocessing import ProcessRaisedException
 from torch.utils import backend_registration
 
 from vqmoe_vision import collect_losses
@@ -76,19 +74,3 @@ def test_a_model_is_on_one_device(method: str, varied: bool) -> None:
 
 
 # --- the test sees what it is for
-
-
-def with_a_table_on_the_host(_rank: int) -> None:
-    device, table = pretended(), torch.eye(16)
-
-    def hook(_module: nn.Module, _args: tuple[Tensor, ...], answer: Tensor) -> Tensor:
-        return answer @ table
-
-    model: Any = make('vqmoe', **SMALL)
-    model.blocks[0].norm2.register_forward_hook(hook)
-    run(model, device)
-
-
-def test_a_tensor_on_the_host_is_seen() -> None:
-    with pytest.raises(ProcessRaisedException, match='pretended:0'):
-        spawn(with_a_table_on_the_host, (), 1)

@@ -140,10 +140,3 @@ def test_features_of_a_shallow_model(method: str) -> None:
     model = timm.create_model(f'vit_tiny_{method}', features_only=True, **SMALL).eval()
     maps = model(torch.randn(1, 3, 8, 8))
     assert [tuple(each.shape) for each in maps] == [(1, 8, 2, 2)] * 2
-
-
-@pytest.mark.long
-@settings(max_examples=2000)
-@given(*DRAWS)
-def test_many_options(named: tuple[str, dict[str, Any]], batch: int, direct: bool) -> None:
-    check_options(*named, batch, direct)

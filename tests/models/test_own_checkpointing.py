@@ -67,23 +67,3 @@ def test_compiled_parts_are_repeated_with_the_images_of_their_pass(
         block.get_submodule(part).compile(backend='eager')
     expected = gradients_of(plain, batches)
     torch.testing.assert_close(gradients_of(repeated, batches), expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_blocks_whose_backwards_wait_are_repeated_as_they_were(
-    make_tiny: Callable, method: str
-) -> None:
-    batches = [torch.randn(4, 3, 32, 32) for _ in range(2)]
-    plain = make_tiny(method, depth=2).train()
-    repeated = copy.deepcopy(plain)
-    repeated.set_grad_checkpointing()
-    for model in (plain, repeated):
-        losses = []
-        for number, images in enumerate(batches):
-            torch.manual_seed(number)
-            with collect_losses(model, update_state=False) as collected:
-                losses.append(model(images).square().mean() + collected.total())
-        for loss in losses:
-            loss.backward()
-    found, expected = ([p.grad for p in m.parameters()] for m in (repeated, plain))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from vqmoe_vision.models import vit_moe
 from vqmoe_vision.models.create import create_model
 
 from .conftest import TINY, dense, make
@@ -53,20 +52,6 @@ def test_the_checkpoint_of_a_run_is_read_without_mmengine(tmp_path: Path) -> Non
     with pytest.raises(subprocess.CalledProcessError) as caught:
         subprocess.run(command, capture_output=True, text=True, check=True)
     assert 'holds more than weights' in caught.value.stderr
-
-
-def test_an_error_beside_the_reading_is_not_one_of_the_file(
-    saved: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failure = KeyError('a part')
-
-    def fails(*args: Any, **kwargs: Any) -> None:
-        raise failure
-
-    monkeypatch.setattr(vit_moe.MoeVisionTransformer, '__init__', fails)
-    with pytest.raises(KeyError) as caught:
-        make('smoe', upcycle=saved[1])
-    assert caught.value is failure
 
 
 def test_a_head_in_a_folder_is_that_of_its_classes(tmp_path: Path) -> None:

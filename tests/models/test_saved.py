@@ -1,17 +1,11 @@
 """Models that travel: what timm's `save_for_hf` writes builds the same model, bit for bit."""
 
-import base64
-import copy
 import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -96,17 +90,6 @@ def test_a_model_whose_images_have_another_size_by_now(
     same(model, again, torch.randn(2, 3, *model.patch_embed.img_size))
 
 
-@pytest.mark.parametrize('size', [(32, 48), (16, 64)])
-def test_images_that_are_not_square(method: str, size: tuple[int, int], tmp_path: Path) -> None:
-    """The positions of the second are as many as those of a square image."""
-    model = make(method, img_size=size)
-    args = {**TINY, 'img_size': size}
-    model.pretrained_cfg['input_size'] = (3, *size)  # as timm 1.0.31 does itself
-    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
-    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    same(model, again, torch.randn(2, 3, *size))
-
-
 @pytest.mark.parametrize('norm', [True, False])
 @pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
 def test_a_pruned_backbone(name: str, norm: bool, tmp_path: Path, images: Tensor) -> None:
@@ -121,19 +104,6 @@ def test_a_pruned_backbone(name: str, norm: bool, tmp_path: Path, images: Tensor
     assert isinstance(again.norm, nn.LayerNorm) == norm
     same(model, again, images)
     same(model, again, torch.randn(1, 3, 40, 32))
-
-
-def test_a_backbone_without_its_experts_is_refused() -> None:
-    model: Any = create_model('vit_tiny_smoe', {'moe_layers': [3]}, **TINY)
-    model.prune_intermediate_layers([1])
-    with pytest.raises(ValueError, match=r'out_indices=\[1\] is not possible: at or behind'):
-        saved.arguments_of(model)
-
-
-def test_a_widened_dense_model(tmp_path: Path, images: Tensor) -> None:
-    model: Any = create_model('vit_tiny_patch16_224', None, 1, **TINY)
-    assert saved.save(model, tmp_path / 'out', PREPROCESSING)['mlp_ratio'] == 5.0
-    same(model, timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), images)
 
 
 def test_what_a_folder_says(tmp_path: Path) -> None:
@@ -153,52 +123,6 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     resolved = timm.data.resolve_model_data_config(again)
     assert json.dumps(resolved, sort_keys=True) == json.dumps(PREPROCESSING, sort_keys=True)
     assert again.pretrained_cfg['label_names'] == names
-
-
-SWIN: dict[str, Any] = dict(
-    img_size=32, embed_dim=12, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=10
-)
-
-
-@pytest.mark.parametrize(
-    ('name', 'options', 'fixed'),
-    [
-        ('vit_tiny_patch16_224', TINY, True),
-        ('vit_tiny_patch16_224', {**TINY, 'dynamic_img_size': True}, False),
-        ('swin_tiny_patch4_window7_224', SWIN, True),
-        ('swin_tiny_patch4_window7_224', {**SWIN, 'strict_img_size': True}, True),
-        ('swin_tiny_patch4_window7_224', {**SWIN, 'strict_img_size': False}, False),
-    ],
-)
-def test_a_folder_says_whether_images_have_one_size(
-    name: str, options: dict[str, Any], fixed: bool, tmp_path: Path
-) -> None:
-    model: Any = create_model(name, None, **options)
-    saved.save(model, tmp_path / 'out', PREPROCESSING)
-    config = json.loads((tmp_path / 'out/config.json').read_text())['pretrained_cfg']
-    # a later timm writes it into the file by itself
-    assert config['fixed_input_size'] == model.pretrained_cfg['fixed_input_size'] == fixed
-
-
-def test_values_that_are_not_those_of_the_model_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def spoil(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        other = copy.deepcopy(model)
-        other.get_parameter('head.bias').data[3] += 1
-        save_for_hf(other, *args, **kwargs)
-
-    monkeypatch.setattr(saved, 'save_for_hf', spoil)
-    model: Any = create_model('vit_tiny_smoe', **TINY)
-    with pytest.raises(ValueError, match=r'build the model again .*: other values of head\.bias$'):
-        saved.save(model, tmp_path / 'out', PREPROCESSING)
-
-
-def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:
-    layer = partial(nn.LayerNorm, eps=1e-5)
-    model: Any = create_model('vit_tiny_smoe', None, norm_layer=layer, **TINY)
-    with pytest.raises(ValueError, match=r'^norm_layer=.*eps=1e-05\) is not possible: numbers, '):
-        saved.save(model, tmp_path / 'out', PREPROCESSING)
 
 
 @pytest.mark.parametrize(
@@ -243,91 +167,3 @@ def test_weights_are_listed_once_there_is_a_name_on_the_hub() -> None:
     """In a process of its own, as timm's registry is of the whole process."""
     done = subprocess.run([sys.executable, '-c', NAMED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What a hub answers to `push_to_hf_hub`; keeps the lines of the commit."""
-
-    commits: list[list[dict[str, Any]]]
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.send_response(404)
-        self.send_header('X-Error-Code', 'EntryNotFound')
-        self.send_header('Content-Length', '0')
-        self.end_headers()
-
-    def do_POST(self) -> None:
-        text = self.rfile.read(int(self.headers['Content-Length'])).decode()
-        here = f'http://{self.headers["Host"]}/somebody/model'
-        answer: dict[str, Any] = {'url': here}
-        if '/preupload/' in self.path:
-            files = json.loads(text)['files']
-            regular = {'uploadMode': 'regular', 'shouldIgnore': False}
-            answer = {'files': [{'path': file['path'], **regular} for file in files]}
-        elif '/commit/' in self.path:
-            self.commits.append([json.loads(line) for line in text.splitlines()])
-            answer = {'success': True, 'commitUrl': f'{here}/commit/1', 'commitOid': '1'}
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header('Content-Type', 'application/json')
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-@pytest.fixture
-def hub() -> Iterator[tuple[str, list[list[dict[str, Any]]]]]:
-    """Address of a hub on this machine, and what was committed to it."""
-    handler = type('Handler', (Hub,), {'commits': []})
-    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f'http://127.0.0.1:{server.server_port}', handler.commits
-        server.shutdown()
-        thread.join()
-
-
-PUSHED = """
-import timm, torch, vqmoe_vision
-from timm.models import push_to_hf_hub
-
-torch.manual_seed(0)
-args = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
-model = timm.create_model('vit_tiny_smoe', num_experts=3, top_k=1, **args)
-push_to_hf_hub(model, 'somebody/model', model_args=dict(num_experts=3, top_k=1, **args))
-torch.save(model.state_dict(), 'pushed.pth')
-"""
-
-
-def test_what_is_pushed_to_a_hub_is_what_timm_reads(
-    hub: tuple[str, list[list[dict[str, Any]]]], tmp_path: Path
-) -> None:
-    """The client of huggingface_hub is its own; the hub is a server on this machine."""
-    address, commits = hub
-    environment = {**os.environ, 'HF_ENDPOINT': address, 'HF_TOKEN': 'hf_none', 'no_proxy': '*'}
-    done = subprocess.run(
-        [sys.executable, '-c', PUSHED],
-        cwd=tmp_path,
-        env={**environment, 'PYTHONPATH': os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    ((_, *files),) = commits
-    folder = tmp_path / 'pulled'
-    folder.mkdir()
-    for file in files:
-        value = file['value']
-        (folder / value['path']).write_bytes(base64.b64decode(value['content']))
-    expected = ['README.md', 'config.json', 'model.safetensors', 'pytorch_model.bin']
-    assert sorted(os.listdir(folder)) == expected
-    state = torch.load(tmp_path / 'pushed.pth')
-    for spare in ('model.safetensors', 'pytorch_model.bin'):
-        again: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-        assert (again.moe_config.num_experts, again.moe_config.top_k) == (3, 1)
-        for name, value in again.state_dict().items():
-            torch.testing.assert_close(value, state[name], rtol=0, atol=0)
-        (folder / spare).unlink()  # timm takes the first of them that is there

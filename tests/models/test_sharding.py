@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vqmoe_vision.models.sharding import blocks_of, shard_model, spread_dimension
+from vqmoe_vision.models.sharding import blocks_of, shard_model
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
 
 from ..forked import spawn
-from ..groups import alone, begin
+from ..groups import begin
 
 
 def make(method: str, **options: Any) -> nn.Module:
@@ -97,13 +97,6 @@ def test_learns_what_ddp_learns(
     spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
 
 
-def test_tensors_are_cut_where_they_divide() -> None:
-    assert spread_dimension((8, 3072, 768), 8) == 0
-    assert spread_dimension((8, 3072, 768), 256) == 1
-    assert spread_dimension((1, 197, 768), 256) == 2
-    assert spread_dimension((1000,), 256) == 0  # none does
-
-
 def test_blocks_inside_of_others_come_first() -> None:
     inner = [nn.Sequential(nn.Linear(2, 2), nn.GELU()) for _ in range(2)]
     stage = nn.ModuleDict({'blocks': nn.Sequential(*inner)})
@@ -111,14 +104,6 @@ def test_blocks_inside_of_others_come_first() -> None:
     network = nn.ModuleDict({'layers': nn.Sequential(nn.Linear(2, 2), nn.GELU())})
     model = nn.ModuleDict({'layers': nn.ModuleList([stage]), 'head': network})
     assert blocks_of(model) == [inner[1], inner[0], stage]
-
-
-def test_a_number_of_processes_that_is_none() -> None:
-    with alone():
-        for wrong in ('x', 0, 2):
-            message = f'expert_processes={wrong!r} is not possible: it must divide 1,'
-            with pytest.raises(ValueError, match=message):
-                shard_model(nn.Linear(2, 2), wrong)  # type: ignore[arg-type]
 
 
 def own_bytes(tensors: list[Any]) -> int:

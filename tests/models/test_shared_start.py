@@ -77,13 +77,6 @@ def test_weight_init_is_that_of_the_experts_too(name: str, weight_init: str, sha
     check_parts(model, weight_init)
 
 
-@pytest.mark.parametrize('name', [OWN, VIT])
-def test_a_model_that_is_initialised_otherwise_has_such_experts(name: str) -> None:
-    model: Any = fresh(name, shared=False)
-    model.init_weights('reset')
-    check_parts(model, 'reset')
-
-
 @pytest.mark.parametrize(
     ('name', 'dense'), [('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT)]
 )

@@ -1,7 +1,6 @@
 """Experts whose tensors have the names of the model's, and which are those of another function."""
 
 import argparse
-import logging
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -57,21 +56,8 @@ def test_experts_of_another_method_are_refused(
 ) -> None:
     method, options = FORMS[ours]
     message = f"saved with method='{FORMS[theirs][0]}', the model has method='{method}'"
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         make(method, depth=2, upcycle=f'local-dir:{folders[theirs]}', **options)
-    assert '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('way', ['file', 'pretrained', 'checkpoint_path', 'checkpoint'])
-def test_every_way_to_name_weights_compares_methods(way: str, folders: dict[str, Path]) -> None:
-    path = str(folders['smoe'] / 'model.safetensors')
-    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
-    ways = {'file': {'upcycle': path}, 'pretrained': overlay, 'checkpoint_path': {way: path}}
-    with pytest.raises(ValueError, match="method='smoe', the model has method='ecmoe'"):
-        if way == 'checkpoint':
-            start_from(make('ecmoe', depth=2), path)
-        else:
-            create_model('vit_tiny_ecmoe', **{**TINY, 'depth': 2}, **ways[way])
 
 
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
@@ -95,30 +81,12 @@ def test_a_run_says_it_as_values(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     'stated',
-    [None, {}, 7, {'method': None, 'options': None}, {'method': 'moe_of_tomorrow'},
-     {'method': ['smoe']}, {'options': {'method': 'smoe'}}],
-)  # fmt: skip
+    [None, 7, {'method': None, 'options': None}, {'method': 'moe_of_tomorrow'}, {'method': [1]}],
+)
 def test_what_says_nothing_is_not_refused(stated: Any, tmp_path: Path) -> None:
     path = run_of(make('smoe'), tmp_path / 'a.pth', stated)
     model: Any = create_model('vit_tiny_ecmoe', **TINY, upcycle=path)
     assert not model.weights_report.warnings
-
-
-@pytest.mark.parametrize('options', [7, {'top_k': 'two'}, {'top_k': torch.ones(2)}, {1: 2}])
-def test_options_that_are_none_leave_the_method(options: Any, tmp_path: Path) -> None:
-    path = run_of(make('smoe'), tmp_path / 'a.pth', {'method': 'smoe', 'options': options})
-    make('smoe', upcycle=path)
-    with pytest.raises(ValueError, match="method='smoe'"):
-        make('ecmoe', upcycle=path)
-
-
-def test_the_text_of_a_config_says_nothing(tmp_path: Path) -> None:
-    model = make('smoe')
-    path = tmp_path / 'a.pth'
-    config = "model = dict(model_name='vit_tiny_smoe', moe=dict(renormalize=True))"
-    torch.save({'state_dict': model.state_dict(), 'meta': {'cfg': config}}, path)
-    again: Any = make('ecmoe', upcycle=str(path))
-    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('case', OPTIONS)
@@ -142,60 +110,22 @@ def test_an_option_is_told_if_answers_follow_it(case: str, images: torch.Tensor)
         assert f'trained with {name}={before!r}, the model has {name}={after!r}' in line
 
 
-def test_options_of_the_full_form_are_those_of_the_discrete_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    given = dict(expert_input='token', balance_weight=0.2)
-    source = make('vqmoe', **given)
-    save_for_hf(source, tmp_path, model_args={**TINY, **given}, safe_serialization=True)
-    with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
-        for expert_input in ('token', 'mix'):
-            make(
-                'vqmoe', form='discrete', expert_input=expert_input, upcycle=f'local-dir:{tmp_path}'
-            )
-    (line,) = caplog.messages
-    assert "with expert_input='token', the model has expert_input='mix'" in line
-
-
-@pytest.mark.parametrize('bare', [True, False])
 @pytest.mark.parametrize(
     ('theirs', 'ours', 'said'),
     [
         (dict(codebook='cvq'), {}, "codebook='cvq', the model has codebook='ema'"),
         ({}, dict(codebook='simvq'), "codebook='ema', the model has codebook='simvq'"),
-        (dict(input_norm=False), {}, 'input_norm=False, the model has input_norm=True'),
         (dict(form='continuous'), {}, "form='continuous', the model has form='full'"),
         (dict(num_codes=16), {}, 'num_codes=16, the model has num_codes='),
     ],
 )
 def test_the_same_method_with_other_tensors_is_told_its_options(
-    theirs: dict[str, Any], ours: dict[str, Any], said: str, bare: bool, tmp_path: Path
+    theirs: dict[str, Any], ours: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     source = make('vqmoe', **theirs)
-    arguments = {**TINY, **theirs}
-    save_for_hf(source, tmp_path / 'L', model_args=arguments, safe_serialization=True)
-    upcycle = f'local-dir:{tmp_path / "L"}'
-    if bare:
-        upcycle = str(tmp_path / 'a.pth')
-        torch.save(source.state_dict(), upcycle)
-    with pytest.raises(ValueError, match=r'blocks\.1\.mlp') as caught:
-        make('vqmoe', upcycle=upcycle, **ours)
-    assert '\n' not in str(caught.value)
-    assert (f'; saved with {said}' in str(caught.value)) == (not bare)
-
-
-def test_a_layer_without_some_of_its_experts_is_refused(
-    tmp_path: Path,
-) -> None:
-    source = make('vqmoe', vq_weight=0.5)
-    state = source.state_dict()
-    del state['blocks.1.mlp.experts.fc2.bias']
-    path = tmp_path / 'a.pth'
-    torch.save({'state_dict': state, 'meta': {STATED: state_network(source)}}, path)
-    with pytest.raises(
-        ValueError, match=r'missing keys: blocks\.1\.mlp\.experts\.fc2\.bias; saved with'
-    ):
-        start_from(make('vqmoe'), str(path))
+    path = run_of(source, tmp_path / 'a.pth', state_network(source))
+    with pytest.raises(ValueError, match=rf'blocks\.1\.mlp.*; saved with {said}'):
+        make('vqmoe', upcycle=path, **ours)
 
 
 def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
@@ -208,14 +138,6 @@ def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
     return str(folder / 'last.pth.tar')
 
 
-def test_arguments_of_a_script_beside_weights_are_passed_over(tmp_path: Path) -> None:
-    """As timm's train.py and the authors of MAE and DeiT leave them."""
-    model, path = make('smoe'), str(tmp_path / 'a.pth')
-    torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(lr=0.1)}, path)
-    again: Any = make('smoe', upcycle=path)
-    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize('theirs', METHODS)
 def test_a_checkpoint_of_timms_script_says_its_method(theirs: str, tmp_path: Path) -> None:
     ours = 'ecmoe' if theirs == 'smoe' else 'smoe'  # of the same tensors, where any two are
@@ -225,21 +147,3 @@ def test_a_checkpoint_of_timms_script_says_its_method(theirs: str, tmp_path: Pat
         make(ours, num_experts=4, upcycle=path)
     again: Any = make(theirs, num_experts=4, upcycle=path)
     assert again.weights_report.warnings == () and not again.weights_report.initialised
-
-
-@pytest.mark.parametrize('kwargs', [{'renormalize': True}, {'renormalize': []}, None])
-def test_a_checkpoint_of_timms_script_says_its_options(kwargs: Any, tmp_path: Path) -> None:
-    path = left_by_timm(make('smoe'), tmp_path / 'out', 'vit_tiny_smoe', model_kwargs=kwargs)
-    said = 'the experts were trained with renormalize=True, the model has renormalize=False'
-    again: Any = make('smoe', upcycle=path)
-    assert again.weights_report.warnings == ((said,) if kwargs == {'renormalize': True} else ())
-    with pytest.raises(ValueError, match="method='smoe', the model has method='ecmoe'"):
-        make('ecmoe', upcycle=path)
-
-
-def test_the_architecture_beside_weights_is_a_name(tmp_path: Path) -> None:
-    """As the saver of timm writes it, and other scripts that keep it alone."""
-    path = tmp_path / 'a.pth.tar'
-    torch.save({'state_dict': make('ecmoe').state_dict(), 'arch': 'vit_tiny_ecmoe'}, path)
-    with pytest.raises(ValueError, match="method='ecmoe', the model has method='smoe'"):
-        make('smoe', upcycle=str(path))

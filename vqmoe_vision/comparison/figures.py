@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -122,15 +123,18 @@ def curve_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def _draw(axes: Axes, row: str, style: dict[str, Any] | None, curves: Iterable[Curve]) -> None:
-    # a resumed run may have recorded a step twice
-    by_step = pd.concat([pd.Series(dict(curve)) for curve in curves if curve]).groupby(level=0)
-    mean, deviation, count = by_step.mean(), by_step.std().fillna(0), by_step.size()
-    steps = mean.index
+    points: dict[float, list[float]] = {}
+    for curve in curves:  # a resumed run may have recorded a step twice
+        for step, value in {step: value for step, value in curve}.items():
+            points.setdefault(step, []).append(value)
+    steps = sorted(points)
+    mean = np.array([np.mean(points[step]) for step in steps])
+    deviation = np.array([np.std(of, ddof=1) if len(of := points[s]) > 1 else 0 for s in steps])
     marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
     if style is None:  # matplotlib's legend leaves out what begins with an underscore
         axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **_OTHERS)
         return
-    label = f'{row} ({count.iloc[-1]})'
+    label = f'{row} ({len(points[steps[-1]])})'
     axes.plot(steps, mean, label=label, marker=marker, markersize=3, **style)
     band = {'color': style['color'], 'alpha': 0.15, 'lw': 0}
     axes.fill_between(steps, mean - deviation, mean + deviation, **band)

@@ -315,7 +315,9 @@ def draw_figures(
 ) -> list[Path]:
     """Draws the figures of a comparison, and those that documents show; the same from the same."""
     figures, written = _figures(comparison, results), []
-    files = {folder / f'{comparison.name}-{name}.png': (name, None) for name in _FIGURES}
+    files: dict[Path, tuple[str, str | None]] = {
+        folder / f'{comparison.name}-{name}.png': (name, None) for name in _FIGURES
+    }
     if images is not None:
         check(bool(comparison.images), '--images', str(images), 'where a comparison names images')
         make_folder(images)

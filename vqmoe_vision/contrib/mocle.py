@@ -10,13 +10,12 @@ any token x of it:
 
 Both weights sum to 1, and there is no balance loss.
 
-Where we differ: experts are whole MLPs in the place of the dense one, one of them universal; the
-paper's are LoRAs (rank 8) beside a frozen linear layer of a language model. The paper clusters
-instructions by sentence embeddings. Images are clustered by features of a dense vision transformer
-of this model's shape and training set: means of the patches after its last norm. The paper's
-embedding is as wide as its features, ours as the tokens; every layer has its own, which starts as
-in their code. That multiplies each expert by its weight twice, the paper and we once. Noise is
-drawn per image.
+Where we differ: experts are whole MLPs, one of them universal; the paper's are LoRAs (rank 8)
+beside a frozen linear layer of a language model. The paper clusters instructions by sentence
+embeddings, we images by features of a dense vision transformer of this model's shape and training
+set: means of the patches after its last norm. The paper's embedding is as wide as its features,
+ours as the tokens; every layer has its own, which starts as in their code. That multiplies each
+expert by its weight twice, the paper and we once. Noise is drawn per image.
 
 The frozen network runs once per image, before the first block and for all layers. Network and
 centroids are buffers of one module in the stem: a checkpoint has all that routes, and clusters
@@ -36,7 +35,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..models.compat import Network, StateDict, misfit, part_of
@@ -52,14 +50,14 @@ from ..moe.losses import token_mean
 from ..moe.methods import Method
 from ..moe.raw_patches import NETWORK, READER, Host, ImageReader, RawPatches, image_reader
 from ..moe.routing import Router, Routing, expert_load, full_precision
+from .features import frozen, giving_features, resized
 
 __all__ = ['fit_reader', 'load_features']
 
 _UNFITTED = (
     'training a model that reads images by a frozen network, and was not fitted to the training '
-    'set: what it decides by is random; before the first step give the network its weights with '
-    'vqmoe_vision.contrib.mocle.load_features(model, ...), unless the model starts from a dense '
-    'one, and call vqmoe_vision.contrib.mocle.fit_reader(model, batches)'
+    'set: what it decides by is random; call load_features(model, ...), unless the model starts '
+    'from a dense one, and then fit_reader(model, batches) of vqmoe_vision.contrib.mocle'
 )
 # Images that clusters are fitted to, drawn from the training set with a fixed seed.
 _MOST_IMAGES, _BATCH_SIZE = 16384, 64
@@ -91,37 +89,6 @@ class MoCLEConfig(MoeConfig):
         self.require('num_experts', self.num_experts >= 2, allowed)
 
 
-class FeatureViT(VisionTransformer):
-    """timm's `VisionTransformer` without a head, whose answer is the average over the patches."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Features of images, (B, D)."""
-        tokens = self.forward_features(x, *args, **kwargs)
-        features: Tensor = self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
-        return features
-
-    def no_weight_decay(self) -> set[str]:
-        """Nothing: it has buffers alone."""
-        return set()
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Height and width of its images and of its patches, in pixels."""
-        stem: Any = self.patch_embed
-        return (*stem.img_size, *stem.patch_size)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in whole patches, as images of a model that pads them come."""
-        height, width, rows, columns = self.sizes
-        return -(-height // rows) * rows, -(-width // columns) * columns
-
-    def resize(self, sizes: tuple[int, ...]) -> None:
-        """Take images and patches of other sizes, with weights that fit them."""
-        height, width, rows, columns = sizes
-        self.set_input_size((height, width), (rows, columns))
-
-
 class Clusters(ImageReader):
     """Tells the cluster of an image: the nearest centroid of its features."""
 
@@ -133,7 +100,7 @@ class Clusters(ImageReader):
 
     def __init__(self, config: MoCLEConfig, network: nn.Module, **factory: Any) -> None:
         super().__init__()
-        self.network = _frozen(_giving_features(network))
+        self.network = frozen(giving_features(network))
         self.network.eval()
         device, own = factory.get('device'), self.network
         shape = (config.num_clusters, own.num_features)
@@ -201,16 +168,16 @@ class Clusters(ImageReader):
     def _network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
         sizes = self._sizes_in(state_dict.get('sizes'))
         same = sizes == self.network.sizes
-        return self.network if same else _resized(copy.deepcopy(self.network), sizes)
+        return self.network if same else resized(copy.deepcopy(self.network), sizes)
 
     def _sizes_in(self, given: Tensor | None) -> tuple[int, ...]:
         """Sizes of the network as a state dict says them, whose numbers may have been rounded."""
         own: tuple[int, ...] = self.network.sizes
         if given is None or given.is_meta:
             return own
-        if torch.equal(torch.tensor(own, device=given.device).to(given.dtype), given):
-            return own
         numbers = [float(number) for number in given.tolist()]
+        if numbers == torch.tensor(own).to(given.dtype).tolist():
+            return own
         exact = given.element_size() > 2 and all(map(float.is_integer, numbers))
         allowed = f'{own}, or other whole numbers of a type that has them exactly: {given.dtype}'
         check(exact, 'sizes', numbers, allowed)
@@ -220,7 +187,7 @@ class Clusters(ImageReader):
         given = state_dict.get(f'{prefix}sizes')
         if given is not None:
             sizes = self._sizes_in(given)
-            _resized(self.network, sizes)  # before its weights come
+            resized(self.network, sizes)  # before its weights come
             state_dict[f'{prefix}sizes'] = torch.tensor(sizes, device=given.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.fitted.is_meta:
@@ -293,47 +260,22 @@ class Clusters(ImageReader):
         )
 
 
-def _giving_features(network: Any) -> Any:
-    """A dense model of timm gives its features from now on; any other network is as it is."""
-    if isinstance(network, VisionTransformer):
-        network.__class__ = FeatureViT
-        network.reset_classifier(0)
-        network.set_grad_checkpointing(False)
-        network.attn_pool = None  # type: ignore[assignment]  # as timm where there is none
-    return network
-
-
-@torch.no_grad()
-def _resized(network: Any, sizes: tuple[int, ...]) -> Any:
-    if sizes != network.sizes:
-        network.resize(sizes)
-    return _frozen(network)
-
-
-def _frozen(network: Any) -> Any:
-    # a parameter that never gets a gradient is decayed, and data-parallel training waits for it
-    for module in network.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                del module._parameters[name]
-                module.register_buffer(name, parameter.detach())
-    return network
-
-
 def _unaugmented(config: Any) -> Any:
     """The training set, prepared as the images of validation or test."""
     dataset = config.train_dataloader.dataset
-    for name in ('val_dataloader', 'test_dataloader'):
-        held_out = (config.get(name) or {}).get('dataset') or {}
-        for field in _PREPARATIONS:
-            if field in held_out and field in dataset:
-                return type(dataset)({**dataset, field: held_out[field]})
+    held_out = [(config.get(f'{part}_dataloader') or {}).get('dataset') for part in ('val', 'test')]
+    found = [
+        {**dataset, field: other[field]}
+        for other in held_out
+        for field in _PREPARATIONS
+        if other and field in other and field in dataset
+    ]
     allowed = (
         f'one with a {" or ".join(_PREPARATIONS)}, as val_dataloader.dataset has: images are '
         'clustered before training without augmentation'
     )
-    check(False, 'train_dataloader.dataset', dict(dataset), allowed)
-    raise AssertionError
+    check(bool(found), 'train_dataloader.dataset', dict(dataset), allowed)
+    return type(dataset)(found[0])
 
 
 def _clusters_of(model: nn.Module) -> Clusters:

@@ -194,7 +194,10 @@ class AtomicCheckpointHook(CheckpointHook):
         self._signals.release()
         # whatever a checkpoint says, the one that the run went on from may be the last sound one
         self._outdated[:] = [name for name in self._outdated if name != self._resumed_from]
-        self._delete_outdated(Path(str(self.last_ckpt)).name)
+        last = Path(self.out_dir) / Path(str(self.last_ckpt)).name
+        if is_main_process() and last.is_file():  # a kill may have come before it was named
+            write_atomically(last.with_name(POINTER), last.name.encode())
+        self._delete_outdated(last.name)
         super().after_train(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

@@ -1,14 +1,17 @@
 """What `tools/upcycle.py` does: a dense ViT as timm's folder of a model with experts."""
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import method_of
+from vqmoe_vision.models.layers import moe_options
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.models.weights import find_source
@@ -51,7 +54,8 @@ def _upcycle(args: argparse.Namespace) -> None:
         'convert_to_moe, or in a config by model.moe.method'
     )
     check(own, 'model', args.model, allowed)
-    options = as_arguments(args.cfg_options) | {'upcycle': args.source}
+    options = _sizes(args.source, args.model) | as_arguments(args.cfg_options)
+    options['upcycle'] = args.source
     with written_whole(free_folder(args.out)) as folder:
         torch.manual_seed(args.seed)
         model: Any = create_model(args.model, **options)
@@ -60,6 +64,14 @@ def _upcycle(args: argparse.Namespace) -> None:
         each = '\n'.join(model.weights_report.listed())
         (folder / REPORT).write_text(f'{report}\n\n{each}\n')
     print(report, f'wrote {args.out}', sep='\n')
+
+
+def _sizes(source: str, name: str) -> dict[str, Any]:
+    """Arguments that a folder of timm names beside its weights, as far as the model has them."""
+    method = method_of(name)
+    assert method is not None
+    known = {*inspect.signature(VisionTransformer).parameters, *moe_options(method)}
+    return {k: v for k, v in find_source(source)[1].arguments.items() if k in known}
 
 
 def _kept(model: Any, source: str) -> tuple[list[str], str | None]:

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe import moe_layers
@@ -72,12 +74,13 @@ class Network:
 def state_network(model: Any) -> dict[str, Any]:
     """What `network_of_run` reads again, in plain values."""
     own = Network.of(model)
-    stated: dict[str, Any] = {'method': getattr(model, 'method', None), 'options': None}
-    if own.options is not None:
-        unused = own.options.unused()
-        options = {k: v for k, v in asdict(own.options).items() if k not in unused}
-        stated = {'method': model.method, 'options': options}
-    return {**stated, 'network': dict(own.facts), 'img_size': list(own.img_size) or None}
+    size = list(own.img_size) or None
+    stated = {'network': dict(own.facts), 'pooling': dict(own.pooling), 'img_size': size}
+    if own.options is None:
+        return {'method': None, 'options': None, **stated}
+    unused = own.options.unused()
+    options = {k: v for k, v in asdict(own.options).items() if k not in unused}
+    return {'method': model.method, 'options': options, **stated}
 
 
 def stated_in(content: Any) -> dict[str, Any]:
@@ -99,17 +102,17 @@ def network_of_run(content: Any) -> Network | None:
         if method is None and isinstance(options, dict):
             method = options.get('method')
         stated = {'method': method, 'options': options}
-    method, found = stated.get('method'), stated.get('network')
-    facts = {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-    match stated.get('img_size'):
-        case [int(height), int(width)]:
-            size: tuple[int, ...] = (height, width)
-        case _:
-            size = ()
-    if not isinstance(method, str) or method not in METHODS:
-        return Network('', facts, {}, None, size) if facts or size else None
-    facts['method'] = repr(method)
-    return Network('', facts, {}, _options(method, stated.get('options')), size)
+    method, size = stated.get('method'), stated.get('img_size')
+    facts, pooling = (
+        {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+        for found in (stated.get('network'), stated.get('pooling'))
+    )
+    size = tuple(map(int, size)) if isinstance(size, list) and len(size) == 2 else ()
+    options = None
+    if isinstance(method, str) and method in METHODS:
+        facts['method'] = repr(method)
+        options = _options(method, stated.get('options'))
+    return Network('', facts, pooling, options, size) if facts or size else None
 
 
 def _options(method: str, options: Any) -> MoeConfig | None:
@@ -122,12 +125,19 @@ def _options(method: str, options: Any) -> MoeConfig | None:
         return None
 
 
-def compare(model: nn.Module, theirs: Network | None, path: str) -> tuple[str, ...]:
-    """Refuse weights of another function, and say which options of experts were others."""
+def compare(
+    model: nn.Module, theirs: Network | None, path: str, whole: bool = True
+) -> tuple[str, ...]:
+    """Refuse weights of another function, and say which options of experts were others.
+
+    A head that is loaded with the rest (`whole`) has to be fed as it was.
+    """
     if theirs is None:
         return ()
-    ours = Network.of(model)
-    if told := _saved_with(theirs.facts, ours.facts):
+    ours, facts = Network.of(model), dict(theirs.facts)
+    if whole and getattr(model, 'num_classes', None):
+        facts |= theirs.pooling
+    if told := _saved_with(facts, {**ours.facts, **ours.pooling}):
         of = f' of {theirs.name}' if theirs.name else ''
         raise ValueError(f'checkpoint {path!r}{of} does not fit the model: {told}')
     if ours.options is None or theirs.options is None:
@@ -149,10 +159,9 @@ def options_aside(model: Any, theirs: Network | None) -> str:
     """Options that a source of the same method has otherwise, for the end of a refusal."""
     if not isinstance(model, SparseModel) or theirs is None or theirs.options is None:
         return ''
-    pairs = _differing(theirs.options, model.moe_config)
-    before = {name: repr(value) for name, value, _ in pairs}
-    told = _saved_with(before, {name: repr(value) for name, _, value in pairs})
-    return f'; {told}' if told else ''
+    pairs = {k: (repr(a), repr(b)) for k, a, b in _differing(theirs.options, model.moe_config)}
+    before, after = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
+    return f'; {_saved_with(before, after)}' if pairs else ''
 
 
 def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:
@@ -279,6 +288,27 @@ def refuse_misfits(
         raise ValueError(f'checkpoint {path!r} does not fit the model: {problem}{aside}')
 
 
+def refuse_arrays(model: nn.Module, path: str) -> None:
+    """Refuse a file of NumPy of another network: timm copies what it finds, and leaves the rest."""
+    if not isinstance(model, VisionTransformer):
+        return
+    arrays: Any = np.load(path)
+    attention: Any = model.blocks[0].attn
+    theirs = {'num_classes': 0} if model.num_classes else {}
+    for name in getattr(arrays, 'files', ()):
+        if 'query/kernel' in name:  # (width, heads, width of a head)
+            theirs['num_heads'] = arrays[name].shape[-2]
+        if match := re.search(r'encoderblock_(\d+)/', name):
+            theirs['depth'] = max(theirs.get('depth', 0), int(match[1]) + 1)
+        if model.num_classes and name.endswith('head/bias'):
+            theirs['num_classes'] = arrays[name].shape[-1]
+    before = {name: str(value) for name, value in theirs.items()}
+    heads, depth, classes = attention.num_heads, len(model.blocks), model.num_classes
+    ours = {'num_heads': str(heads), 'depth': str(depth), 'num_classes': str(classes)}
+    if told := _saved_with(before, ours):
+        raise ValueError(f'checkpoint {path!r} does not fit the model: {told}')
+
+
 def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
     """As `misfit`, of a model that is about to load a state dict."""
     state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
@@ -287,18 +317,16 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
         for name in layer.omitted(list(part_of(state, prefix))):
             del state[prefix + name]
     expected = model.state_dict()
-    for reader_name, reader in model.named_modules():
+    for name, reader in model.named_modules():
         if isinstance(reader, ImageReader):
-            prefix = f'{reader_name}.'
-            own = reader.expected(part_of(state, prefix))
-            expected = {k: v for k, v in expected.items() if not k.startswith(prefix)}
-            expected |= {prefix + name: value for name, value in own.items()}
+            own = reader.expected(part_of(state, f'{name}.'))
+            expected = {k: v for k, v in expected.items() if not k.startswith(f'{name}.')}
+            expected |= {f'{name}.{key}': value for key, value in own.items()}
     return misfit(expected, state)
 
 
-def misfit(expected: StateDict, state_dict: StateDict) -> str:
+def misfit(expected: StateDict, state: StateDict) -> str:
     """What keeps a state dict from being loaded, in words; empty if nothing does."""
-    state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     parts = {
         'missing keys': [name for name in expected if name not in state],
         'unexpected keys': [name for name in state if name not in expected],

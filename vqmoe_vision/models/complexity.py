@@ -49,18 +49,12 @@ def complexity(model: Transformer) -> Complexity:
         ValueError: If `model` is not a timm `VisionTransformer` or `Eva`, or has separate experts
             or quantized layers.
     """
-    if not isinstance(model, Transformer):
-        raise ValueError(
-            f'model={type(model).__name__} is not possible: a timm VisionTransformer or Eva'
-        )
+    kind = type(model).__name__
+    check(isinstance(model, Transformer), 'model', kind, 'a timm VisionTransformer or Eva')
     # kernels of both need numbers, which the meta device has not
     separate = any(isinstance(module, SeparateLinear) for module in model.modules())
-    for changed, kind, changed_by in (
-        (not has_plain_weights(model), 'with quantized layers', 'what quantizes it'),
-        (separate, 'of separate experts', 'experts_as_linear'),
-    ):
-        allowed = f'count the model before {changed_by} changes it'
-        check(not changed, 'model', f'{type(model).__name__} {kind}', allowed)
+    plain = has_plain_weights(model) and not separate
+    check(plain, 'model', kind, 'one of float32 and stacked experts: count it before it is changed')
     stem: Any = model.patch_embed
     height, width = stem.img_size
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype

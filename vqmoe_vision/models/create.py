@@ -1,43 +1,24 @@
-"""`timm.create_model` as entry points and tasks call it, and the options of a row.
-
-Keywords go to timm's builder, which raises what timm knows. Weights come afterwards, all that fit.
-"""
+"""`timm.create_model` as tasks call it, and the options of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from functools import partial
-from os import PathLike
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Mlp
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    get_arch_name,
-    get_pretrained_cfg,
-    model_entrypoint,
-    register_model,
-)
+from timm.models import get_arch_name
 from torch import nn
 
 from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
-from .convert import put_fresh_layers
+from .build import Source
 from .hosts import MODULES, MOE_HOST, Transformer, method_of
-from .moe_vit import (
-    MoeEva,
-    MoeVisionTransformer,
-    SparseModel,
-    check_method,
-    check_patches,
-    check_vit_arguments,
-    moe_options,
-)
-from .normalization import check_normalization, stated_normalization
+from .layers import check_method, moe_options
+from .moe_vit import SparseModel, check_patches, check_vit_arguments
+from .normalization import check_normalization
 from .saved import record_arguments
 from .upcycle import read_upcycling, refuse_unused
 from .weights import (
@@ -48,13 +29,9 @@ from .weights import (
     load_checkpoint,
     load_weights,
     overlay_for,
-    place_of,
     read_fitting,
-    source_of,
     weights_in,
 )
-
-__all__: list[str] = []  # register_model adds the entry point
 
 # Options with which timm changes weights that are whole, or takes a part of them.
 _ADAPTED = (
@@ -63,145 +40,6 @@ _ADAPTED = (
 )
 # Fields of a model that give it weights to start from, of which experts may be made.
 STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
-
-
-def build(
-    name: str,
-    method: str,
-    size: dict[str, Any],
-    pretrained: bool,
-    upcycle: str | PathLike[str] | None = None,
-    **kwargs: Any,
-) -> MoeVisionTransformer:
-    """A model of this package as timm builds it."""
-    model: MoeVisionTransformer = build_sparse(
-        MoeVisionTransformer, name, name, method, pretrained, upcycle, **{**size, **kwargs}
-    )
-    return model
-
-
-@register_model
-def moe_host(
-    pretrained: bool = False, host: str | None = None, method: str | None = None, **kwargs: Any
-) -> MoeVisionTransformer | MoeEva:
-    """A vision transformer of timm with MoE layers, as converted models and configs name it."""
-    known = isinstance(host, str) and timm.is_model(host) and get_arch_name(host) != MOE_HOST
-    check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
-    check_method(method)
-    assert host is not None and method is not None
-    allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'
-    check(kwargs.get('upcycle') is None, 'upcycle', kwargs.get('upcycle'), allowed)
-    make = partial(_fresh, host)
-    return build_sparse(make, MOE_HOST, host, method, pretrained, **kwargs)
-
-
-def _fresh(host: str, method: str, **kwargs: Any) -> Any:
-    names = moe_options(method) | {'upcycling'}
-    options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-    model = model_entrypoint(host)(pretrained=False, **kwargs)
-    put_fresh_layers(model, method, **options)
-    return model
-
-
-def build_sparse(
-    make: Callable[..., nn.Module],
-    name: str,
-    known_as: str,
-    method: str,
-    pretrained: bool,
-    upcycle: str | PathLike[str] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """A model with experts of any class, and its weights, which timm may know by another name."""
-    check(isinstance(pretrained, bool), 'pretrained', pretrained, 'True or False')
-    check(not (pretrained and upcycle), 'pretrained', True, f'False with upcycle={upcycle!r}')
-    saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
-    kwargs = _without_past(kwargs, saved, method)
-    starts = pretrained or upcycle is not None
-    if not starts and kwargs.get('upcycling') is not None:
-        ways = 'pretrained=True' if name == MOE_HOST else 'upcycle=SOURCE or pretrained=True'
-        refuse_unused(read_upcycling(kwargs['upcycling']), ways)
-    depth = kwargs.get('depth', 3)
-    # of `features_only`: the last three blocks, or all of a shallower model
-    out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
-    feature_cfg = {'out_indices': out_indices, 'feature_cls': 'getter'}
-    stated = kwargs.get('pretrained_cfg') or kwargs.get('pretrained_cfg_overlay')
-    if not (starts or stated or name == MOE_HOST):
-        return build_model_with_cfg(
-            make, name, False, feature_cfg=feature_cfg, method=method, **kwargs
-        )
-    source = _Source(known_as, kwargs, saved_as=name if saved else '')
-    overlay = source.overlay
-    if starts:
-        overlay, described = source.found(upcycle, kwargs.get('cache_dir'))
-    config = kwargs.pop('pretrained_cfg', None)
-    kwargs.pop('pretrained_cfg_overlay', None)
-    if name == MOE_HOST and source.name:
-        exists = not pretrained or bool(source_of({**source.config, **overlay}))
-        check(exists, 'pretrained', True, f'False, timm has no weights of {known_as}')
-        config = replace(source.known(), architecture=MOE_HOST, custom_load=False)
-    model: Any = build_model_with_cfg(
-        make,
-        name,
-        False,
-        pretrained_cfg=config,
-        pretrained_cfg_overlay=overlay,
-        feature_cfg=feature_cfg,
-        method=method,
-        **kwargs,
-    )
-    if starts:
-        whole = model.model if kwargs.get('features_only') else model
-        load_weights(whole, described, kwargs.get('cache_dir'), source.follow)
-        model.pretrained_cfg.update({k: whole.pretrained_cfg[k] for k in ('mean', 'std')})
-    return model
-
-
-class _Source:
-    """What a call states of weights, and what timm knows by the name of a model."""
-
-    def __init__(self, name: str, kwargs: dict[str, Any], saved_as: str = '') -> None:
-        stated = kwargs.get('pretrained_cfg')
-        stated = stated.to_dict() if isinstance(stated, PretrainedCfg) else stated or ''
-        check(isinstance(stated, str | dict), 'pretrained_cfg', stated, 'a dictionary, or a tag')
-        overlay = kwargs.get('pretrained_cfg_overlay') or {}
-        check(isinstance(overlay, dict), 'pretrained_cfg_overlay', overlay, 'a dictionary')
-        channels = kwargs.get('in_chans')
-        channels = channels if type(channels) is int and channels > 0 else 3  # the model says it
-        numbers = stated_normalization(overlay, 'pretrained_cfg_overlay.', channels=channels)
-        self.overlay = overlay if numbers is None else {**overlay, **vars(numbers)}
-        self.name, self.config = '', {} if isinstance(stated, str) else stated
-        if isinstance(stated, dict):
-            check_normalization(stated, 'pretrained_cfg.')
-        else:
-            self.name = f'{get_arch_name(name)}.{stated}' if stated else name
-            self.config = place_of(self.known().to_dict())
-        self.own = Described.of({}, self.name or saved_as, kwargs.get('pretrained_model_args'))
-        # numbers that the call states are before those of a run
-        self.follow = not {'mean', 'std'} & {*overlay, *self.config}
-
-    def known(self) -> PretrainedCfg:
-        """What timm has under the name."""
-        found = get_pretrained_cfg(self.name)
-        assert found is not None
-        return found
-
-    def found(self, upcycle: Any, cache_dir: Any) -> tuple[dict[str, Any], Described]:
-        """As `overlay_for`."""
-        return overlay_for(upcycle, self.config, self.overlay, self.own, cache_dir)
-
-
-def _without_past(kwargs: dict[str, Any], saved: dict[str, Any], method: str) -> dict[str, Any]:
-    """Arguments without those of saved weights that the others leave without effect."""
-    if not saved:
-        return kwargs
-    options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
-    without_effect = {'upcycling', *METHODS[method].config.of_preset(**options).unused()}
-    return {
-        name: value
-        for name, value in kwargs.items()
-        if name not in without_effect or name not in saved or saved[name] != value
-    }
 
 
 def create_model(
@@ -222,22 +60,21 @@ def create_model(
     check_one_source(kwargs)
     if isinstance(stated := kwargs.get('pretrained_cfg'), dict):
         check_normalization(stated, 'pretrained_cfg.')
-    for name, value in (moe or {}).items():
-        check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
     if path := kwargs.get('checkpoint_path'):
         kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
     method = method_of(model_name)
     dense = method is None
-    if moe is not None:
-        _check_options(moe, method)
+    given = {} if moe is None else _checked_options(moe, method)
+    for name, value in given.items():
+        check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'shipped')):
         check_vit_arguments(kwargs)
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
-        kwargs = {'host': model_name, **moe, **_from_pretrained(kwargs)}
+        kwargs = {'host': model_name, **given, **_from_pretrained(kwargs)}
         model = timm.create_model(MOE_HOST, **kwargs)
     else:
-        kwargs.update(moe or {})
+        kwargs |= given
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
         model = _create(model_name, kwargs)
@@ -246,16 +83,17 @@ def create_model(
     return model
 
 
-def _check_options(moe: dict[str, Any], method: str | None) -> None:
-    """Refuses options that experts do not have; a model of timm takes their method too."""
-    if method is None:
+def _checked_options(moe: dict[str, Any], method: str | None) -> dict[str, Any]:
+    """Options that experts have, for a model of timm with their method."""
+    if method is None or 'method' in moe:
         check_method(moe.get('method'), 'moe.method')
-        options = {'method', *moe_options(moe['method'])}
-    else:
-        options = moe_options(method)
+    same = method in (None, moe.get('method', method))
+    check(same, 'moe.method', moe.get('method'), f'{method}, which the name of the model says')
+    options = {'method', *moe_options(method or moe['method'])}
     for name, value in moe.items():
         allowed = f'the options are {", ".join(sorted(options))}{did_you_mean(name, options)}'
         check(name in options, f'moe.{name}', value, allowed)
+    return {name: value for name, value in moe.items() if method is None or name != 'method'}
 
 
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -263,7 +101,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
     if fitted and kwargs.get('pretrained') and not kwargs.get('features_only'):
         check(kwargs['pretrained'] is True, 'pretrained', kwargs['pretrained'], 'True or False')
-        source, cache_dir = _Source(model_name, kwargs), kwargs.get('cache_dir')
+        source, cache_dir = Source(model_name, kwargs), kwargs.get('cache_dir')
         overlay, described = source.found(None, cache_dir)
         given = {**kwargs, 'pretrained': False, 'pretrained_cfg_overlay': overlay}
         model = timm.create_model(model_name, **given)
@@ -280,9 +118,8 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of the host as weights that are fitted; timm would want it to have experts."""
     others = dict(kwargs)
     if path := others.pop('checkpoint_path', None):
-        given = kwargs.get('pretrained_cfg_overlay') or {}
-        others |= {'pretrained': True}
-        others['pretrained_cfg_overlay'] = {**given, 'file': path, 'state_dict': None}
+        overlay = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}
+        others |= {'pretrained': True, 'pretrained_cfg_overlay': overlay}
     return others
 
 

@@ -29,9 +29,6 @@ SUFFIXES = ('.onnx', '.pt2')
 OPSETS = (18, 23)
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 INPUT = 'images'
-# Weights beyond it go into a file beside the graph, which torch's exporter does by itself: a file
-# of ONNX ends at 2 GiB.
-_ONE_FILE_BYTES = 1536 * 2**20
 _NAMESPACES = ('aten', 'prims', 'export', 'higher_order')  # of torch's operators
 _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
 
@@ -137,9 +134,7 @@ def export_onnx(
     allowed = 'one in float, of which contrib.int8.export_int8 makes a file in int8'
     check(has_plain_weights(network), 'model', f'a quantized {type(network).__name__}', allowed)
     program = _onnx_program(exportable, batch, opset)
-    tensors = [*network.parameters(), *network.buffers()]
-    large = sum(t.numel() * t.element_size() for t in tensors) > _ONE_FILE_BYTES
-    write_whole(target, lambda file: program.save(file, external_data=large))
+    write_whole(target, program.save)  # large weights go into a file beside it
     return target
 
 

@@ -75,7 +75,7 @@ def transfer(
     expected = model.state_dict()
     on_meta = any(value.is_meta for value in expected.values())
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
-    others = compare(model, network, path)
+    others = compare(model, network, path, whole=False)
     state, outside = in_names_of_timm(state_dict, expected, path)
     state = as_tensors(state, expected, path)
     config = getattr(model, 'pretrained_cfg', None) or {}
@@ -87,12 +87,7 @@ def transfer(
         expected = {k: v for k, v in expected.items() if not k.startswith(READER)}
         state = {k: v for k, v in state.items() if not k.startswith(READER)}
     result, report = _fit(model, state, expected, path, sizes, upcycling, network, whole)
-    report = replace(
-        report,
-        outside=(*outside, *report.outside),
-        remarks=(*others, *report.remarks),
-        warnings=(*others, *report.warnings),
-    )
+    report = Report(outside=outside, remarks=others, warnings=others).joined(report)
     if reader is not None:
         read, more = reader.adapted(shown, state, path, sizes)
         result, report = result | read, report.joined(more)
@@ -116,7 +111,7 @@ def _fit(
     theirs = {_OTHER_TOKENS.get(name, name): value for name, value in state.items()}
     ours, theirs = ({k: x[k] for k in _TOKENS if k in x} for x in (expected, theirs))
     refuse_misfits(ours, theirs, path, whole=True)
-    doubts = rotary if network is None or not network.facts else ()
+    doubts = rotary if network is None or 'rotary positions' not in network.facts else ()
     pooling = other_pooling(model, network)
     if not pooling and _pooled_otherwise(expected, state):
         pooling = 'its features are pooled otherwise'

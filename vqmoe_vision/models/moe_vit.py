@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from timm.layers import Mlp, get_act_layer, register_notrace_module, to_2tuple
+from timm.layers import Mlp, to_2tuple
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..moe.config import MoeConfig, check, check_type, did_you_mean
 from ..moe.experts import Experts
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from ..moe.raw_patches import Host, RawPatchBlock, RawPatches, hand_over, raw_patch_parts
+from ..moe.raw_patches import RawPatchBlock
 from .complexity import count_params, describe_params
+from .layers import MOE_LAYERS, check_method, draw_as, output_scale, put_layers
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 
 if TYPE_CHECKING:
     from .report import Report
 
-# Which blocks hold an MoE layer unless a model is told otherwise.
-MOE_LAYERS = 'every2'
 _TYPES = get_type_hints(VisionTransformer.__init__)
 
 
@@ -100,7 +98,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
     Args:
         method: Key of `METHODS`.
         moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
-        fix_init: Rescale output layers by depth after they are initialised, as timm's option.
         upcycling: How experts are made of the MLPs of a dense model whose weights are loaded: an
             `Upcycling`, a dictionary of its options, or None for equal copies.
         **kwargs: Arguments of `VisionTransformer`, and options of the method.
@@ -115,65 +112,34 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         *,
         method: str,
         moe_layers: str | Sequence[int] = MOE_LAYERS,
-        fix_init: bool = False,
         upcycling: Upcycling | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         how = None if upcycling is None else read_upcycling(upcycling)
         check_method(method)
-        names = METHODS[method].config.option_names()
-        options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        known = [*inspect.signature(VisionTransformer).parameters, *names]
+        kind = METHODS[method].config
+        options = {name: kwargs.pop(name) for name in kind.option_names() & kwargs.keys()}
+        known = [*inspect.signature(VisionTransformer).parameters, *kind.option_names()]
         for name in kwargs.keys() - {*known}:
             hint = did_you_mean(name, known)
             raise TypeError(f'{name!r} is no option of {method} and no argument of timm{hint}')
-        check_vit_arguments({**kwargs, 'fix_init': fix_init})
+        check_vit_arguments(kwargs)
         for name, possible in (('scale_mlp_norm', (None, False)), ('mlp_layer', (None, Mlp))):
             allowed = f"one of {possible}, as in timm's Mlp, whose layout experts have"
             check(kwargs.get(name) in possible, name, kwargs.get(name), allowed)
-        entry, dense, raw_patches = METHODS[method], dict(kwargs), RawPatches()
-        if entry.read_patches is not None:
-            kwargs.update(raw_patch_parts(raw_patches, kwargs))
         super().__init__(**kwargs)
         check_patches(self, kwargs)
-        self.describe(method, entry.config.from_options(**options), how)
-        factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
-        whole = {k: v for k, v in dense.items() if k != 'final_norm'} | {'num_classes': 0}
-        raw_patches.read = entry.reader(
-            self.moe_config, lambda: VisionTransformer(**whole), **factory
-        )
-        if raw_patches.read is not None:
-            hand_over(self.patch_embed, raw_patches)
-        for i in resolve_moe_layers(moe_layers, len(self.blocks)):
-            self._replace_mlp(self.blocks[i], raw_patches, kwargs)
-        self.fix_init = fix_init
-        if fix_init:
-            self.fix_init_weight()
-
-    def _replace_mlp(self, block: Any, raw_patches: RawPatches, kwargs: dict[str, Any]) -> None:
-        """Put a MoE layer in the place of a block's MLP, built by the arguments that made that."""
-        block_fn = kwargs.get('block_fn')
-        check(hasattr(block, 'mlp'), 'block_fn', block_fn, 'a block with an `mlp` to replace')
-        block.mlp = build_layer(
-            self.method,
-            self.moe_config,
-            host_of(self, raw_patches),
-            self.embed_dim,
-            kwargs.get('mlp_ratio', 4.0),
-            act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
-            bias=kwargs.get('proj_bias', True),
-            drop=kwargs.get('proj_drop_rate', 0.0),
-            weight_init=self.weight_init_mode,
-            patch_drop_rate=kwargs.get('patch_drop_rate', 0.0),
-            device=kwargs.get('device'),
-            dtype=kwargs.get('dtype'),
-        )
+        self.describe(method, kind.from_options(**options), how)
+        # of what reads images
+        plain = {k: v for k, v in kwargs.items() if k not in ('final_norm', 'fix_init')}
+        dense = partial(VisionTransformer, **{**plain, 'num_classes': 0})
+        put_layers(self, method, self.moe_config, moe_layers, dense)
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         """As timm's; experts as the MLPs in their place. Without a mode, as the model was built."""
         for module in self.modules():
             if isinstance(module, Experts):
-                _set_draw(module, mode or self.weight_init_mode)
+                draw_as(module, mode or self.weight_init_mode)
         super().init_weights(mode, needs_reset)
 
     @torch.no_grad()
@@ -182,7 +148,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
             for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
-                layer.weight.div_(_output_scale(i))
+                layer.weight.div_(output_scale(i))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
@@ -196,98 +162,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
 
 class MoeEva(SparseModel, Eva):
     """timm's `Eva`, of which DINOv3's models are, with MoE layers; `convert_to_moe` makes it."""
-
-
-def build_layer(
-    method: str,
-    config: MoeConfig,
-    host: Host,
-    width: int,
-    mlp_ratio: float,
-    act_layer: Callable[[], nn.Module] = nn.GELU,
-    bias: bool = True,
-    drop: float = 0.0,
-    weight_init: str = '',
-    *,
-    patch_drop_rate: float,
-    **factory: Any,
-) -> MoeLayer:
-    """MoE layer of a method with experts that are like the MLPs of its model."""
-    ratio = config.expert_mlp_ratio or mlp_ratio
-    hidden = int(width * ratio)
-    check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
-    experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
-    if weight_init:
-        _set_draw(experts, weight_init)
-        for linear in (experts.fc1, experts.fc2):
-            linear.init_weights()
-    layer = METHODS[method].build(width, config, experts, host, **factory)
-    anywhere = layer.permutation_equivariant
-    allowed = f'0, as {method} needs all patches of an image in their places'
-    check(anywhere or patch_drop_rate == 0, 'patch_drop_rate', patch_drop_rate, allowed)
-    # torch.fx, which timm's feature extraction uses, takes it as one operation
-    register_notrace_module(type(layer))
-    return layer
-
-
-def host_of(model: Any, raw_patches: RawPatches) -> Host:
-    """What a layer may know of the model that it is built for."""
-    stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
-    num_tokens = stem.num_patches + prefix_tokens
-    return Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
-
-
-@torch.no_grad()
-def scale_fresh_experts(model: nn.Module) -> None:
-    """Scale the output layers of experts that were just drawn, if timm does so with MLPs."""
-    if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
-        return
-    blocks: Any = model.blocks
-    for i, block in enumerate(blocks):
-        if isinstance(block.mlp, MoeLayer):
-            block.mlp.experts.fc2.weight.div_(_output_scale(i))
-
-
-def _output_scale(block: int) -> float:
-    """What timm divides the output layers of a block by when it scales them by depth."""
-    return float((2.0 * (block + 1)) ** 0.5)
-
-
-def _set_draw(experts: Experts, weight_init: str) -> None:
-    """Lets experts be drawn as timm draws MLPs."""
-    # of which timm asks whether it is of an MLP
-    draw = partial(get_init_weights_vit(weight_init), name='mlp') if weight_init else None
-    experts.fc1.draw = experts.fc2.draw = draw
-
-
-def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of the blocks that hold an MoE layer."""
-    allowed = f"'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
-    chosen: Sequence[int] = ()
-    if isinstance(moe_layers, str):
-        match = re.fullmatch(r'(every|last)([1-9]\d*)', moe_layers)
-        every_second = range(depth)[1::2]
-        if match and match[1] == 'every':
-            chosen = range(depth)[int(match[2]) - 1 :: int(match[2])]
-        elif match and int(match[2]) <= len(every_second):
-            chosen = every_second[-int(match[2]) :]
-    elif isinstance(moe_layers, Sequence) and all(type(i) is int for i in moe_layers):
-        chosen = sorted({*moe_layers})
-    possible = len(chosen) > 0 and all(0 <= i < depth for i in chosen)
-    check(possible, 'moe_layers', moe_layers, allowed)
-    return tuple(chosen)
-
-
-def check_method(method: Any, field: str = 'method') -> None:
-    """Refuse a method that there is not."""
-    hint = did_you_mean(method, METHODS) if isinstance(method, str) else ''
-    allowed = f'one of {", ".join(METHODS)}{hint}'
-    check(isinstance(method, str) and method in METHODS, field, method, allowed)
-
-
-def moe_options(method: str) -> set[str]:
-    """Names of the arguments that a model of a method has beyond timm's."""
-    return {'moe_layers', *METHODS[method].config.option_names()}
 
 
 def check_vit_arguments(kwargs: dict[str, Any]) -> None:

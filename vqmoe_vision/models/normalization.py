@@ -73,13 +73,12 @@ class Normalization:
         """
         channels = images.shape[1]
         check(len(self.mean) == channels, 'mean', self.mean, f'a number per channel, {channels}')
-        check(len(self.std) == channels, 'std', self.std, f'a number per channel, {channels}')
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = self.values()[..., None, None]
         return (images.detach().float().cpu() * std + mean).clamp(0, 1)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Images as the model is given them, of pixels (B, C, H, W) in [0, 1]."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = self.values()[..., None, None]
         return (pixels - mean) / std
 
 

@@ -44,12 +44,9 @@ class Report:
 
     def joined(self, other: Report) -> Report:
         """Both reports as one, of two parts of a model."""
-        parts: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            more = vars(other)[name]
-            if isinstance(value, dict | tuple):
-                parts[name] = value | more if isinstance(value, dict) else (*value, *more)
-        return Report(**parts)
+        pairs = ((name, value, vars(other)[name]) for name, value in vars(self).items())
+        tensors = ((name, a, b) for name, a, b in pairs if name != 'normalization')
+        return Report(**{k: a | b if isinstance(a, dict) else a + b for k, a, b in tensors})
 
     def lines(self) -> list[str]:
         """For a log; a head that starts anew has its line among the remarks."""

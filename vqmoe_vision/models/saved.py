@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 from timm.models.eva import Eva
-from torch import Tensor, nn
+from torch import nn
 
 from ..moe import moe_layers
 from ..moe.config import check
@@ -112,21 +112,17 @@ def save(
 @torch.no_grad()
 def _read_back(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
     """Compares tensors and answers, to the bit."""
+    state = model.state_dict()
     try:
         again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        problem = _difference(model, again, torch.rand(2, *input_size))
+        found, images = again.state_dict(), torch.rand(2, *input_size)
+        problem = misfit(state, found)
+        if not problem and (k := [k for k in state if not torch.equal(state[k], found[k])]):
+            problem = f'other values of {", ".join(k)}'
+        if not problem and not torch.equal(model.eval()(images), again(images)):
+            problem = 'its answers differ'
     except Exception as error:  # a model that differs can fail in any way
         problem = str(error)
     if problem:
         short = shorten(problem, 200, placeholder=' ...')  # torch lists every key
         raise ValueError(f'timm does not build the model again from its arguments: {short}')
-
-
-def _difference(model: nn.Module, again: nn.Module, images: Tensor) -> str:
-    state, found = model.state_dict(), again.state_dict()
-    if problem := misfit(state, found):
-        return problem
-    other = [name for name, value in state.items() if not torch.equal(value, found[name])]
-    if other:
-        return f'other values of {", ".join(other)}'
-    return '' if torch.equal(model.eval()(images), again(images)) else 'its answers differ'

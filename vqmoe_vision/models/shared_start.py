@@ -12,10 +12,10 @@ import timm
 import torch
 from torch import nn
 
-from ..moe.experts import StackedLinear
 from . import shipped
 from .hosts import method_of
-from .moe_vit import SparseModel, moe_options, scale_fresh_experts
+from .layers import moe_options, scale_fresh_experts
+from .moe_vit import SparseModel
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
@@ -40,17 +40,11 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
 
 
 def _draw_experts(model: Any, seed: int) -> None:
-    blocks = model.blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        seeds = iter(torch.randint(2**62, (len(blocks), 2)).flatten().tolist())
-        for block in blocks:
-            first, second = next(seeds), next(seeds)
+        seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
+        for block, pair in zip(model.blocks, seeds, strict=True):
             if hasattr(block.mlp, 'experts'):
-                _draw(block.mlp.experts.fc1, first)
-                _draw(block.mlp.experts.fc2, second)
-
-
-def _draw(linear: StackedLinear, seed: int) -> None:
-    torch.manual_seed(seed)
-    linear.init_weights()
+                for part, own in zip(('fc1', 'fc2'), pair, strict=True):
+                    torch.manual_seed(own)
+                    block.mlp.experts.get_submodule(part).init_weights()

@@ -11,7 +11,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from .create import build
+from .build import build
 from .moe_vit import MoeVisionTransformer
 
 __all__: list[str] = []  # register_model adds each entry point
@@ -65,10 +65,10 @@ default_cfgs = generate_default_cfgs({f'{name}.cifar10': _cfg(name) for name in 
 
 
 @register_model
-def test_vit_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+def test_vit_vqmoe(pretrained: bool = False, **kwargs: Any) -> Any:
     """A small VQMoE for tests: four experts in blocks 2 and 4."""
-    sparse = {'num_experts': 4, 'moe_layers': (2, 4)}
-    return build('test_vit_vqmoe', 'vqmoe', {**_SIZE, **sparse}, pretrained, **kwargs)
+    given = {**_SIZE, 'num_experts': 4, 'moe_layers': (2, 4), **kwargs}
+    return build(MoeVisionTransformer, 'test_vit_vqmoe', 'vqmoe', pretrained, **given)
 
 
 @register_model

@@ -56,9 +56,6 @@ def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
         return value
     allowed = 'a dictionary of options, or None'
     check(value is None or isinstance(value, dict), 'upcycling', value, allowed)
-    names = [field.name for field in fields(Upcycling)]
-    for name, option in (value or {}).items():
-        check(name in names, f'upcycling.{name}', option, f'the options are {", ".join(names)}')
     return Upcycling(**(value or {}))
 
 
@@ -123,15 +120,12 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
     hidden = experts.fc1.out_features
     shapes = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
     for part, value in mlp.items():
-        if part not in shapes and value.numel() != 1:
+        # what an activation learns is one number, and all experts have it
+        fits = tuple(value.shape) == shapes[part] if part in shapes else value.numel() == 1
+        if not fits:
             raise ValueError(
-                f'{name} cannot become experts: its {part} is {tuple(value.shape)}, and what their '
-                'activation learns is one number'
-            )
-        if part in shapes and tuple(value.shape) != shapes[part]:
-            raise ValueError(
-                f'{name} is no MLP: its {part} is {tuple(value.shape)}, beside fc1.weight of '
-                f'{tuple(weight.shape)}'
+                f'{name} is no MLP that experts can be made of: its {part} is '
+                f'{tuple(value.shape)}, beside fc1.weight of {tuple(weight.shape)}'
             )
     if width != experts.fc1.in_features:
         raise ValueError(f'{name} is {width} wide, the model {experts.fc1.in_features}')

@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
 from ..moe.methods import METHODS
-from .create import build
+from .build import build
 from .moe_vit import MoeVisionTransformer
 from .weights import HUB_NAME
 
@@ -67,197 +67,18 @@ def _all_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
 default_cfgs = generate_default_cfgs(_all_cfgs())
 
 
-def _create(size: str, method: str, pretrained: bool, **kwargs: Any) -> MoeVisionTransformer:
-    return build(f'vit_{size}_{method}', method, SIZES[size], pretrained, **kwargs)
+def _entry_point(size: str, method: str) -> None:
+    """Registers a function with timm, which knows them by their names."""
+    name = f'vit_{size}_{method}'
 
+    def create(pretrained: bool = False, **kwargs: Any) -> Any:
+        return build(MoeVisionTransformer, name, method, pretrained, **{**SIZES[size], **kwargs})
 
-@register_model
-def vit_tiny_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with VQMoE layers."""
-    return _create('tiny', 'vqmoe', pretrained, **kwargs)
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f'ViT-{size.capitalize()}/16 with layers of {method}.'
+    globals()[name] = register_model(create)
 
 
-@register_model
-def vit_small_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with VQMoE layers."""
-    return _create('small', 'vqmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with VQMoE layers."""
-    return _create('base', 'vqmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with VQMoE layers."""
-    return _create('large', 'vqmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with SoftMoE layers."""
-    return _create('tiny', 'softmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with SoftMoE layers."""
-    return _create('small', 'softmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with SoftMoE layers."""
-    return _create('base', 'softmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with SoftMoE layers."""
-    return _create('large', 'softmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with SMoE layers."""
-    return _create('tiny', 'smoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with SMoE layers."""
-    return _create('small', 'smoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with SMoE layers."""
-    return _create('base', 'smoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with SMoE layers."""
-    return _create('large', 'smoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with StableMoE layers."""
-    return _create('tiny', 'stablemoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with StableMoE layers."""
-    return _create('small', 'stablemoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with StableMoE layers."""
-    return _create('base', 'stablemoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with StableMoE layers."""
-    return _create('large', 'stablemoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with XMoE layers."""
-    return _create('tiny', 'xmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with XMoE layers."""
-    return _create('small', 'xmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with XMoE layers."""
-    return _create('base', 'xmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with XMoE layers."""
-    return _create('large', 'xmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with expert choice layers."""
-    return _create('tiny', 'ecmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with expert choice layers."""
-    return _create('small', 'ecmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with expert choice layers."""
-    return _create('base', 'ecmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with expert choice layers."""
-    return _create('large', 'ecmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with hash layers."""
-    return _create('tiny', 'hashmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with hash layers."""
-    return _create('small', 'hashmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with hash layers."""
-    return _create('base', 'hashmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with hash layers."""
-    return _create('large', 'hashmoe', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-Ti/16 with MoCLE layers."""
-    return _create('tiny', 'mocle', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-S/16 with MoCLE layers."""
-    return _create('small', 'mocle', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-B/16 with MoCLE layers."""
-    return _create('base', 'mocle', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
-    """ViT-L/16 with MoCLE layers."""
-    return _create('large', 'mocle', pretrained, **kwargs)
+for _method in METHODS:
+    for _size in SIZES:
+        _entry_point(_size, _method)

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.models import get_pretrained_cfg, load_model_config_from_hf, load_pretrained
 from timm.models import load_checkpoint as load_numpy
+from timm.models import load_model_config_from_hf, load_pretrained
 from timm.models import load_state_dict as load_file
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 from torch import nn
@@ -40,6 +40,7 @@ from .compat import (
     is_out_of_memory,
     misfit_of,
     network_of_run,
+    refuse_arrays,
     refuse_values,
 )
 from .fitting import in_names_of_timm, transfer
@@ -70,8 +71,8 @@ _NOT_OF_WEIGHTS = (*_PLACES, 'architecture', 'tag', 'label_offset')
 # Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
 GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
 _ALLOWED = (
-    "a timm model name such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:NAME', "
-    f"'local-dir:FOLDER', or a file ({', '.join((*_OF_TORCH, '.safetensors'))})"
+    "a VisionTransformer of timm such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', "
+    f"'hf-hub:NAME', 'local-dir:FOLDER', or a file ({', '.join((*_OF_TORCH, '.safetensors'))})"
 )
 # What mmengine calls the class of its log.
 _LOG = 'mmengine.logging.history_buffer.HistoryBuffer'
@@ -115,7 +116,7 @@ _PASSED_OVER = beside_weights(_NoLog)
 def reading(source: str, verify: bool = True) -> Iterator[None]:
     """Lets torch read data alone, from a file of sound checksums; says in one line what fails."""
     # torch reads a file of any name
-    local = is_file_name(source) or Path(source).exists()
+    local = (is_file_name(source) and '://' not in source) or Path(source).exists()
     if local and verify:
         check_file(source)
     known = get_safe_globals()
@@ -244,21 +245,18 @@ class Described:
                 f'{source!r} is said to be of {self.name} with {self.arguments}, which timm does '
                 f'not build: {error}'
             ) from error
-        stated = () if 'img_size' in self.arguments else self.config.get('input_size', ())[1:]
-        size = tuple(stated) or network.img_size
-        return Network(network.name, network.facts, network.pooling, network.options, size)
+        size = () if 'img_size' in self.arguments else self.config.get('input_size', ())[1:]
+        return replace(network, img_size=tuple(size) or network.img_size)
 
 
 def describe(source: str) -> Described:
     """What timm's config.json says of a folder, or of a file in it; that of others nothing."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
-    of_folder = path.is_dir() or path.suffix == '.safetensors' or path.name in OF_TIMM
+    of_folder = (source and path.is_dir()) or path.suffix == '.safetensors' or path.name in OF_TIMM
     file = folder / CONFIG
-    if not source or not of_folder or not file.is_file():
-        return Described()
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text()) if of_folder and file.is_file() else None
     except (OSError, ValueError) as error:  # no text, or no JSON
         raise ValueError(f'{str(file)!r} cannot be read: {error}') from error
     if not isinstance(content, dict) or not isinstance(content.get('architecture'), str):
@@ -271,10 +269,9 @@ def describe(source: str) -> Described:
 def network_of(source: str) -> Network | None:
     """What a file, or a folder of timm, says of the network that its weights are of."""
     file = weights_in(source)
-    if (described := describe(source)).name or not Path(file).is_file():
+    described = describe(source)
+    if described.name or file.endswith('.safetensors') or not Path(file).is_file():
         return described.network(source)
-    if file.endswith('.safetensors'):
-        return None
     with reading(file, verify=False):
         return network_of_run(
             torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -288,6 +285,9 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
         first, second = names[:2]
         allowed = f'{GIVEN[first]} with {second}={arguments[second]!r}'
         check(False, first, arguments[first], allowed)
+    overlay, path = arguments.get('pretrained_cfg_overlay'), arguments.get('checkpoint_path')
+    place = source_of(overlay) if path and isinstance(overlay, dict) else ''
+    check(not place, 'pretrained_cfg_overlay', place, f'no place of weights, with {path!r}')
 
 
 def source_of(config: Mapping[str, Any]) -> str:
@@ -325,15 +325,12 @@ def find_source(
         file = os.path.expanduser(name)
         return place_of({'file': file}), describe(file)
     hint = did_you_mean(name, timm.list_models(module='vision_transformer'))
-    check(timm.is_model(name), field, name, _ALLOWED + hint)
-    fits = timm.models.is_model_in_modules(name, VIT_MODULES)
-    check(fits, field, name, "one of timm's VisionTransformers, whose blocks ours have")
-    config = get_pretrained_cfg(name)
-    found = place_of(config.to_dict()) if config is not None else {}
-    known = timm.list_models(f'{name.partition(".")[0]}.*', pretrained=True)
-    check(bool(source_of(found)), field, name, f'a name that has weights: {", ".join(known)}')
-    assert config is not None
-    return found, Described.of(config.to_dict(), name.partition('.')[0])
+    check(timm.models.is_model_in_modules(name, VIT_MODULES), field, name, _ALLOWED + hint)
+    config = (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).to_dict()
+    found = place_of(config)
+    known = ', '.join(timm.list_models(f'{name.partition(".")[0]}.*', pretrained=True))
+    check(bool(source_of(found)), field, name, f'a name that has weights: {known}')
+    return found, Described.of(config, name.partition('.')[0])
 
 
 def overlay_for(
@@ -351,7 +348,8 @@ def overlay_for(
     stated = overlay if upcycle else {**config, **overlay}
     offset = stated.get('label_offset')
     check(not offset, 'pretrained_cfg.label_offset', offset, '0, a head is that of its classes')
-    described = describe(source_of(stated))
+    source = source_of(overlay) or source_of(stated)
+    described = describe(source)
     place: dict[str, Any] = {}
     if upcycle is not None:
         place, named = find_source(upcycle, cache_dir)
@@ -360,7 +358,7 @@ def overlay_for(
         else:  # elsewhere, where the name says only what the place does not
             entries = {**named.config, **described.config}
             described = Described(entries, described.name, described.arguments)
-    elif not described.name and source_of(stated) == source_of(config):
+    elif not described.name and source == source_of(config):
         described = own
     if source_of(overlay):  # timm would look for those of the overlay as for those of the model
         place = place_of(overlay)
@@ -404,8 +402,7 @@ def load_weights(
     source = source_of(model.pretrained_cfg)
     state = read_weights(model, cache_dir)
     network = described.network(source)
-    if network is None and model.pretrained_cfg.get('file'):
-        network = network_of(source)
+    network = network or (network_of(source) if model.pretrained_cfg.get('file') else None)
     how = read_upcycling(model.upcycling) if isinstance(model, SparseModel) else None
     fitted, report = transfer(model, state, source, (), how, network)
     model.load_state_dict(fitted, strict=False)
@@ -424,6 +421,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     """What timm's `checkpoint_path` is: all of a model's weights, from a file that is compared."""
     if path.lower().endswith(_OF_NUMPY):
         check_file(path)
+        refuse_arrays(model, path)
         return load_numpy(model, path)
     model.load_state_dict(read_fitting(model, path))
 

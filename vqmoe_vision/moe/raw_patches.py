@@ -130,24 +130,11 @@ def hand_over(stem: nn.Module, raw_patches: RawPatches) -> None:
         stem.reader = raw_patches.read
 
 
-def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Stem and blocks of a vision transformer whose layers look at raw patches."""
-    for name in ('embed_layer', 'block_fn'):
-        allowed = 'not set, a method that looks at raw patches brings its own'
-        check(name not in kwargs, name, kwargs.get(name), allowed)
-    return {
-        'embed_layer': partial(RawPatchEmbed, raw_patches=raw_patches),
-        'block_fn': partial(RawPatchBlock, raw_patches=raw_patches),
-    }
-
-
 @register_notrace_module
 class RawPatchEmbed(PatchEmbed):
     """timm's `PatchEmbed` that also hands the raw patches to the layers."""
 
-    def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.raw_patches = raw_patches
+    raw_patches: RawPatches
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches; (B, channels, height, width) -> (B, L, D), or (B, rows, columns, D)."""
@@ -162,9 +149,7 @@ class RawPatchEmbed(PatchEmbed):
 class RawPatchBlock(Block):
     """timm's `Block` that checkpoints itself, and keeps the raw patches of its pass for that."""
 
-    def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.raw_patches = raw_patches
+    raw_patches: RawPatches
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -209,9 +194,8 @@ _backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 class RecomputationGuard:
     """Refuses a backward pass that repeats a layer and has a gradient of an outdated pass."""
 
-    def __init__(self) -> None:
-        self.state_changed()
-        self._repeated_in = self._outdated_in = -1
+    _state: object = None
+    _repeated_in = _outdated_in = -1
 
     def state_changed(self) -> None:
         """Know that the layer answers otherwise from now on."""

@@ -145,7 +145,7 @@ FAULTS = (
         'vqmoe_vision/models/fitting.py',
         'grid = (height // patch[0], width // patch[1])',
         'grid = (width // patch[1], height // patch[0])',
-        'models/test_positions.py models/test_transfer.py',
+        'models/test_transfer.py models/test_weight_files.py',
     ),
     Fault(
         'split-experts-answer-too-little',

@@ -109,13 +109,10 @@ def code_usage(
     counts = counts.index_add(0, indices, usable.float())
     sums = x.new_zeros(num_codes, x.shape[1]).index_add(0, indices, x)
     rows = joint_rows(x.shape[0], tokens_per_sample, x.device)
-    draws = _random_draws(rows, updates, pass_number).masked_fill(~usable, SPOILT)
+    # 31 random bits, new for each update and pass, before the row: no two draws are equal
+    draws = (random_integers(rows, updates, pass_number, 0) >> 1 << 31) + rows
+    draws = draws.masked_fill(~usable, SPOILT)
     return CodeUsage(counts, sums, *_smallest(draws, x), num_passes=int(x.shape[0] > 0))
-
-
-def _random_draws(rows: Tensor, updates: Tensor, pass_number: int) -> Tensor:
-    """31 random bits, new for each update and pass, before the row: no two draws are equal."""
-    return (random_integers(rows, updates, pass_number, 0) >> 1 << 31) + rows
 
 
 def _smallest(draws: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

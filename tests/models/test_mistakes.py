@@ -1,0 +1,227 @@
+"""What a user may get wrong: one line that names the field, and nothing has changed."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import nn
+
+from vqmoe_vision.contrib.int8 import experts_as_linear
+from vqmoe_vision.models import MoeVisionTransformer, complexity, convert_to_moe, to_discrete
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.export import (
+    Exportable,
+    export_onnx,
+    export_program,
+    load_exported,
+    save_program,
+)
+from vqmoe_vision.models.saved import arguments_of
+from vqmoe_vision.moe import METHODS
+
+from ..groups import alone
+from .conftest import DENSE, TINY, dense, make
+
+# Of models with VQMoE, one wrong value for each argument.
+WRONG: dict[str, Any] = dict(
+    num_experts=0, preset='nonsense', form='both', codebook='fsq', num_codes=12, code_share=1.5,
+    expert_input='x', expert_mlp_ratio=0, img_size=33, weight_init='skip',
+    patch_drop_rate=1.0, drop_path_rate=2, global_pool='mean', reg_tokens=-1, in_chans=0,
+    num_classes=2.5, qkv_bias='no', mlp_ratio=0.01, scale_mlp_norm=True, mlp_layer=SwiGLU,
+)  # fmt: skip
+SPARSE, RESNET = 'vit_tiny_smoe', 'resnet18'
+SMALL: dict[str, Any] = dict(TINY, depth=2)
+# Calls of `create_model`: name, options of the experts, arguments, and what is named.
+CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
+    (DENSE, {}, {}, r'moe\.method=None'),
+    (DENSE, {'method': 'vqmoo'}, {}, r"moe\.method='vqmoo' .* did you mean vqmoe"),
+    (DENSE, {'method': 'smoe', 'foo': 1}, {}, r'moe\.foo=1'),
+    (DENSE, {'method': 'smoe'}, {'extra_mlps': 1}, 'extra_mlps=1'),
+    (DENSE, None, {'extra_mlps': -1}, 'extra_mlps=-1'),
+    (DENSE, None, {'extra_mlps': 1.5}, r'extra_mlps=1\.5'),
+    (RESNET, None, {'extra_mlps': 2}, 'extra_mlps=2'),
+    (SPARSE, None, {'extra_mlps': 2}, 'extra_mlps=2'),
+    (SPARSE, 'None ', {}, "moe='None '"),
+    (SPARSE, {'method': 'vqmoe'}, {}, r"moe\.method='vqmoe'"),
+    (SPARSE, {'num_experts': 8}, {'num_experts': 2}, 'num_experts=2'),
+    ('vit_tiny_vqmoe', {'top_k': 2}, {}, r'moe\.top_k=2'),
+    ('vit_tiny_vqmo', None, {}, r'model_name=.* did you mean vit_tiny_vqmoe\?$'),
+    ('xyz', None, {}, r"model_name='xyz' .*timm\.list_models\(\)"),
+    ('moe_host', {'method': 'smoe'}, {}, "model_name='moe_host'"),
+    ('deit_tiny_patch16_224', None, {'img_size': 33}, 'img_size=33'),
+    (DENSE, None, {'mlp_ratio': 0.001}, r'mlp_ratio=0\.001'),
+    (DENSE, None, {'upcycle': 'a.pth'}, "'upcycle'"),
+    (SPARSE, None, {'num_expert': 4}, "'num_expert' .* num_experts"),
+    (SPARSE, None, {'upcycle': 'a', 'checkpoint_path': 'b'}, "upcycle='a' .* checkpoint_path='b'"),
+    (DENSE, {'method': 'smoe'}, dict(pretrained=True, checkpoint_path='b'), 'pretrained=True'),
+    (
+        DENSE,
+        {'method': 'smoe'},
+        dict(checkpoint_path='b', pretrained_cfg_overlay={'file': 'a'}),
+        "pretrained_cfg_overlay='a' .* 'b'",
+    ),
+    ('vit_small_patch16_18x2_224', None, {'pretrained': True}, 'pretrained=True .* no weights'),
+    ('vit_tiny_patch16_224', None, {'pretrained': 1}, 'pretrained=1'),
+]
+
+
+@pytest.mark.parametrize(('name', 'moe', 'given', 'named'), CALLS)
+def test_create_model(name: str, moe: Any, given: dict[str, Any], named: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=named) as caught:
+        create_model(name, moe, **({} if name == RESNET else TINY) | given)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_value_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f'^{name}=.* is not possible'):
+        make('vqmoe', **{name: WRONG[name]})
+
+
+@pytest.mark.parametrize(
+    'layers', ['every0', 'every5', 'last3', 'first2', [4], [-1], [], 1, [True]], ids=str
+)
+def test_blocks_that_are_not_there(layers: Any) -> None:
+    with pytest.raises(ValueError, match=r'^moe_layers=.* depth=4'):
+        make('vqmoe', moe_layers=layers)
+
+
+def test_an_option_of_another_method_is_a_type_error(method: str) -> None:
+    options = {name for other in METHODS.values() for name in other.config.option_names()}
+    for option in options - METHODS[method].config.option_names():
+        with pytest.raises(TypeError, match=f"'{option}'"):
+            make(method, device='meta', **{option: 1})
+
+
+class Doubled(nn.Linear):
+    """The tensors of a linear layer, and another answer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def changed(part: str, value: Any) -> Any:
+    """A dense model with another part in the MLP of block 1."""
+    model = dense()
+    setattr(model.blocks[1].mlp, part, value)
+    return model
+
+
+def hooked(register: str = 'register_forward_pre_hook') -> Any:
+    model = dense()
+    getattr(model.blocks[1].mlp.act, register)(lambda *args: None)
+    return model
+
+
+def undrawn(name: str) -> Any:
+    with torch.device('meta'):
+        return timm.create_model(name)
+
+
+CONVERTED: list[tuple[Any, dict[str, Any], str]] = [
+    (partial(dense, 'eva02_tiny_patch14_224'), {}, r"blocks\.1\.mlp='GluMlp' .* \(SwiGLU\)"),
+    (partial(undrawn, 'vitamin_small_224'), {}, r"patch_embed\.proj='Identity'"),
+    (partial(dense, block_fn=ParallelScalingBlock), {}, r'blocks\.1='),
+    (partial(dense, scale_mlp_norm=True), {}, r'blocks\.1\.mlp\.norm='),
+    (partial(changed, 'fc1', Doubled(32, 128)), {}, r"blocks\.1\.mlp\.fc1='Doubled'"),
+    (partial(changed, 'drop1', nn.Dropout(0.5)), {}, r'blocks\.1\.mlp drop='),
+    (partial(changed, 'drop2', nn.AlphaDropout(0.1)), {}, r'blocks\.1\.mlp\.drop2='),
+    (partial(changed, 'act', nn.PReLU(17)), {}, r'blocks\.1\.mlp .* its act\.weight'),
+    (hooked, {}, r'blocks\.1\.mlp hooks'),
+    (partial(hooked, 'register_full_backward_hook'), {}, r'blocks\.1\.mlp hooks'),
+    (partial(make, 'smoe'), {}, "model='MoeVisionTransformer'"),
+    (partial(nn.Linear, 2, 2), {}, "model='Linear'"),
+    (dense, dict(moe_layers=[7]), 'moe_layers='),
+    (dense, dict(top_k=9), 'top_k=9'),
+    (dense, dict(expert_mlp_ratio=2.0), r'upcycling\.split=True cuts it'),
+    (dense, dict(slots_per_expert=2), "'slots_per_expert' is no option of smoe"),
+    (dense, dict(upcycling={'noize': 1}), "'noize'"),
+    (dense, dict(upcycling={'drop': 2.0}), r'upcycling\.drop=2\.0'),
+    (dense, dict(upcycling={'split': True}), r'upcycling\.split=True'),
+]
+
+
+@pytest.mark.parametrize(('build', 'options', 'named'), CONVERTED)
+def test_what_cannot_be_converted_stays_as_it_is(build: Any, options: dict, named: str) -> None:
+    model = build()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises((TypeError, ValueError), match=named):
+        convert_to_moe(model, 'smoe', **options)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ('options', 'named'),
+    [
+        ({}, 'host=None'),
+        ({'host': 'moe_host'}, "host='moe_host'"),
+        ({'host': DENSE}, 'method=None'),
+        ({'host': DENSE, 'method': ['smoe']}, 'method='),
+        ({'host': SPARSE, 'method': 'smoe'}, "model='MoeVisionTransformer'"),
+        ({'host': RESNET, 'method': 'smoe'}, "model='ResNet'"),
+        ({'host': DENSE, 'method': 'smoe', 'pretrained': 1}, 'pretrained=1'),
+        ({'host': DENSE, 'method': 'smoe', 'upcycle': 'a.pth'}, "upcycle='a.pth'"),
+    ],
+)
+def test_hosts(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f'^{named}'):
+        timm.create_model('moe_host', **options)
+
+
+def test_a_model_that_has_no_discrete_form_stays_as_it_is() -> None:
+    full = make('vqmoe')
+    with alone():
+        wrapped = nn.parallel.DistributedDataParallel(full)
+    for model in (nn.ModuleList([full, make('smoe')]), wrapped, dense(), 'a.pth', make('softmoe')):
+        with pytest.raises(ValueError, match=r'model=|has no discrete branch'):
+            to_discrete(model)
+    assert full.moe_config.form == 'full' and 'blocks.1.mlp.gate.weight' in full.state_dict()
+
+
+def test_what_is_not_counted() -> None:
+    for model in (nn.Linear(2, 2), experts_as_linear(make('smoe').eval())):
+        with pytest.raises(ValueError, match=r'^model='):
+            complexity(model)
+
+
+def test_what_is_not_saved() -> None:
+    bare: Any = MoeVisionTransformer(method='smoe', **TINY)
+    built: Any = create_model(SPARSE, norm_layer=partial(nn.LayerNorm, eps=1e-5), **TINY)
+    short: Any = create_model(SPARSE, {'moe_layers': [3]}, **TINY)
+    short.prune_intermediate_layers([1])
+    for model, named in ((bare, 'model='), (built, 'norm_layer='), (short, r'out_indices=\[1\]')):
+        with pytest.raises(ValueError, match=f'^{named}'):
+            arguments_of(model)
+
+
+def plain(**options: Any) -> Any:
+    return export_onnx(Exportable(nn.Linear(2, 2), (1, 2, 2)), **{'path': 'a.onnx', **options})
+
+
+EXPORTED: dict[str, Any] = {
+    'batch=0': partial(plain, batch=0),
+    'opset=17': partial(plain, opset=17),
+    "path='model.pb'": partial(plain, path='model.pb'),
+    "'/proc/none/a.onnx' cannot be written": partial(plain, path='/proc/none/a.onnx'),
+    'dtype=torch.bfloat16': lambda: export_program(make('smoe', **SMALL).bfloat16()),
+    "device='meta'": lambda: export_program(make('smoe', **SMALL, device='meta')),
+    'features_only=True': lambda: save_program(
+        timm.create_model(SPARSE, features_only=True, **SMALL), 'a.pt2'
+    ),
+    "path='a.pt2'": partial(load_exported, 'a.pt2'),
+}
+
+
+@pytest.mark.parametrize('named', EXPORTED)
+def test_what_is_not_exported(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f'^{named}'):
+        EXPORTED[named]()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,219 @@
+"""MoE layers in the place of a model's MLPs, with experts like them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Mlp, PatchEmbed, register_notrace_module
+from timm.models.eva import Eva
+from timm.models.vision_transformer import Block, get_init_weights_vit
+from torch import nn
+
+from ..moe.config import MoeConfig, check, did_you_mean
+from ..moe.experts import Experts
+from ..moe.layer import MoeLayer
+from ..moe.methods import METHODS
+from ..moe.raw_patches import (
+    NETWORK,
+    READER,
+    Host,
+    ImageReader,
+    RawPatchBlock,
+    RawPatchEmbed,
+    RawPatches,
+    hand_over,
+)
+from .upcycle import Upcycling, units_left_out, upcycle
+
+# Which blocks hold an MoE layer unless a model is told otherwise.
+MOE_LAYERS = 'every2'
+# Parts of an MLP that experts have, and what each may be: a class of its own may compute otherwise.
+_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    'fc1': (nn.Linear,),
+    'fc2': (nn.Linear,),
+    'norm': (nn.Identity,),
+    'drop1': (nn.Dropout, nn.Identity),
+    'drop2': (nn.Dropout, nn.Identity),
+}
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def put_layers(
+    model: Any,
+    method: str,
+    config: MoeConfig,
+    moe_layers: str | Sequence[int],
+    dense: Callable[[], nn.Module],
+    how: Upcycling | None = None,
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Changes a model, or leaves it as it is; returns which tensors were made of which, and losses.
+
+    Experts are made of the MLPs by `how`, or drawn. `dense` makes what reads the model's images.
+    """
+    raw_patches = _read_patches(model, method, config, dense)
+    stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
+    num_tokens = stem.num_patches + prefix_tokens
+    host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    built: dict[int, MoeLayer] = {}
+    copied: dict[str, str] = {}
+    lost: dict[str, None] = {}
+    for i in resolve_moe_layers(moe_layers, len(model.blocks)):
+        name = f'blocks.{i}.mlp'
+        mlp = _plain_mlp(model.blocks[i], name)
+        built[i] = _layer_like(mlp, method, config, host, model)
+        if how is not None:
+            made = upcycle(mlp.state_dict(), built[i].experts, how, name)
+            built[i].experts.load_state_dict(made)
+            for key in made:
+                trains = mlp.get_parameter(key).requires_grad
+                built[i].experts.get_parameter(key).requires_grad_(trains)
+            lost |= dict.fromkeys(units_left_out(mlp.state_dict(), built[i].experts))
+            copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
+    # nothing is refused from here on
+    for i, layer in built.items():
+        model.blocks[i].mlp = layer
+    if raw_patches is not None:
+        _show_patches(model, raw_patches)
+        if isinstance(raw_patches.read, ImageReader):
+            copied |= {f'{READER}{NETWORK}{k}': k for k in raw_patches.read.network.state_dict()}
+    if how is None:
+        scale_fresh_experts(model)
+    return copied, tuple(lost)
+
+
+def _read_patches(model: Any, method: str, config: MoeConfig, dense: Any) -> Any:
+    """The raw patches of a model, if the method looks at them."""
+    proj = model.patch_embed.proj
+    allowed = 'a convolution; the stems of ViTamin and MobileCLIP end without one'
+    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, allowed)
+    if METHODS[method].read_patches is None:
+        return None
+    allowed = f'timm.layers.PatchEmbed, as {method} looks at raw patches'
+    stem = type(model.patch_embed)
+    check(stem is PatchEmbed, 'embed_layer', stem.__name__, allowed)
+    for block in model.blocks:
+        allowed = f'Block of a VisionTransformer, as {method} looks at raw patches'
+        check(type(block) is Block, 'block_fn', type(block).__name__, allowed)
+    factory = {'device': proj.weight.device, 'dtype': proj.weight.dtype}
+    return RawPatches(METHODS[method].reader(config, dense, **factory))
+
+
+def _show_patches(model: Any, raw_patches: RawPatches) -> None:
+    """Stem and blocks of the same weights that also hand over raw patches."""
+    model.patch_embed.__class__ = RawPatchEmbed
+    hand_over(model.patch_embed, raw_patches)
+    if isinstance(raw_patches.read, nn.Module):
+        raw_patches.read.train(model.training)
+    for block in model.blocks:
+        block.raw_patches = raw_patches
+        block.__class__ = RawPatchBlock
+        block.grad_checkpointing = model.grad_checkpointing
+    model.grad_checkpointing = False
+
+
+def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any) -> MoeLayer:
+    """MoE layer of a method with experts that are like an MLP of a model."""
+    width, hidden, weight = mlp.fc1.in_features, mlp.fc1.out_features, mlp.fc1.weight
+    if (ratio := config.expert_mlp_ratio) is not None:
+        hidden = int(width * ratio)
+        check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
+    factory = {'device': weight.device, 'dtype': weight.dtype}
+    act, bias, drop = partial(copy.deepcopy, mlp.act), mlp.fc1.bias is not None, _rate(mlp.drop1)
+    experts = Experts(config.num_experts, width, hidden, act, bias, drop, **factory)
+    if mode := getattr(model, 'weight_init_mode', ''):  # an Eva has no such option
+        draw_as(experts, mode)
+        for linear in (experts.fc1, experts.fc2):
+            linear.init_weights()
+    layer = METHODS[method].build(width, config, experts, host, **factory)
+    dropped = getattr(model.patch_drop, 'prob', 0.0)
+    allowed = f'0, as {method} needs all patches of an image in their places'
+    check(layer.permutation_equivariant or dropped == 0, 'patch_drop_rate', dropped, allowed)
+    # torch.fx, which timm's feature extraction uses, takes it as one operation
+    register_notrace_module(type(layer))
+    return layer.train(mlp.training)
+
+
+def _plain_mlp(block: nn.Module, name: str) -> Any:
+    """The MLP of a block, of which experts can be made; any other is refused."""
+    mlp: Any = getattr(block, 'mlp', None)
+    allowed = 'a block with one MLP apart from its attention, in whose place experts stand'
+    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, allowed)
+    kind = type(mlp).__name__
+    other = '; gated MLPs (SwiGLU) have another' if 'GLU' in kind.upper() else ''
+    check(type(mlp) is Mlp, name, kind, f"timm's Mlp, whose layout experts have{other}")
+    for part, kinds in _PARTS.items():
+        found = type(getattr(mlp, part))
+        allowed = f'{" or ".join(kind.__name__ for kind in kinds)} itself, as experts have'
+        check(found in kinds, f'{name}.{part}', found.__name__, allowed)
+    hooked = any(getattr(part, hooks) for part in mlp.modules() for hooks in _HOOKS)
+    check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
+    pairs = {
+        'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
+        'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
+    }
+    for what, (first, second) in pairs.items():
+        check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
+    return mlp
+
+
+def _rate(drop: nn.Module) -> float:
+    """Of a layer that drops, or of what stands in its place and drops nothing."""
+    return float(getattr(drop, 'p', 0.0))
+
+
+@torch.no_grad()
+def scale_fresh_experts(model: nn.Module) -> None:
+    """Scale the output layers of experts that were just drawn, if timm does so with MLPs."""
+    if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
+        return
+    blocks: Any = model.blocks
+    for i, block in enumerate(blocks):
+        if isinstance(block.mlp, MoeLayer):
+            block.mlp.experts.fc2.weight.div_(output_scale(i))
+
+
+def output_scale(block: int) -> float:
+    """What timm divides the output layers of a block by when it scales them by depth."""
+    return float((2.0 * (block + 1)) ** 0.5)
+
+
+def draw_as(experts: Experts, weight_init: str) -> None:
+    """Lets experts be drawn as timm draws MLPs."""
+    # of which timm asks whether it is of an MLP
+    draw = partial(get_init_weights_vit(weight_init), name='mlp') if weight_init else None
+    experts.fc1.draw = experts.fc2.draw = draw
+
+
+def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices of the blocks that hold an MoE layer."""
+    allowed = f"'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
+    chosen: Sequence[int] = ()
+    if isinstance(moe_layers, str):
+        match = re.fullmatch(r'(every|last)([1-9]\d*)', moe_layers)
+        every_second = range(depth)[1::2]
+        if match and match[1] == 'every':
+            chosen = range(depth)[int(match[2]) - 1 :: int(match[2])]
+        elif match and int(match[2]) <= len(every_second):
+            chosen = every_second[-int(match[2]) :]
+    elif isinstance(moe_layers, Sequence) and all(type(i) is int for i in moe_layers):
+        chosen = sorted({*moe_layers})
+    possible = len(chosen) > 0 and all(0 <= i < depth for i in chosen)
+    check(possible, 'moe_layers', moe_layers, allowed)
+    return tuple(chosen)
+
+
+def check_method(method: Any, field: str = 'method') -> None:
+    """Refuse a method that there is not."""
+    hint = did_you_mean(method, METHODS) if isinstance(method, str) else ''
+    allowed = f'one of {", ".join(METHODS)}{hint}'
+    check(isinstance(method, str) and method in METHODS, field, method, allowed)
+
+
+def moe_options(method: str) -> set[str]:
+    """Names of the arguments that a model of a method has beyond timm's."""
+    return {'moe_layers', *METHODS[method].config.option_names()}
