@@ -181,8 +181,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             targets: (B,) class indices; only mode 'loss' looks at them.
             mode: 'tensor' and 'predict' give logits (B, C), 'loss' a dictionary of losses.
         """
-        allowed = "'tensor', 'predict' or 'loss'"
-        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, allowed)
+        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, "'tensor', 'predict' or 'loss'")
         if mode == 'loss':
             assert targets is not None
             return self.loss(inputs, targets)

@@ -243,8 +243,7 @@ def stl10(
     def read(train: bool) -> Any:
         return datasets.STL10(data_root, 'train' if train else 'test')
 
-    folder = Path(data_root) / 'stl10_binary'
-    return _part(read, folder, split, transform, dev_size, imbalance)
+    return _part(read, Path(data_root) / 'stl10_binary', split, transform, dev_size, imbalance)
 
 
 @DATASETS.register_module(name='svhn')
@@ -292,8 +291,7 @@ def _part(
     (source, targets), counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
     if imbalance != 1:
-        training = targets if split != 'test' else read(True)[1]
-        counts = train_counts(training, dev_size, imbalance)
+        counts = train_counts(targets if split != 'test' else read(True)[1], dev_size, imbalance)
     if split != 'test':
         chosen = split_indices(targets, split, dev_size, imbalance)
         source, targets = Subset(source, chosen), targets[chosen]

@@ -39,8 +39,7 @@ class Accuracy(BaseMetric):
         """
         targets = data_batch[1].cpu()
         logits = torch.stack(list(data_samples))
-        best = min(max(self.topk), logits.shape[1])
-        ranked = logits.topk(best, dim=1).indices.cpu()
+        ranked = logits.topk(min(max(self.topk), logits.shape[1]), dim=1).indices.cpu()
         hits = ranked == targets[:, None]
         # one entry per image: mmengine cuts off those that pad the last batch of a rank
         self.results.extend(

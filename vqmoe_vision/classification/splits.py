@@ -54,8 +54,7 @@ def long_tail(targets: Targets, imbalance: float) -> np.ndarray:
     # the same images in every run, whatever its seed
     rng, kept = np.random.default_rng(0), []
     for label, size in enumerate(sizes):
-        share = (1 / imbalance) ** (label / max(len(sizes) - 1, 1))
-        count = int(sizes.max() * share)
+        count = int(sizes.max() * ((1 / imbalance) ** (label / max(len(sizes) - 1, 1))))
         allowed = f'class {label} would keep none of its {size} images'
         check(count > 0, 'imbalance', imbalance, allowed)
         kept.append(rng.permutation(np.flatnonzero(targets == label))[:count])

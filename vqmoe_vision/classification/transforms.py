@@ -118,8 +118,7 @@ class NormalizedTensor(transforms.Normalize):
 
     def forward(self, image: Image.Image) -> Tensor:
         """An RGB image of H x W pixels as a float32 tensor (3, H, W)."""
-        channels = np.asarray(image).transpose(2, 0, 1)
-        pairs = zip(self._table, channels, strict=True)
+        pairs = zip(self._table, np.asarray(image).transpose(2, 0, 1), strict=True)
         return torch.from_numpy(np.stack([table[channel] for table, channel in pairs]))
 
 

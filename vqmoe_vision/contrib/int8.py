@@ -86,9 +86,9 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     _separated(model)
     chosen = set(_layers(model))
     # processors without VNNI add products of int8 in 16 bits, which would overflow
-    reduce_range = any(should_reduce_range(layer.weight.device) for layer in found.values())
     config = Int8DynamicActivationInt8WeightConfig(
-        set_inductor_config=False, reduce_range=reduce_range
+        set_inductor_config=False,
+        reduce_range=any(should_reduce_range(layer.weight.device) for layer in found.values()),
     )
     quantize_(model, config, lambda module, name: name in chosen)
     return model

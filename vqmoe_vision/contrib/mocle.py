@@ -135,8 +135,7 @@ class Clusters(ImageReader):
         with full_precision(images):
             if images.shape[-2:] != size:
                 images = F.interpolate(images.float(), size, mode='bilinear', antialias=True)
-            weight = next(self.network.buffers(), images)
-            found: Tensor = self.network(images.to(weight.dtype))
+            found: Tensor = self.network(images.to(next(self.network.buffers(), images).dtype))
         return found.float()
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -383,14 +382,13 @@ class ClusterRouter(Router):
             expert = logits.argmax(dim=-1, keepdim=True)
             gate = probs.gather(1, expert)
         universal = torch.full_like(expert, config.num_experts - 1)
-        stats = {
-            'gate': token_mean(gate.detach().squeeze(1)),
-            'cluster_usage': expert_load(clusters, config.num_clusters),
-        }
         return Routing(
             torch.cat([expert, universal], dim=1).repeat_interleave(num_tokens, dim=0),
             torch.cat([gate, 1 - gate], dim=1).repeat_interleave(num_tokens, dim=0),
-            stats=stats,
+            stats={
+                'gate': token_mean(gate.detach().squeeze(1)),
+                'cluster_usage': expert_load(clusters, config.num_clusters),
+            },
         )
 
     def no_weight_decay(self) -> set[str]:

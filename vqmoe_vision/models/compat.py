@@ -67,8 +67,7 @@ class Network:
         sparse = isinstance(model, SparseModel)
         facts = _facts(model) | ({'method': repr(model.method)} if sparse else {})
         size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or ()
-        options = model.moe_config if sparse else None
-        return cls(name, facts, _pooling(model), options, tuple(size))
+        return cls(name, facts, _pooling(model), model.moe_config if sparse else None, tuple(size))
 
 
 def state_network(model: Any) -> dict[str, Any]:

@@ -117,8 +117,7 @@ def _put_layers(
         raise TypeError(f'{name!r} is no option of {method}: {", ".join(sorted(known))}')
     config = METHODS[method].config.from_options(**options)
     # what the model was becomes what reads its images
-    dense = partial(copy.deepcopy, model)
-    copied, lost = put_layers(model, method, config, moe_layers, dense, how)
+    copied, lost = put_layers(model, method, config, moe_layers, partial(copy.deepcopy, model), how)
     given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
     model.__class__ = _SPARSE[kind]
     assert isinstance(model, SparseModel)

@@ -69,8 +69,7 @@ class Exportable:
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
         """Images of noise, (batch, C, H, W)."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, *self.input_size, generator=generator)
+        return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def run(self, images: Tensor) -> list[Tensor]:
@@ -91,8 +90,7 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     valid = batch is None or (type(batch) is int and batch >= 1)
     check(valid, 'batch', batch, 'at least 1, or None for any number of images')
     exportable = Exportable.of(model)
-    tensors = [*exportable.network.parameters(), *exportable.network.buffers()]
-    for tensor in tensors:
+    for tensor in [*exportable.network.parameters(), *exportable.network.buffers()]:
         cpu, whole = tensor.device.type == 'cpu', not tensor.is_floating_point()
         check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
         allowed = 'float32: convert the model with model.float()'
@@ -101,8 +99,7 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
     with torch.no_grad(), quiet():
-        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
-        return _decomposed(program)
+        return _decomposed(torch.export.export(network, (images,), dynamic_shapes=dynamic))
 
 
 def _decomposed(program: Any) -> Any:

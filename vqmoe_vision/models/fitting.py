@@ -303,8 +303,7 @@ def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
         experts = {k: v for k, v in layer.state_dict().items() if k.startswith('experts.')}
         if all(k in part and part[k].shape == v.shape for k, v in experts.items()):
             fitted = {prefix + k: v for k, v in layer.fit_state(part).items()}
-            others = {k: v for k, v in state.items() if not k.startswith(prefix)}
-            state = others | fitted
+            state = {k: v for k, v in state.items() if not k.startswith(prefix)} | fitted
     return state
 
 

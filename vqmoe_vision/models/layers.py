@@ -57,8 +57,7 @@ def put_layers(
     """
     raw_patches = _read_patches(model, method, config, dense)
     stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
-    num_tokens = stem.num_patches + prefix_tokens
-    host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    host = Host(stem.num_patches + prefix_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     lost: dict[str, None] = {}
@@ -152,11 +151,10 @@ def _plain_mlp(block: nn.Module, name: str) -> Any:
         check(found in kinds, f'{name}.{part}', found.__name__, allowed)
     hooked = any(getattr(part, hooks) for part in mlp.modules() for hooks in _HOOKS)
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
-    pairs = {
+    for what, (first, second) in {
         'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
         'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
-    }
-    for what, (first, second) in pairs.items():
+    }.items():
         check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
     return mlp
 

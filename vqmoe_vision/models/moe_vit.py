@@ -76,8 +76,7 @@ class SparseModel:
         model: Any = self
         embed = model.patch_embed
         size, patch = img_size or embed.img_size, patch_size or embed.patch_size
-        padded = bool(embed.dynamic_img_pad and model.dynamic_img_size)
-        _check_whole_patches(size, patch, padded)
+        _check_whole_patches(size, patch, bool(embed.dynamic_img_pad and model.dynamic_img_size))
         timms.set_input_size(img_size, patch_size)
         num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         for module in model.modules():

@@ -39,8 +39,7 @@ class Report:
     ) -> Report:
         """That of a state dict which a model loads."""
         loaded = tuple(k for k in result if k not in resized and k not in copied)
-        initialised = tuple(k for k in expected if k not in result)
-        return cls(loaded, resized, copied, initialised, **others)
+        return cls(loaded, resized, copied, tuple(k for k in expected if k not in result), **others)
 
     def joined(self, other: Report) -> Report:
         """Both reports as one, of two parts of a model."""

@@ -35,14 +35,13 @@ def shard_model(
 ) -> nn.Module:
     """Spread parameters over all processes, in place; the loss of each is a mean over tokens."""
     processes = dist.get_world_size()
-    allowed = f'it must divide {processes}, the number of processes'
     check(
         isinstance(expert_processes, int)
         and expert_processes >= 1
         and processes % expert_processes == 0,
         'expert_processes',
         expert_processes,
-        allowed,
+        f'it must divide {processes}, the number of processes',
     )
     device = next(model.parameters()).device.type
     everyone = init_device_mesh(device, (processes,))

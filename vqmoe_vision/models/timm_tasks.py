@@ -35,8 +35,7 @@ class TrainsExperts:
         with collect_losses(self.trainable_module, update_state=False) as collected:
             result: dict[str, Any] = timms.forward(input, target)
             auxiliary = collected.total()
-        loss = result['loss'] + auxiliary
-        return {**result, 'loss': loss, 'auxiliary_loss': auxiliary.detach()}
+        return {**result, 'loss': result['loss'] + auxiliary, 'auxiliary_loss': auxiliary.detach()}
 
     def update_ema(self, step: int | None = None) -> None:
         """Move the state that learns without gradients, then timm's moving average."""
@@ -51,12 +50,11 @@ class MoeClassificationTask(TrainsExperts, ClassificationTask):
 
 def install() -> None:
     """Put tasks and optimizers that know experts in the place of timm's, for scripts."""
-    tasks = {
+    for name, task in {
         name: task
         for name, task in vars(timm.task).items()
         if isinstance(task, type) and issubclass(task, TrainingTask) and task is not TrainingTask
-    }
-    for name, task in tasks.items():
+    }.items():
         if _knows_steps(task) and not issubclass(task, TrainsExperts):
             setattr(timm.task, name, _training_experts(task))
     timm.optim.create_optimizer_v2 = _taught

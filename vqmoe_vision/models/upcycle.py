@@ -121,8 +121,7 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
     shapes = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
     for part, value in mlp.items():
         # what an activation learns is one number, and all experts have it
-        fits = tuple(value.shape) == shapes[part] if part in shapes else value.numel() == 1
-        if not fits:
+        if not (tuple(value.shape) == shapes[part] if part in shapes else value.numel() == 1):
             raise ValueError(
                 f'{name} is no MLP that experts can be made of: its {part} is '
                 f'{tuple(value.shape)}, beside fc1.weight of {tuple(weight.shape)}'
@@ -144,8 +143,7 @@ def _deal(number: int, hidden: int, dense: int) -> Tensor:
     """Hidden units of each expert, (E, H): all of them in order, or dealt from shuffled copies."""
     if hidden == dense:
         return torch.arange(dense).expand(number, -1)
-    copies = -(-number * hidden // dense)
-    shuffled = torch.cat([torch.randperm(dense) for _ in range(copies)])
+    shuffled = torch.cat([torch.randperm(dense) for _ in range(-(-number * hidden // dense))])
     return shuffled[: number * hidden].view(number, hidden)
 
 
@@ -157,8 +155,7 @@ def _redraw(expert: StateDict, share: float) -> None:
     for part in (expert['fc1.weight'], expert.get('fc1.bias'), expert['fc2.weight'].t()):
         if part is not None:
             old = part[chosen].float()
-            spread = old.std(correction=0)
-            part[chosen] = (old.mean() + spread * _normal(old)).to(part.dtype)
+            part[chosen] = (old.mean() + old.std(correction=0) * _normal(old)).to(part.dtype)
 
 
 def _normal(like: Tensor) -> Tensor:

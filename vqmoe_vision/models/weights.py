@@ -283,8 +283,7 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
     names = [name for name in GIVEN if arguments.get(name)]
     if len(names) > 1:
         first, second = names[:2]
-        allowed = f'{GIVEN[first]} with {second}={arguments[second]!r}'
-        check(False, first, arguments[first], allowed)
+        check(False, first, arguments[first], f'{GIVEN[first]} with {second}={arguments[second]!r}')
     overlay, path = arguments.get('pretrained_cfg_overlay'), arguments.get('checkpoint_path')
     place = source_of(overlay) if path and isinstance(overlay, dict) else ''
     check(not place, 'pretrained_cfg_overlay', place, f'no place of weights, with {path!r}')

@@ -242,8 +242,7 @@ class DigitScenes(SeededDataset):
     def __init__(
         self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
     ) -> None:
-        allowed = f'at least {_SIDES[1]}, the side of a large digit'
-        check(size >= _SIDES[1], 'size', size, allowed)
+        check(size >= _SIDES[1], 'size', size, f'at least {_SIDES[1]}, the side of a large digit')
         self._scans, self._digits = digit_scans(split)
         self._seeds = seed, ('train', 'test', 'dev').index(split)
         self.split, self.num_scenes, self.size = split, num_scenes, size
@@ -290,8 +289,7 @@ class DigitScenes(SeededDataset):
             if place is None:
                 continue
             taken[place] = True
-            size = side, side
-            scan = cv2.resize(self._scans[chosen], size, interpolation=cv2.INTER_CUBIC)
+            scan = cv2.resize(self._scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
             ink = scan.astype(np.float32)[..., None] / 255
             colour = rng.uniform(150, 255, 3).astype(np.float32)
             image[place] = image[place] * (1 - ink) + colour * ink

@@ -119,8 +119,7 @@ class Predictor:
         height, width = pixels.shape[:2]
         with named(f'{name}, of {width}x{height} pixels,'):
             data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
-        batch = {key: [value] for key, value in data.items()}
-        (sample,) = self.model.test_step(batch)
+        (sample,) = self.model.test_step({key: [value] for key, value in data.items()})
         labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()
         mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
