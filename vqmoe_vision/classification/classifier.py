@@ -27,7 +27,7 @@ from vqmoe_vision.moe.config import check, check_type
 from .datasets import ImageClassification
 from .source import source
 from .stream_loss import check_stream_loss, watch_stream
-from .transforms import preprocessing_of
+from .transforms import normalization_of, preprocessing_of
 
 
 @MODELS.register_module()
@@ -88,13 +88,11 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self.model = model
         if grad_checkpointing:
             model.set_grad_checkpointing()
-        self.stream_weight, self.stream_blocks = 0.0, list[int]()
+        self.stream_loss = stream_loss or {'weight': 0.0, 'blocks': []}
         if stream_loss is not None:
             allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
             check(not grad_checkpointing, 'model.stream_loss', stream_loss, allowed)
             check_stream_loss(self.model, stream_loss)
-            self.stream_weight = stream_loss['weight']
-            self.stream_blocks = stream_loss['blocks']
         self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, Transformer)
         allowed = f"None, {model_name} is not one of timm's VisionTransformers or Evas"
@@ -128,12 +126,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
                 print_log(f'{field}: its class normalises images as it likes', 'current')
             elif known is not None:
                 dataset.normalize_as(known, f'{field}.transform', owner)
-                fed = dataset.normalization
+                fed = normalization_of(dataset.transform)
                 if field.startswith('train') and fed is not None and fed.differing(known):
                     self.normalize_as(fed)  # what a training was fed with, its checkpoints say
                     owner = f'{field}.transform'
-            elif dataset.normalization is not None:
-                self.normalize_as(dataset.normalization)
+            elif (fed := normalization_of(dataset.transform)) is not None:
+                self.normalize_as(fed)
                 owner = f'{field}.transform'
 
     def check_batches(self, loader: DataLoader) -> None:
@@ -197,13 +195,13 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """
         if self.mixup is not None:
             inputs, targets = self.mixup(inputs, targets)
-        watched = watch_stream(self.model, self.stream_blocks)
+        watched = watch_stream(self.model, self.stream_loss['blocks'])
         with self.collect() as collected, watched as stream:
             logits = self.model(inputs)
             # which may be bfloat16: the loss is not
             losses = {'cross_entropy': self.criterion(logits.float(), targets)}
             if stream:
-                losses['stream'] = self.stream_weight * torch.stack(stream).sum()
+                losses['stream'] = self.stream_loss['weight'] * torch.stack(stream).sum()
             collected.add(losses, len(inputs))
             entries = loss_entries(collected)
         if self.mixup is None:  # a mixed image has no single right answer

@@ -68,6 +68,5 @@ class Accuracy(BaseMetric):
 def thirds(counts: Sequence[int]) -> dict[str, list[int]]:
     """Classes by how often training sees them: a third is the head, a third the tail."""
     order = sorted(range(len(counts)), key=lambda label: -counts[label])
-    third = round(len(counts) / 3)
-    middle = len(counts) - third
+    third, middle = round(len(counts) / 3), len(counts) - round(len(counts) / 3)
     return {'head': order[:third], 'medium': order[third:middle], 'tail': order[middle:]}

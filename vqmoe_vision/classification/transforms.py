@@ -139,12 +139,11 @@ def normalized_as(
     found = normalization_of(transform)
     if weights is None or found is None:
         return transform
-    numbers = vars(weights)
     follows = config.get('type') in _FOLLOW
-    stated = [name for name in numbers if not follows or config.get(name) is not None]
-    if not must_change(found, weights, stated, field, owner=owner):
-        return transform
-    return TRANSFORMS.build({**config, **{k: v for k, v in numbers.items() if k not in stated}})
+    free = {k: v for k, v in vars(weights).items() if follows and config.get(k) is None}
+    stated = [name for name in vars(weights) if name not in free]
+    changes = must_change(found, weights, stated, field, owner=owner)
+    return TRANSFORMS.build({**config, **free}) if changes else transform
 
 
 def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:

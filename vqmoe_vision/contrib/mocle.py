@@ -165,22 +165,17 @@ class Clusters(ImageReader):
         return self.state_dict() | {NETWORK + name: value for name, value in network.items()}
 
     def _network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
-        sizes = self._sizes_in(state_dict.get('sizes'))
-        same = sizes == self.network.sizes
-        return self.network if same else resized(copy.deepcopy(self.network), sizes)
+        sizes, own = self._sizes_in(state_dict.get('sizes')), self.network
+        return own if sizes == own.sizes else resized(copy.deepcopy(own), sizes)
 
     def _sizes_in(self, given: Tensor | None) -> tuple[int, ...]:
         """Sizes of the network as a state dict says them, whose numbers may have been rounded."""
         own: tuple[int, ...] = self.network.sizes
-        if given is None or given.is_meta:
+        if given is None or given.is_meta or given.equal(given.new_tensor(own)):
             return own
-        numbers = [float(number) for number in given.tolist()]
-        if numbers == torch.tensor(own).to(given.dtype).tolist():
-            return own
-        exact = given.element_size() > 2 and all(map(float.is_integer, numbers))
-        allowed = f'{own}, or other whole numbers of a type that has them exactly: {given.dtype}'
-        check(exact, 'sizes', numbers, allowed)
-        return tuple(map(int, numbers))
+        exact = not given.is_floating_point()
+        check(exact, 'sizes', given.tolist(), f'{own}, or others as whole numbers: {given.dtype}')
+        return tuple(given.tolist())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(f'{prefix}sizes')

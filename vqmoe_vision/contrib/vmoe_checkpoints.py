@@ -30,7 +30,6 @@ from torch import Tensor
 from ..models.compat import StateDict, misfit, refuse_values, shorten
 from ..models.create import create_model
 from ..models.fitting import replaced
-from ..models.moe_vit import MoeVisionTransformer
 from ..models.saved import preprocessing_of, save
 from ..models.vit_moe import SIZES
 from ..moe.config import check
@@ -73,7 +72,7 @@ _PARAMS = 'params/'  # of a whole state of a training; released files have the w
 Box = tuple[tuple[int, int], ...]
 
 
-def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTransformer:
+def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
     """A released V-MoE as a `vit_*_smoe`, in eval mode.
 
     Args:
@@ -92,7 +91,17 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
     for option in arguments.keys() & options.keys():
         allowed = f'{arguments[option]!r}, which checkpoint {checkpoint!r} has'
         check(options[option] == arguments[option], option, options[option], allowed)
-    overlay = _preprocessing(arguments)
+    channels, size = arguments['in_chans'], to_2tuple(arguments['img_size'])
+    # of their evaluation: before fine-tuning, which changes the size, and after it
+    middle = size == (224, 224)
+    overlay = {
+        'input_size': (channels, *size),
+        'mean': (0.5,) * channels,
+        'std': (0.5,) * channels,
+        'crop_pct': 0.875 if middle else 1.0,
+        'crop_mode': 'center' if middle else 'squash',
+        'interpolation': 'bilinear',
+    }
     arguments = {'top_k': _TOP_K, **options, **arguments}
     model: Any = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
     state, expected = in_our_names(tree), model.state_dict()
@@ -100,8 +109,7 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
         raise ValueError(f'checkpoint {checkpoint!r} does not fit with {options}: {problem}')
     refuse_values(expected, state, checkpoint)
     model.load_state_dict(state)
-    result: MoeVisionTransformer = model.eval()
-    return result
+    return model.eval()
 
 
 def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]:
@@ -167,20 +175,6 @@ def _moved(name: str, value: Tensor) -> Tensor:
     if name.endswith('/SelfAttention/out/kernel'):
         value = value.flatten(0, 1)  # (H, d, D)
     return value.transpose(-2, -1) if name.endswith('kernel') else value
-
-
-def _preprocessing(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of their evaluation: before fine-tuning, which changes the size, and after it."""
-    channels, size = arguments['in_chans'], to_2tuple(arguments['img_size'])
-    middle = size == (224, 224)
-    return {
-        'input_size': (channels, *size),
-        'mean': (0.5,) * channels,
-        'std': (0.5,) * channels,
-        'crop_pct': 0.875 if middle else 1.0,
-        'crop_mode': 'center' if middle else 'squash',
-        'interpolation': 'bilinear',
-    }
 
 
 @dataclass(frozen=True)
@@ -281,20 +275,16 @@ def _extension(code: int, data: bytes) -> Any:
     check(code in (_ARRAY, _SLICES, _LEAF), 'type of msgpack', code, 'one of weights')
     content = msgpack.unpackb(data, raw=True)
     if code == _SLICES:
-        bounds = [msgpack.unpackb(each)[:2] for each in content]
-        return tuple((start, stop) for start, stop in bounds)
+        return tuple(tuple(msgpack.unpackb(each)[:2]) for each in content)
     if code == _ARRAY:
         shape, dtype, values = content
         # torch wants bytes that may be written to
-        return torch.frombuffer(bytearray(values), dtype=_dtype(dtype)).reshape(shape)
+        return torch.frombuffer(bytearray(values), dtype=getattr(torch, dtype.decode())).reshape(
+            shape
+        )
     described, _, shards = content
     shape, dtype, *_ = msgpack.unpackb(described, raw=True)
-    return _Leaf(tuple(shape), _dtype(dtype), frozenset(shards))
-
-
-def _dtype(name: bytes) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name.decode())
-    return dtype
+    return _Leaf(tuple(shape), getattr(torch, dtype.decode()), frozenset(shards))
 
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:

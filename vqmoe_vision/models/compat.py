@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -110,18 +111,12 @@ def network_of_run(content: Any) -> Network | None:
     options = None
     if isinstance(method, str) and method in METHODS:
         facts['method'] = repr(method)
-        options = _options(method, stated.get('options'))
+        kind, given = METHODS[method].config, stated.get('options')
+        if isinstance(given, dict):
+            given = {k: v for k, v in given.items() if k in kind.option_names()}
+            with suppress(TypeError, ValueError):  # of another version of this package
+                options = kind.from_options(**given)
     return Network('', facts, pooling, options, size) if facts or size else None
-
-
-def _options(method: str, options: Any) -> MoeConfig | None:
-    kind = METHODS[method].config
-    if not isinstance(options, dict):
-        return None
-    try:
-        return kind.from_options(**{k: v for k, v in options.items() if k in kind.option_names()})
-    except (TypeError, ValueError):  # of another version of this package
-        return None
 
 
 def compare(
@@ -378,8 +373,7 @@ def layer_of(name: str) -> str:
 
 
 def _block_of(name: str) -> str:
-    match = re.match(r'blocks\.\d+\.', name)
-    return match[0] if match else ''
+    return ''.join(re.findall(r'^blocks\.\d+\.', name))
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:

@@ -89,7 +89,15 @@ def convert_to_moe(
     how = read_upcycling(upcycling)
     copied, lost = _put_layers(model, method, how, how, moe_layers, **options)
     assert isinstance(model, SparseModel)
-    model.weights_report = _report(model, copied, lost)
+    # what was there before is all but what the new layers and a reader of images have
+    new, names = (READER, *(f'{name}.' for name in layers_of(model))), list(model.state_dict())
+    model.weights_report = Report(
+        loaded=tuple(name for name in names if not name.startswith(new)),
+        copied=copied,
+        initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
+        remarks=lost,
+        warnings=lost,
+    )
     config = getattr(model, 'pretrained_cfg', None) or {}
     if config.get('architecture'):  # timm has built it by name, and builds it again
         sparse = {'method': method, 'moe_layers': moe_layers, **options}
@@ -126,23 +134,8 @@ def _put_layers(
     return copied, lost
 
 
-def _report(model: nn.Module, copied: dict[str, str], lost: tuple[str, ...]) -> Report:
-    """Of what was there before: all but what the new layers and a reader of images have."""
-    new = (READER, *(f'{name}.' for name in layers_of(model)))
-    names = list(model.state_dict())
-    return Report(
-        loaded=tuple(name for name in names if not name.startswith(new)),
-        copied=copied,
-        initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
-        remarks=lost,
-        warnings=lost,
-    )
-
-
 def changeable_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model whose parameters are about to change, or go."""
-    is_model = isinstance(model, nn.Module)
-    check(is_model, 'model', type(model).__name__, 'a model with MoE layers and its weights')
     layers = list(layers_of(model).values())
     check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
     for module in model.modules():

@@ -99,19 +99,16 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
     with torch.no_grad(), quiet():
-        return _decomposed(torch.export.export(network, (images,), dynamic_shapes=dynamic))
+        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
+        # operators of other packages are written in torch's: files load without them
+        called = {node.target for node in program.graph.nodes if node.op == 'call_function'}
+        foreign = {op for op in called if getattr(op, 'namespace', 'aten') not in _NAMESPACES}
+        if foreign:
+            # where packages put what their operators consist of
+            from torch._inductor.decomposition import decompositions
 
-
-def _decomposed(program: Any) -> Any:
-    """The program, with operators of other packages written in torch's: files load without them."""
-    found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
-    foreign = {op for op in found if getattr(op, 'namespace', 'aten') not in _NAMESPACES}
-    if not foreign:
-        return program
-    # where packages put what their operators consist of
-    from torch._inductor.decomposition import decompositions
-
-    return program.run_decompositions({op: decompositions[op] for op in foreign})
+            program = program.run_decompositions({op: decompositions[op] for op in foreign})
+    return program
 
 
 def export_onnx(
@@ -130,13 +127,6 @@ def export_onnx(
     network = exportable.network
     allowed = 'one in float, of which contrib.int8.export_int8 makes a file in int8'
     check(has_plain_weights(network), 'model', f'a quantized {type(network).__name__}', allowed)
-    program = _onnx_program(exportable, batch, opset)
-    write_whole(target, program.save)  # large weights go into a file beside it
-    return target
-
-
-def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) -> Any:
-    """A model in ONNX's operators, with what is to be known of it."""
     exported = export_program(exportable, batch)
     with quiet():
         program: Any = torch.onnx.export(
@@ -149,7 +139,8 @@ def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) 
         )
     for name, value in exportable.about.items():
         program.model.metadata_props[name] = json.dumps(value)
-    return program
+    write_whole(target, program.save)  # large weights go into a file beside it
+    return target
 
 
 def save_program(

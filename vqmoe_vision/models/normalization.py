@@ -5,7 +5,7 @@ Legend: B images of C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -62,7 +62,12 @@ class Normalization:
     def differing(self, other: Normalization) -> tuple[str, ...]:
         """Which of 'mean' and 'std' differ by more than the rounding of 8 bits."""
         return tuple(
-            name for name in ('mean', 'std') if _differ(getattr(self, name), getattr(other, name))
+            name
+            for name in ('mean', 'std')
+            if any(
+                abs(a - b) > _ROUNDING
+                for a, b in zip(getattr(self, name), getattr(other, name), strict=True)
+            )
         )
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -117,10 +122,6 @@ def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[f
     in_parts = scale > 1 and 0 < max(numbers) < 1
     check(not in_parts, field, value, f'in levels of 0 to {scale:g}, as these would be of 0 to 1')
     return tuple(parts * (channels // len(parts)))
-
-
-def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    return any(abs(a - b) > _ROUNDING for a, b in zip(ours, theirs, strict=True))
 
 
 def of_buffer(values: Any) -> Normalization | None:

@@ -59,7 +59,11 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, Transformer):
         args.update(num_classes=model.num_classes, global_pool=model.global_pool)
         if len(model.blocks) < len(model.feature_info):
-            args |= _pruned(model)
+            args['depth'] = depth = len(model.blocks)
+            if isinstance(model, SparseModel):
+                args['moe_layers'] = left = [int(name.split('.')[1]) for name in moe_layers(model)]
+                allowed = 'at or behind a block with an MoE layer'
+                check(bool(left), 'out_indices', [depth - 1], allowed)
         if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
             args |= _NO_NORM[isinstance(model, Eva)]
     for name, value in args.items():
@@ -69,15 +73,6 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
             allowed = "numbers, names and lists, for timm's config.json has no others"
             check(False, name, value, allowed)
     return args
-
-
-def _pruned(model: Transformer) -> dict[str, Any]:
-    depth = len(model.blocks)
-    if not isinstance(model, SparseModel):
-        return {'depth': depth}
-    left = [int(name.split('.')[1]) for name in moe_layers(model)]
-    check(bool(left), 'out_indices', [depth - 1], 'at or behind a block with an MoE layer')
-    return {'depth': depth, 'moe_layers': left}
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:

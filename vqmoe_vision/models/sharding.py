@@ -6,7 +6,7 @@ them once, and what FSDP2 spreads of an expert's parameters is spread over the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -80,16 +80,12 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
     return DeviceMesh.from_group(own, device, places, mesh_dim_names=('groups', 'experts'))
 
 
-def spread_dimension(shape: Sequence[int], processes: int) -> int:
-    """The dimension of a tensor that FSDP2 is to cut, by default the first."""
-    # what does not divide evenly is filled up, and the filling travels
-    return next((i for i, size in enumerate(shape) if size % processes == 0), 0)
-
-
 def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
     def place(parameter: nn.Parameter) -> Shard:
+        """The dimension of a tensor that FSDP2 is to cut, by default the first."""
         own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        return Shard(spread_dimension(own.shape, processes))
+        # what does not divide evenly is filled up, and the filling travels
+        return Shard(next((i for i, size in enumerate(own.shape) if size % processes == 0), 0))
 
     return place
 

@@ -23,7 +23,15 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
     if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
     if isinstance(model, SparseModel):
-        _draw_experts(model, seed)
+        network: Any = model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            seeds = torch.randint(2**62, (len(network.blocks), 2)).tolist()
+            for block, pair in zip(network.blocks, seeds, strict=True):
+                if hasattr(block.mlp, 'experts'):
+                    for part, own in zip(('fc1', 'fc2'), pair, strict=True):
+                        torch.manual_seed(own)
+                        block.mlp.experts.get_submodule(part).init_weights()
         scale_fresh_experts(model)
         options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
@@ -34,17 +42,7 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense = timm.create_model(model_name, **kwargs)
-    own = model.state_dict()
-    shared = {k: v for k, v in dense.state_dict().items() if k in own and own[k].shape == v.shape}
+    state = model.state_dict()
+    theirs = dense.state_dict().items()
+    shared = {k: v for k, v in theirs if k in state and state[k].shape == v.shape}
     model.load_state_dict(shared, strict=False)
-
-
-def _draw_experts(model: Any, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
-        for block, pair in zip(model.blocks, seeds, strict=True):
-            if hasattr(block.mlp, 'experts'):
-                for part, own in zip(('fc1', 'fc2'), pair, strict=True):
-                    torch.manual_seed(own)
-                    block.mlp.experts.get_submodule(part).init_weights()

@@ -29,19 +29,17 @@ class TrainsExperts:
         check(_knows_steps(TrainingTask), 'timm', timm.__version__, 'at least 1.0.27')
         super().__init__(*args, **kwargs)
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+    def forward(self: Any, input: Tensor, target: Tensor) -> dict[str, Any]:
         """What timm's task returns, its loss with the auxiliary losses of the same pass."""
-        timms: Any = super()
         with collect_losses(self.trainable_module, update_state=False) as collected:
-            result: dict[str, Any] = timms.forward(input, target)
+            result: dict[str, Any] = super().forward(input, target)
             auxiliary = collected.total()
         return {**result, 'loss': result['loss'] + auxiliary, 'auxiliary_loss': auxiliary.detach()}
 
-    def update_ema(self, step: int | None = None) -> None:
+    def update_ema(self: Any, step: int | None = None) -> None:
         """Move the state that learns without gradients, then timm's moving average."""
         update_state(self.trainable_module)
-        timms: Any = super()
-        timms.update_ema(step)
+        super().update_ema(step)
 
 
 class MoeClassificationTask(TrainsExperts, ClassificationTask):
@@ -56,7 +54,8 @@ def install() -> None:
         if isinstance(task, type) and issubclass(task, TrainingTask) and task is not TrainingTask
     }.items():
         if _knows_steps(task) and not issubclass(task, TrainsExperts):
-            setattr(timm.task, name, _training_experts(task))
+            ours = type(f'Moe{task.__name__}', (TrainsExperts, task), {'__module__': __name__})
+            setattr(timm.task, name, MoeClassificationTask if task is ClassificationTask else ours)
     timm.optim.create_optimizer_v2 = _taught
 
 
@@ -70,9 +69,3 @@ def _taught(model_or_params: Any, *args: Any, **kwargs: Any) -> Optimizer:
 
 def _knows_steps(task: type) -> bool:
     return hasattr(task, 'update_ema')
-
-
-def _training_experts(task: type) -> type:
-    if task is ClassificationTask:
-        return MoeClassificationTask
-    return type(f'Moe{task.__name__}', (TrainsExperts, task), {'__module__': __name__})

@@ -72,7 +72,11 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
     _check_fit(mlp, experts, how, name)
     dense = mlp['fc1.weight'].shape[0]
     number, hidden, _ = experts.fc1.weight.shape
-    units = _deal(number, hidden, dense)  # (E, H)
+    units = torch.arange(dense).expand(number, -1)  # (E, H), all of them in order
+    if hidden != dense:  # or dealt from shuffled copies
+        copies = range(-(-number * hidden // dense))
+        shuffled = torch.cat([torch.randperm(dense) for _ in copies])
+        units = shuffled[: number * hidden].view(number, hidden)
     result = {
         'fc1.weight': mlp['fc1.weight'][units],
         'fc2.weight': mlp['fc2.weight'].t()[units].transpose(1, 2) * (dense / hidden),
@@ -132,19 +136,15 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
         narrower = f'False, experts have {hidden} hidden units and {name} has no more, {dense}'
         check(hidden < dense, 'upcycling.split', True, narrower)
     elif hidden != dense:
+        ratio = dense / width
+        # timm rounds the product down: the next number above the quotient is always enough
+        possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
+        fits = next(r for r in possible if int(width * r) == dense)
         cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
         raise ValueError(
             f'{name} has {dense} hidden units and experts {hidden}: '
-            f'expert_mlp_ratio={_mlp_ratio_of(dense, width)} fits{cut}'
+            f'expert_mlp_ratio={fits} fits{cut}'
         )
-
-
-def _deal(number: int, hidden: int, dense: int) -> Tensor:
-    """Hidden units of each expert, (E, H): all of them in order, or dealt from shuffled copies."""
-    if hidden == dense:
-        return torch.arange(dense).expand(number, -1)
-    shuffled = torch.cat([torch.randperm(dense) for _ in range(-(-number * hidden // dense))])
-    return shuffled[: number * hidden].view(number, hidden)
 
 
 def _redraw(expert: StateDict, share: float) -> None:
@@ -160,11 +160,3 @@ def _redraw(expert: StateDict, share: float) -> None:
 
 def _normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape).to(like)
-
-
-def _mlp_ratio_of(features: int, width: int) -> float:
-    """Ratio by which timm gives an MLP as many hidden features."""
-    ratio = features / width
-    # timm rounds the product down: the next number above the quotient is always enough
-    possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
-    return next(r for r in possible if int(width * r) == features)

@@ -49,9 +49,6 @@ from .moe_vit import SparseModel
 from .normalization import Normalization, check_normalization
 from .upcycle import BEGINNING, read_upcycling
 
-# Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
-# every configuration with such a name as a model that it can load.
-HUB_NAME: str | None = None
 # What names of timm begin with whose configuration is beside their weights.
 FOLDERS = ('local-dir:', 'hf-hub:')
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
@@ -176,7 +173,13 @@ def check_file(path: str) -> None:
         raise ValueError(f'checkpoint {path!r} is one of several parts: write them as one file')
     try:
         if not zipfile.is_zipfile(path):
-            return _check_digest(Path(path))
+            config = Path(path).with_name(CONFIG)
+            if Path(path).name == OF_TIMM[0] and config.is_file():
+                described = json.loads(config.read_bytes())
+                stated = described.get(DIGEST) if isinstance(described, dict) else None
+                if stated not in (None, digest_of(Path(path))):
+                    raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
+            return
         with zipfile.ZipFile(path) as archive:
             # torch reads nothing of what is marked as a folder
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
@@ -185,16 +188,6 @@ def check_file(path: str) -> None:
         raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
     if spoilt is not None:
         raise ValueError(f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum')
-
-
-def _check_digest(path: Path) -> None:
-    """Compares a file with what the folder that it was published in says of it, if it does."""
-    config = path.with_name(CONFIG)
-    if path.name == OF_TIMM[0] and config.is_file():
-        described = json.loads(config.read_bytes())
-        stated = described.get(DIGEST) if isinstance(described, dict) else None
-        if stated is not None and stated != digest_of(path):
-            raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
 
 
 def digest_of(path: Path) -> str:

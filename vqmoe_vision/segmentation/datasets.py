@@ -139,22 +139,23 @@ class CheckedDataset(SeededDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are."""
         folders = [self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
-        for path in filter(None, [*folders, self.ann_file]):
-            self._expect(Path(path).exists(), f'{path} does not exist')
-        pairs = super().load_data_list()
-        listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
-        self._expect(bool(pairs), f'{listed} names no image')
-        for pair in pairs:
-            label_map = pair.get('seg_map_path')
-            found = label_map is None or Path(label_map).is_file()
-            self._expect(found, f'{pair["img_path"]} has no label map {label_map}')
+        paths = filter(None, [*folders, self.ann_file])
+        problems = [f'{path} does not exist' for path in paths if not Path(path).exists()]
+        pairs = [] if problems else super().load_data_list()
+        if not pairs:
+            listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
+            problems.append(f'{listed} names no image')
+        labels = ((pair, pair.get('seg_map_path')) for pair in pairs)
+        problems += [
+            f'{pair["img_path"]} has no label map {label_map}'
+            for pair, label_map in labels
+            if label_map is not None and not Path(label_map).is_file()
+        ]
+        if problems:
+            raise ValueError(f'{problems[0]}; {self.source}')
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
-
-    def _expect(self, found: bool, problem: str) -> None:
-        if not found:
-            raise ValueError(f'{problem}; {self.source}')
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair; names an image that a transform cannot take."""
@@ -285,8 +286,12 @@ class DigitScenes(SeededDataset):
         taken = np.zeros(shape, bool)
         for chosen in rng.integers(len(self._scans), size=rng.integers(*_DIGITS)):
             side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
-            place = _free_place(rng, taken, side)
-            if place is None:
+            for _ in range(_ATTEMPTS):  # to find a square where nothing is yet
+                top, left = rng.integers(0, self.size - side + 1, 2)
+                place = slice(top, top + side), slice(left, left + side)
+                if not taken[place].any():
+                    break
+            else:
                 continue
             taken[place] = True
             scan = cv2.resize(self._scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
@@ -296,15 +301,3 @@ class DigitScenes(SeededDataset):
             labels[place][scan >= 96] = self._digits[chosen] + 1
         image += rng.normal(0, 4, image.shape)
         return np.clip(image, 0, 255).round().astype(np.uint8), labels
-
-
-def _free_place(
-    rng: np.random.Generator, taken: np.ndarray, side: int
-) -> tuple[slice, slice] | None:
-    """A square where nothing is yet, None if a number of attempts found none."""
-    for _ in range(_ATTEMPTS):
-        top, left = rng.integers(0, len(taken) - side + 1, 2)
-        place = slice(top, top + side), slice(left, left + side)
-        if not taken[place].any():
-            return place
-    return None

@@ -33,16 +33,13 @@ class SegmentorGraph(nn.Module):
         right, below = self.padding
         padded = F.pad(images, (0, right, 0, below), value=self.pad_value)
         cut = torch.stack([padded[:, :, rows, columns] for rows, columns in self.windows])
-        whole = self._averaged(self._window_logits(cut.flatten(0, 1)), padded)
-        logits = whole[:, :, : self.size[0], : self.size[1]]
+        shape = torch.Size([int(side) for side in cut.shape[3:]])
+        meta = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape}
+        found = self.segmentor.encode_decode(cut.flatten(0, 1), [meta])
+        logits = self._averaged(found, padded)[:, :, : self.size[0], : self.size[1]]
         if logits.shape[1] == 1:  # mmseg's head of two classes
             return logits, (logits.sigmoid() > self.segmentor.decode_head.threshold)[:, 0].long()
         return logits, logits.argmax(dim=1)
-
-    def _window_logits(self, windows: Tensor) -> Tensor:
-        shape = torch.Size([int(side) for side in windows.shape[2:]])
-        meta: dict[str, Any] = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape}
-        return self.segmentor.encode_decode(windows, [meta])
 
     def _averaged(self, logits: Tensor, padded: Tensor) -> Tensor:
         """Windows (N * B, C, h, w) put together: (B, C, H, W)."""

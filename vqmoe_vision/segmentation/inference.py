@@ -98,8 +98,11 @@ class Predictor:
         metainfo = complete_metainfo(kind, first.get('metainfo'))
         self.classes: tuple[str, ...] = tuple(metainfo['classes'])
         self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
-        steps = _steps(first)
-        alike = all(_steps(other) == steps for other in others)
+        steps, *different = (
+            [step for step in each.get('pipeline', ()) if step.type not in LOADING]
+            for each in (first, *others)
+        )
+        alike = all(other == steps for other in different)
         check(alike, f'{config}: {field}', dataset.type, 'data sets that prepare images alike')
         self.load = image_loader(dataset)
         self.pipeline = Compose(steps)
@@ -125,17 +128,10 @@ class Predictor:
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
 
 
-def _steps(dataset: Any) -> list[Any]:
-    """What a data set's pipeline does with an image at hand."""
-    return [step for step in dataset.get('pipeline', ()) if step.type not in LOADING]
-
-
 def list_images(images: Any) -> list[Any]:
     """The files and arrays that `predict` was asked for."""
-    if isinstance(images, np.ndarray):
-        return [images]
     if not isinstance(images, str | Path):
-        return list(images)
+        return [images] if isinstance(images, np.ndarray) else list(images)
     if not Path(images).is_dir():
         return [images]
     files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)

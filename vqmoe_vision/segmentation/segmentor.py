@@ -166,9 +166,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         height, width = size or own
         known = self.known_normalization or normalization_of(self.data_preprocessor)
         converted = converts_channels(self.data_preprocessor)
-        about: dict[str, Any] = {'channels': 'RGB' if converted else 'BGR'}
-        if known is not None:
-            about |= {'mean': list(known.mean), 'std': list(known.std)}
+        numbers = {} if known is None else {k: list(v) for k, v in vars(known).items()}
+        about = {'channels': 'RGB' if converted else 'BGR', **numbers}
         graph = SegmentorGraph(self, (height, width))
         return Exportable(graph, (3, height, width), ('logits', 'labels'), about)
 
@@ -199,17 +198,15 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def _labelled_as_covered(self, data_samples: list) -> list:
         """Samples with label maps as large as what feature maps cover; what is new is ignored."""
-        found = []
-        for sample in data_samples:
+        found = [sample.clone() for sample in data_samples]
+        for sample in found:
             labels = sample.gt_sem_seg.data
             height, width = labels.shape[-2:]
             rows, columns = self._covered(height, width)
-            if (rows, columns) != (height, width):
-                sides = 0, columns - width, 0, rows - height
+            sides = 0, columns - width, 0, rows - height
+            if any(sides):
                 filled = F.pad(labels, sides, value=self.decode_head.ignore_index)
-                sample = sample.clone()
                 sample.gt_sem_seg = PixelData(data=filled)
-            found.append(sample)
         return found
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
