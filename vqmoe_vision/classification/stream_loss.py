@@ -3,8 +3,6 @@
 Legend: B images, N tokens, D embed_dim.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

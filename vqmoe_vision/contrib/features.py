@@ -1,7 +1,5 @@
 """A dense vision transformer that tells what it sees in an image, and learns nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ torchao converts `nn.Linear` alone, which experts become first. What decides sta
 that goes to another expert is a large error.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from ast import literal_eval
 from dataclasses import replace

@@ -26,8 +26,6 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts with the uni
 clusters, F features of an image, S images of a training set.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

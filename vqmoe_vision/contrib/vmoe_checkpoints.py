@@ -12,8 +12,6 @@ of the tree, whose keys are sorted.
 Legend: D width, H heads, d D / H, P patch height and width, C channels.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

@@ -1,7 +1,5 @@
 """A model of this package as timm's builder makes it, and the weights that it begins with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike

@@ -4,8 +4,6 @@ Names and shapes of tensors say much of it. What they do not say is compared whe
 a config.json of timm beside them, a run of this package, or a script of timm.
 """
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -63,7 +61,7 @@ class Network:
     img_size: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, name: str = '') -> Network:
+    def of(cls, model: Any, name: str = '') -> 'Network':
         """That of a model, which may be on the meta device."""
         sparse = isinstance(model, SparseModel)
         facts = _facts(model) | ({'method': repr(model.method)} if sparse else {})
@@ -282,23 +280,21 @@ def refuse_misfits(
         raise ValueError(f'checkpoint {path!r} does not fit the model: {problem}{aside}')
 
 
-def refuse_arrays(model: nn.Module, path: str) -> None:
+def refuse_arrays(model: Any, path: str) -> None:
     """Refuse a file of NumPy of another network: timm copies what it finds, and leaves the rest."""
     if not isinstance(model, VisionTransformer):
         return
-    arrays: Any = np.load(path)
-    attention: Any = model.blocks[0].attn
-    theirs = {'num_classes': 0} if model.num_classes else {}
-    for name in getattr(arrays, 'files', ()):
-        if 'query/kernel' in name:  # (width, heads, width of a head)
-            theirs['num_heads'] = arrays[name].shape[-2]
-        if match := re.search(r'encoderblock_(\d+)/', name):
-            theirs['depth'] = max(theirs.get('depth', 0), int(match[1]) + 1)
-        if model.num_classes and name.endswith('head/bias'):
-            theirs['num_classes'] = arrays[name].shape[-1]
-    before = {name: str(value) for name, value in theirs.items()}
-    heads, depth, classes = attention.num_heads, len(model.blocks), model.num_classes
-    ours = {'num_heads': str(heads), 'depth': str(depth), 'num_classes': str(classes)}
+    arrays, attention = np.load(path), model.blocks[0].attn
+    files = getattr(arrays, 'files', ())
+    theirs = {  # kernels are (width, heads, width of a head)
+        'num_heads': [arrays[name].shape[-2] for name in files if 'query/kernel' in name],
+        'depth': [int(n) + 1 for name in files for n in re.findall(r'encoderblock_(\d+)/', name)],
+        'num_classes': [arrays[n].shape[-1] for n in files if n.endswith('head/bias')] or [0],
+    }
+    before = {name: str(max(found)) for name, found in theirs.items() if found}
+    ours = {'num_heads': str(attention.num_heads), 'depth': str(len(model.blocks))}
+    if model.num_classes:
+        ours['num_classes'] = str(model.num_classes)
     if told := _saved_with(before, ours):
         raise ValueError(f'checkpoint {path!r} does not fit the model: {told}')
 

@@ -3,8 +3,6 @@
 Counted by torch in a forward pass on the meta device; `moe.kernels.cpu` registers the experts.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any

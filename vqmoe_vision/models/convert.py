@@ -1,7 +1,5 @@
 """A model that is already there: a dense one made sparse, or a full one made discrete."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -102,8 +100,8 @@ def convert_to_moe(
     if config.get('architecture'):  # timm has built it by name, and builds it again
         sparse = {'method': method, 'moe_layers': moe_layers, **options}
         model._model_args = {**model._model_args, 'host': config['architecture'], **sparse}
-        made: Any = model
-        made.pretrained_cfg = made.default_cfg = {**config, 'architecture': MOE_HOST}
+        named: Any = {**config, 'architecture': MOE_HOST}
+        model.pretrained_cfg = model.default_cfg = named
     return model.weights_report
 
 

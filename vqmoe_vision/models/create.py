@@ -1,7 +1,5 @@
 """`timm.create_model` as tasks call it, and the options of a row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any

@@ -3,8 +3,6 @@
 Legend: B images of C channels, H height, W width.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
@@ -43,7 +41,7 @@ class Exportable:
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module | Exportable) -> Exportable:
+    def of(cls, model: 'nn.Module | Exportable') -> 'Exportable':
         """That of a timm model: logits of images of the size it was built for, normalised."""
         if isinstance(model, Exportable):
             return model

@@ -1,7 +1,5 @@
 """Weights from elsewhere for a vision transformer: renamed, resized, none lost in silence."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

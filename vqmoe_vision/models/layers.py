@@ -1,7 +1,5 @@
 """MoE layers in the place of a model's MLPs, with experts like them."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Legend: B images of C channels, H height, W width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -36,7 +34,7 @@ class Normalization:
     @classmethod
     def of(
         cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3, prefix: str = ''
-    ) -> Normalization:
+    ) -> 'Normalization':
         """That of a configuration, such as timm's `pretrained_cfg`.
 
         Args:
@@ -59,7 +57,7 @@ class Normalization:
         """(2, C) float32: mean and standard deviation."""
         return torch.tensor([self.mean, self.std])
 
-    def differing(self, other: Normalization) -> tuple[str, ...]:
+    def differing(self, other: 'Normalization') -> tuple[str, ...]:
         """Which of 'mean' and 'std' differ by more than the rounding of 8 bits."""
         return tuple(
             name

@@ -1,7 +1,5 @@
 """A model as the folder that timm reads: weights, configuration, and what builds it again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,22 +38,22 @@ _PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpo
 _OF_THE_NETWORK = ('architecture', 'first_conv', 'classifier', 'pool_size')
 
 
-def record_arguments(model: nn.Module, given: dict[str, Any]) -> None:
+def record_arguments(model: Any, given: dict[str, Any]) -> None:
     """Keeps what a model was built from, where timm does not: 1.0.26 records nothing."""
-    timms: Any = model
     if not getattr(model, '_model_args', None):
-        timms._model_args = {k: v for k, v in given.items() if k not in _OF_THE_CALL}
+        model._model_args = {k: v for k, v in given.items() if k not in _OF_THE_CALL}
 
 
-def arguments_of(model: nn.Module) -> dict[str, Any]:
+def arguments_of(model: Any) -> dict[str, Any]:
     """The keyword arguments with which timm builds a model again, as it is now."""
-    timms: Any = model
     known = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
     allowed = 'one that timm.create_model has built, by whose name it is built again'
     check(timm.is_model(known), 'model', type(model).__name__, allowed)
-    kept = {k: v for k, v in timms._model_args.items() if k not in _OF_THE_CALL}
-    args = {k: v for k, v in kept.items() if not k.endswith('drop_rate')}
-    args.pop('drop_path_rate', None)
+    args = {
+        name: value
+        for name, value in model._model_args.items()
+        if name not in _OF_THE_CALL and not name.endswith(('drop_rate', 'drop_path_rate'))
+    }
     if isinstance(model, Transformer):
         args.update(num_classes=model.num_classes, global_pool=model.global_pool)
         if len(model.blocks) < len(model.feature_info):
@@ -81,20 +79,19 @@ def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save(
-    model: nn.Module,
+    model: Any,
     folder: Path,
     preprocessing: dict[str, Any],
     label_names: Sequence[str] = (),
     license_id: str | None = None,
 ) -> dict[str, Any]:
     """Writes `model.safetensors` and `config.json` with its digest, and reads them back."""
-    timms: Any = model
     args = arguments_of(model)
     dynamic = args.get('dynamic_img_size') or args.get('strict_img_size') is False
-    described = {name: timms.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
-    described |= {**preprocessing, 'num_classes': timms.num_classes}
+    described = {name: model.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
+    described |= {**preprocessing, 'num_classes': model.num_classes}
     described |= {'fixed_input_size': not dynamic} | ({'license': license_id} if license_id else {})
-    timms.pretrained_cfg = timms.default_cfg = described
+    model.pretrained_cfg = model.default_cfg = described
     names = {'label_names': list(label_names)} if label_names else {}
     save_for_hf(model, str(folder), names, args, safe_serialization=True)
     config = folder / CONFIG

@@ -4,8 +4,6 @@ Where experts are placed on M of N processes, each of the N / M groups of M proc
 them once, and what FSDP2 spreads of an expert's parameters is spread over the groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any

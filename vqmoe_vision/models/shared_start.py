@@ -4,13 +4,10 @@ Methods draw different numbers of random values. So tensors that a row shares wi
 of its shape are that model's, and experts are drawn from the seed alone too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from . import shipped
 from .hosts import method_of
@@ -18,16 +15,15 @@ from .layers import moe_options, scale_fresh_experts
 from .moe_vit import SparseModel
 
 
-def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
+def share_start(model: Any, model_name: str, seed: int, **kwargs: Any) -> None:
     """Set a freshly built model to the start that all rows of its shape have at a seed."""
     if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
     if isinstance(model, SparseModel):
-        network: Any = model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            seeds = torch.randint(2**62, (len(network.blocks), 2)).tolist()
-            for block, pair in zip(network.blocks, seeds, strict=True):
+            seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
+            for block, pair in zip(model.blocks, seeds, strict=True):
                 if hasattr(block.mlp, 'experts'):
                     for part, own in zip(('fc1', 'fc2'), pair, strict=True):
                         torch.manual_seed(own)

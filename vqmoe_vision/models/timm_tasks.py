@@ -3,8 +3,6 @@
 timm's `train.py` takes its classes from `timm.task` by name, and `install` puts ours there.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm

@@ -6,8 +6,6 @@ method's options the model then answers as the dense one does.
 Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any

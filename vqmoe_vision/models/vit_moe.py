@@ -6,8 +6,6 @@ timm's `VisionTransformer` and every option of the method's configuration datacl
 Only `blocks[i].mlp` differs from timm's ViT of the same size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model

@@ -4,8 +4,6 @@
 weights, they are read by `read_weights`, and `load_weights` fits them or refuses them.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -217,7 +215,7 @@ class Described:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
+    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> 'Described':
         """Of what timm's functions return, without what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in _NOT_OF_WEIGHTS}
         return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})

@@ -1,7 +1,5 @@
 """Segmentation data sets that say what is missing, where it belongs and where to get it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
