@@ -3,8 +3,6 @@
 import inspect
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,30 +138,3 @@ def test_another_model_is_not_left_behind(
     model._model_args = {**TINY, **given}
     with pytest.raises(ValueError, match=f'^timm does not build the model again .*{problem}'):
         saved.save(model, tmp_path / 'out', PREPROCESSING)
-
-
-NAMED = """
-import importlib
-import timm
-from vqmoe_vision.models import vit_moe, weights
-
-def listed():
-    return {name for name in timm.list_pretrained() if name.partition('.')[0] in names}
-
-names = timm.list_models(module='vit_moe')
-assert len(names) > 20 and not listed()
-weights.HUB_NAME = 'somebody'
-importlib.reload(vit_moe)
-assert listed() == {f'{name}.{vit_moe.TAG}' for name in names}
-for name in names:
-    config = timm.models.get_pretrained_cfg(name)  # the default, as no tag is given
-    assert config.hf_hub_id == f'somebody/{name}.{vit_moe.TAG}'
-    assert config.mean[0] == 0.485
-    assert not timm.models.get_pretrained_cfg(f'{name}.untrained').has_weights
-"""
-
-
-def test_weights_are_listed_once_there_is_a_name_on_the_hub() -> None:
-    """In a process of its own, as timm's registry is of the whole process."""
-    done = subprocess.run([sys.executable, '-c', NAMED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

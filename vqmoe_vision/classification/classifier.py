@@ -121,17 +121,16 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """As `MoeTrainingMixin`: the transforms of the data sets normalise their images."""
         owner = 'the weights'
         for field, dataset in datasets.items():
-            known = self.known_normalization
             if not isinstance(dataset, ImageClassification):
                 print_log(f'{field}: its class normalises images as it likes', 'current')
-            elif known is not None:
+                continue
+            known = self.known_normalization
+            if known is not None:
                 dataset.normalize_as(known, f'{field}.transform', owner)
-                fed = normalization_of(dataset.transform)
-                if field.startswith('train') and fed is not None and fed.differing(known):
-                    self.normalize_as(fed)  # what a training was fed with, its checkpoints say
-                    owner = f'{field}.transform'
-            elif (fed := normalization_of(dataset.transform)) is not None:
-                self.normalize_as(fed)
+            fed = normalization_of(dataset.transform)
+            told = known is None or (field.startswith('train') and fed and fed.differing(known))
+            if fed is not None and told:
+                self.normalize_as(fed)  # what a training was fed with, its checkpoints say
                 owner = f'{field}.transform'
 
     def check_batches(self, loader: DataLoader) -> None:

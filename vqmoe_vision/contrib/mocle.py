@@ -169,11 +169,13 @@ class Clusters(ImageReader):
     def _sizes_in(self, given: Tensor | None) -> tuple[int, ...]:
         """Sizes of the network as a state dict says them, whose numbers may have been rounded."""
         own: tuple[int, ...] = self.network.sizes
+        # of fewer digits than the numbers have, as a cast leaves them
         if given is None or given.is_meta or given.equal(given.new_tensor(own)):
             return own
-        exact = not given.is_floating_point()
-        check(exact, 'sizes', given.tolist(), f'{own}, or others as whole numbers: {given.dtype}')
-        return tuple(given.tolist())
+        numbers = [float(number) for number in given.tolist()]
+        exact = given.element_size() > 2 and all(map(float.is_integer, numbers))
+        check(exact, 'sizes', numbers, f'{own}, or others in whole numbers: {given.dtype}')
+        return tuple(map(int, numbers))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(f'{prefix}sizes')
