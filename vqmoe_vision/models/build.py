@@ -82,7 +82,7 @@ class Source:
             check_normalization(stated, 'pretrained_cfg.')
         else:
             self.name = f'{get_arch_name(name)}.{stated}' if stated else name
-            self.known: Any = get_pretrained_cfg(self.name)
+            self.known = get_pretrained_cfg(self.name) or PretrainedCfg()
             self.config = place_of(self.known.to_dict())
         self.own = Described.of({}, self.name or saved_as, kwargs.get('pretrained_model_args'))
         # numbers that the call states are before those of a run

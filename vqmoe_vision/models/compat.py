@@ -284,7 +284,8 @@ def refuse_arrays(model: Any, path: str) -> None:
     """Refuse a file of NumPy of another network: timm copies what it finds, and leaves the rest."""
     if not isinstance(model, VisionTransformer):
         return
-    arrays, attention = np.load(path), model.blocks[0].attn
+    attention: Any = model.blocks[0].attn
+    arrays = np.load(path)
     files = getattr(arrays, 'files', ())
     theirs = {  # kernels are (width, heads, width of a head)
         'num_heads': [arrays[name].shape[-2] for name in files if 'query/kernel' in name],

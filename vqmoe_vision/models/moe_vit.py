@@ -58,7 +58,7 @@ class SparseModel:
 
     def no_weight_decay(self: Any) -> set[str]:
         """Names of parameters that should not use weight decay."""
-        names: set[str] = super().no_weight_decay()
+        names: set[str] = super().no_weight_decay()  # type: ignore[misc]
         for prefix, module in self.named_modules():
             if module is not self and hasattr(module, 'no_weight_decay'):
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
@@ -73,7 +73,7 @@ class SparseModel:
         embed = self.patch_embed
         size, patch = img_size or embed.img_size, patch_size or embed.patch_size
         _check_whole_patches(size, patch, bool(embed.dynamic_img_pad and self.dynamic_img_size))
-        super().set_input_size(img_size, patch_size)
+        super().set_input_size(img_size, patch_size)  # type: ignore[misc]
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         for module in self.modules():
             if hasattr(module, 'set_num_tokens'):

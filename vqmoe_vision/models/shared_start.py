@@ -19,7 +19,8 @@ def share_start(model: Any, model_name: str, seed: int, **kwargs: Any) -> None:
     """Set a freshly built model to the start that all rows of its shape have at a seed."""
     if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
-    if isinstance(model, SparseModel):
+    sparse = isinstance(model, SparseModel)
+    if sparse:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()

@@ -30,14 +30,14 @@ class TrainsExperts:
     def forward(self: Any, input: Tensor, target: Tensor) -> dict[str, Any]:
         """What timm's task returns, its loss with the auxiliary losses of the same pass."""
         with collect_losses(self.trainable_module, update_state=False) as collected:
-            result: dict[str, Any] = super().forward(input, target)
+            result: dict[str, Any] = super().forward(input, target)  # type: ignore[misc]
             auxiliary = collected.total()
         return {**result, 'loss': result['loss'] + auxiliary, 'auxiliary_loss': auxiliary.detach()}
 
     def update_ema(self: Any, step: int | None = None) -> None:
         """Move the state that learns without gradients, then timm's moving average."""
         update_state(self.trainable_module)
-        super().update_ema(step)
+        super().update_ema(step)  # type: ignore[misc]
 
 
 class MoeClassificationTask(TrainsExperts, ClassificationTask):
