@@ -84,10 +84,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
         check_type('label_smoothing', float, label_smoothing)
         check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
         arguments = {'num_classes': num_classes, **model_kwargs}
-        model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
-        self.model = model
+        self.model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
         if grad_checkpointing:
-            model.set_grad_checkpointing()
+            self.model.set_grad_checkpointing()
         self.stream_loss = stream_loss or {'weight': 0.0, 'blocks': []}
         if stream_loss is not None:
             allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'

@@ -13,8 +13,7 @@ class FeatureViT(VisionTransformer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Features of images, (B, D)."""
         tokens = self.forward_features(x, *args, **kwargs)
-        features: Tensor = self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
-        return features
+        return self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
 
     @property
     def sizes(self: Any) -> tuple[int, ...]:

@@ -64,7 +64,6 @@ _NAMES = (
 _ARRAY, _SLICES, _LEAF = 1, 6, 8
 _CHUNKS = '__msgpack_array_chunk_a87ca2__'  # the key that says that a map holds chunks
 _VERSION = '20220622'
-_PARAMS = 'params/'  # of a whole state of a training; released files have the weights alone
 
 # First and last index of a chunk in each dimension of its array.
 Box = tuple[tuple[int, int], ...]
@@ -188,21 +187,14 @@ def _read_tree(checkpoint: str) -> StateDict:
     """The weights of a checkpoint, by their path in the tree with slashes."""
     prefix = checkpoint.removesuffix('.index')
     count, leaves = _decoded(f'{prefix}.index', _index)
-    whole = any(name.startswith(_PARAMS) for name, _ in leaves)
-    # by their place among all leaves
-    wanted = {
-        place: (name.removeprefix(_PARAMS), leaf)
-        for place, (name, leaf) in enumerate(leaves)
-        if not whole or name.startswith(_PARAMS)
-    }
-    parts: dict[int, dict[Box, Tensor]] = {place: {} for place in wanted}
-    for shard in sorted({shard for _, leaf in wanted.values() for shard in leaf.shards}):
+    parts: dict[int, dict[Box, Tensor]] = {}  # by their place among all leaves
+    for shard in sorted({shard for _, leaf in leaves for shard in leaf.shards}):
         chunks = _decoded(f'{prefix}.data-{shard:05d}-of-{count:05d}', _chunks)
-        for place in wanted:
-            parts[place] |= chunks.pop(place, {})  # what several processes had is the same
+        for place, boxes in chunks.items():
+            parts.setdefault(place, {}).update(boxes)  # what several processes had is the same
     return {
-        name: _joined(name, leaf, parts.pop(place), checkpoint)
-        for place, (name, leaf) in wanted.items()
+        name: _joined(name, leaf, parts.pop(place, {}), checkpoint)
+        for place, (name, leaf) in enumerate(leaves)
     }
 
 
@@ -240,9 +232,6 @@ def _index(content: Any) -> tuple[int, list[tuple[str, _Leaf]]]:
     """Number of files, and the leaves in the order of the tree."""
     count, tree, version = content['shard_count'], content['index'], content.get('version')
     check(version in (None, _VERSION), 'version', version, f'{_VERSION!r} or none')
-    # the fields of a training's state were not sorted before there were versions
-    ordered = version is not None or 'params' not in tree or len(tree) == 1
-    check(ordered, 'index', shorten(tree), f'weights alone, or of a training since {_VERSION}')
     return count, list(_flat(tree))
 
 

@@ -163,12 +163,11 @@ def _rate(drop: nn.Module) -> float:
 
 
 @torch.no_grad()
-def scale_fresh_experts(model: nn.Module) -> None:
+def scale_fresh_experts(model: Any) -> None:
     """Scale the output layers of experts that were just drawn, if timm does so with MLPs."""
     if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
         return
-    blocks: Any = model.blocks
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(model.blocks):
         if isinstance(block.mlp, MoeLayer):
             block.mlp.experts.fc2.weight.div_(output_scale(i))
 

@@ -40,8 +40,7 @@ class SparseModel:
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm's `create_model` was given, which it saves beside weights."""
-        args: dict[str, Any] = self.__dict__.get('_given', {})
-        return args
+        return self.__dict__.get('_given', {})
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:

@@ -24,8 +24,15 @@ class SegmentorGraph(nn.Module):
         check(min(size) >= 1, 'size', size, 'two positive numbers of pixels, height and width')
         self.segmentor = segmentor
         self.size = size
-        self.padding, self.pad_value = _padding(segmentor.data_preprocessor, size)
-        right, below = self.padding
+        preprocessor: Any = segmentor.data_preprocessor
+        # pixels that are added at the right and below, as mmseg's tests do
+        config = getattr(preprocessor, 'test_cfg', None) or {}
+        fixed, divisor = config.get('size'), config.get('size_divisor') or 1
+        height, width = fixed or (-(-side // divisor) * divisor for side in size)
+        right, below = self.padding = (width - size[1], height - size[0])
+        allowed = f'at most {(height, width)}, to which tests pad their images'
+        check(min(self.padding) >= 0, 'size', size, allowed)
+        self.pad_value = float(getattr(preprocessor, 'pad_val', 0))
         self.windows = _windows(segmentor.test_cfg, (size[0] + below, size[1] + right))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,16 +61,6 @@ class SegmentorGraph(nn.Module):
             total = total + F.pad(each[index], sides)
             count[rows, columns] += 1
         return total / count
-
-
-def _padding(preprocessor: Any, size: tuple[int, int]) -> tuple[tuple[int, int], float]:
-    """Pixels to add at the right and below as mmseg's tests do, and their value."""
-    config = getattr(preprocessor, 'test_cfg', None) or {}
-    fixed, divisor = config.get('size'), config.get('size_divisor') or 1
-    height, width = fixed or (-(-side // divisor) * divisor for side in size)
-    fits = height >= size[0] and width >= size[1]
-    check(fits, 'size', size, f'at most {(height, width)}, to which tests pad their images')
-    return (width - size[1], height - size[0]), float(getattr(preprocessor, 'pad_val', 0))
 
 
 def _windows(config: Any, size: tuple[int, int]) -> list[Window]:

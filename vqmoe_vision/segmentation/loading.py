@@ -87,9 +87,10 @@ class LoadImage(LoadImageFromFile):
 
     def shifted(self, pixels: np.ndarray) -> np.ndarray:
         """An image (H, W, 3) uint8 BGR as the corruption leaves it, if there is one."""
-        if self.corrupt is None:
-            return pixels
-        return np.ascontiguousarray(self.corrupt(pixels[..., ::-1])[..., ::-1])  # it takes RGB
+        rgb = pixels[..., ::-1]
+        return (
+            pixels if self.corrupt is None else np.ascontiguousarray(self.corrupt(rgb)[..., ::-1])
+        )
 
     def read(self, path: str, label_path: str | None = None) -> np.ndarray:
         """Reads an image, and corrupts it if that is asked for.
