@@ -94,8 +94,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             check_stream_loss(self.model, stream_loss)
         self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, Transformer)
-        allowed = f"None, {model_name} is not one of timm's VisionTransformers or Evas"
-        check(fits, 'checkpoint', checkpoint, allowed)
+        check(fits, 'checkpoint', checkpoint, 'None beside what is no VisionTransformer or Eva')
         self.checkpoint, self.features = checkpoint, features
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss()
@@ -137,11 +136,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
         size = loader.batch_size
         if self.mixup is None or size is None:
             return
-        allowed = 'an even number, as model.mixup mixes pairs of images'
-        check(size % 2 == 0, 'train_dataloader.batch_size', size, allowed)
+        check(size % 2 == 0, 'train_dataloader.batch_size', size, 'even: model.mixup mixes pairs')
         whole = loader.drop_last or isinstance(loader.sampler, InfiniteSampler)
-        allowed = 'True beside model.mixup, which mixes pairs of images'
-        check(whole, 'train_dataloader.drop_last', loader.drop_last, allowed)
+        check(whole, 'train_dataloader.drop_last', loader.drop_last, 'True beside model.mixup')
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: what the transform of the data set does."""

@@ -48,9 +48,7 @@ class ImageClassification(Dataset):
 
     def normalize_as(self, weights: Normalization, field: str, owner: str = 'the weights') -> None:
         """Normalises images as the weights want it, if the config of the transform allows it."""
-        found = normalization_of(self.transform)
-        if found is not None and found.differing(weights):
-            self.transform = normalized_as(self._config, weights, field, owner)
+        self.transform = normalized_as(self._config, weights, field, owner)
 
     @property
     def full_init(self) -> NoReturn:

@@ -148,12 +148,10 @@ def normalized_as(
 
 def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     """What the transform of a test does beside normalising, as timm's `pretrained_cfg` says it."""
-    allowed = "'timm', whose options timm's pretrained_cfg has"
-    check(config.get('type') == 'timm', f'{field}.type', config.get('type'), allowed)
+    check(config.get('type') == 'timm', f'{field}.type', config.get('type'), "'timm'")
     given = {name: value for name, value in config.items() if value is not None}
     for name in given:
-        allowed = f'left out: pretrained_cfg has {sorted(_SAID)}'
-        check(name in _SAID, f'{field}.{name}', given[name], allowed)
+        check(name in _SAID, f'{field}.{name}', given[name], f'left out, or of {sorted(_SAID)}')
     check(not given.get('is_training'), f'{field}.is_training', True, 'False in a test')
     defaults = inspect.signature(create_transform).parameters
     size = given.get('input_size', defaults['input_size'].default)

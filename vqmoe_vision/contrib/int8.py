@@ -75,8 +75,7 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     for layer in found.values():
         dtype, device = layer.weight.dtype, layer.weight.device
         check(dtype in DTYPES, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
-        allowed = 'cpu or cuda: move the model with model.cpu()'
-        check(device.type in DEVICES, 'device', str(device), allowed)
+        check(device.type in DEVICES, 'device', str(device), 'cpu or cuda: model.cpu() moves it')
     with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         from torchao.utils import should_reduce_range

@@ -83,8 +83,7 @@ class MoCLEConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = 'at least 2: the universal one, and others to choose from'
-        self.require('num_experts', self.num_experts >= 2, allowed)
+        self.require('num_experts', self.num_experts >= 2, 'at least 2, one is universal')
 
 
 class Clusters(ImageReader):
@@ -148,8 +147,9 @@ class Clusters(ImageReader):
     def fit(self, features: Tensor) -> Tensor:
         """K-means of features (S, F) with a fixed seed; gives the images of each cluster, (K,)."""
         number = len(self.centroids)
-        allowed = f'at most {len(features)}, one for each image of the training set'
-        check(number <= len(features), 'num_clusters', number, allowed)
+        check(
+            number <= len(features), 'num_clusters', number, f'at most {len(features)}, as images'
+        )
         finite = bool(features.isfinite().all())
         check(finite, 'features', 'nan or infinite', 'finite numbers for each image')
         self.centroids.copy_(kmeans(features, number))
@@ -299,8 +299,7 @@ def load_features(
             does not fit.
     """
     reader = _clusters_of(model)
-    allowed = 'tensors by their names, such as dense.state_dict()'
-    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, allowed)
+    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, 'tensors by their names')
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     own: Any = reader.network

@@ -119,12 +119,13 @@ def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]
                 f'{found}, with {dimensions} dimensions it would fit; it has {shorten(tree)}'
             )
     experts = [value for name, value in tree.items() if name.endswith(_EXPERTS)]
-    allowed = 'weights of a V-MoE; timm loads the released form of a dense ViT itself'
-    check(bool(experts), f'checkpoint {checkpoint!r} {_EXPERTS}', None, allowed)
-    allowed = (
-        "nothing between features and head, as in timm's VisionTransformer: without its head "
-        '(--without-head, head=False) its features fit, and so does a fine-tuned model with it'
+    check(
+        bool(experts),
+        f'checkpoint {checkpoint!r} {_EXPERTS}',
+        None,
+        'experts: timm itself loads what is of a dense ViT',
     )
+    allowed = 'none before the head: without its head (--without-head, head=False) features fit'
     between = any(name.startswith(_REPRESENTATION) for name in tree)
     check(not between, f'checkpoint {checkpoint!r} {_REPRESENTATION}kernel', 'a layer', allowed)
     rows, columns, channels, width = tree[_STEM].shape

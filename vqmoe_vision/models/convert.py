@@ -42,8 +42,7 @@ def moe_host(
     check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
     check_method(method)
     assert host is not None and method is not None
-    allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'
-    check(kwargs.get('upcycle') is None, 'upcycle', kwargs.get('upcycle'), allowed)
+    check(not kwargs.get('upcycle'), 'upcycle', kwargs.get('upcycle'), 'None: use pretrained')
     return build(partial(_fresh, host), MOE_HOST, method, pretrained, known_as=host, **kwargs)
 
 

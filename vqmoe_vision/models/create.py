@@ -46,8 +46,7 @@ def create_model(
         hint = did_you_mean(model_name, timm.list_models()) or '; timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model{hint}')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
-    allowed = 'the name of the host, and the method in moe'
-    check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, allowed)
+    check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, 'that of the host')
     check(moe is None or isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
     check_one_source(kwargs)
     if isinstance(stated := kwargs.get('pretrained_cfg'), dict):

@@ -46,8 +46,7 @@ class Exportable:
         if isinstance(model, Exportable):
             return model
         features = isinstance(getattr(model, 'feature_info', None), FeatureInfo)
-        allowed = 'False, a timm model that gives logits; an Exportable has any outputs'
-        check(not features, 'features_only', True, allowed)
+        check(not features, 'features_only', True, 'False, or an Exportable of any outputs')
         config = getattr(model, 'pretrained_cfg', None) or {}
         channels, *size = config.get('input_size') or (3,)
         channels = getattr(model, 'in_chans', channels)  # the configuration is of its weights
@@ -91,8 +90,7 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     for tensor in [*exportable.network.parameters(), *exportable.network.buffers()]:
         cpu, whole = tensor.device.type == 'cpu', not tensor.is_floating_point()
         check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
-        allowed = 'float32: convert the model with model.float()'
-        check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, allowed)
+        check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, 'float32')
     network = for_inference(exportable.network)
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
@@ -193,8 +191,7 @@ def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def target_of(path: str | Path, *suffixes: str) -> Path:
     """A path with one of some endings."""
     target = Path(path)
-    allowed = f'a name that ends in {" or ".join(suffixes)}'
-    check(target.suffix in suffixes, 'path', str(path), allowed)
+    check(target.suffix in suffixes, 'path', str(path), f'a name in {" or ".join(suffixes)}')
     return target
 
 

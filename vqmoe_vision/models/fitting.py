@@ -319,6 +319,5 @@ def _upcycled(
             lost |= dict.fromkeys(units_left_out(part, layer.experts))
             made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
-    allowed = f'its defaults, checkpoint {path!r} has no dense MLP to make experts of'
-    check(bool(made) or how == Upcycling(), 'upcycling', how, allowed)
+    check(bool(made) or how == Upcycling(), 'upcycling', how, f'None, no dense MLP in {path!r}')
     return made, sources, tuple(lost)

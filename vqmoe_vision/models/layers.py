@@ -86,13 +86,11 @@ def put_layers(
 def _read_patches(model: Any, method: str, config: MoeConfig, dense: Any) -> Any:
     """The raw patches of a model, if the method looks at them."""
     proj = model.patch_embed.proj
-    allowed = 'a convolution; the stems of ViTamin and MobileCLIP end without one'
-    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, allowed)
+    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, 'a convolution')
     if METHODS[method].read_patches is None:
         return None
-    allowed = f'timm.layers.PatchEmbed, as {method} looks at raw patches'
     stem = type(model.patch_embed)
-    check(stem is PatchEmbed, 'embed_layer', stem.__name__, allowed)
+    check(stem is PatchEmbed, 'embed_layer', stem.__name__, f'PatchEmbed, as {method} reads it')
     for block in model.blocks:
         allowed = f'Block of a VisionTransformer, as {method} looks at raw patches'
         check(type(block) is Block, 'block_fn', type(block).__name__, allowed)
@@ -128,8 +126,8 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
             linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
     dropped = getattr(model.patch_drop, 'prob', 0.0)
-    allowed = f'0, as {method} needs all patches of an image in their places'
-    check(layer.permutation_equivariant or dropped == 0, 'patch_drop_rate', dropped, allowed)
+    anywhere = layer.permutation_equivariant or dropped == 0
+    check(anywhere, 'patch_drop_rate', dropped, f'0, {method} needs all patches in their places')
     # torch.fx, which timm's feature extraction uses, takes it as one operation
     register_notrace_module(type(layer))
     return layer.train(mlp.training)
@@ -138,8 +136,7 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
 def _plain_mlp(block: nn.Module, name: str) -> Any:
     """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
-    allowed = 'a block with one MLP apart from its attention, in whose place experts stand'
-    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, allowed)
+    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, 'a block with an mlp')
     kind = type(mlp).__name__
     other = '; gated MLPs (SwiGLU) have another' if 'GLU' in kind.upper() else ''
     check(type(mlp) is Mlp, name, kind, f"timm's Mlp, whose layout experts have{other}")

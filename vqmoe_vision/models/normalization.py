@@ -93,8 +93,7 @@ def stated_normalization(
     if not given:
         return None
     other = 'std' if given[0] == 'mean' else 'mean'
-    allowed = f'beside {prefix}{other}, mean and std or neither of them'
-    check(len(given) == 2, f'{prefix}{given[0]}', config[given[0]], allowed)
+    check(len(given) == 2, f'{prefix}{given[0]}', config[given[0]], f'beside {prefix}{other}')
     return Normalization.of(config, scale, channels, prefix)
 
 
@@ -110,8 +109,7 @@ def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[f
     """A number for each channel, in parts of a white pixel."""
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
-    allowed = f'one number, or one for each channel of {channels}'
-    check(real and len(numbers) in (1, channels), field, value, allowed)
+    check(real and len(numbers) in (1, channels), field, value, f'one number, or {channels}')
     parts = [float(number) / scale for number in numbers]
     # the other way to write them, in levels of 255, is the likely mistake
     inside = all(0 <= part <= 1 for part in parts)

@@ -47,8 +47,7 @@ def record_arguments(model: Any, given: dict[str, Any]) -> None:
 def arguments_of(model: Any) -> dict[str, Any]:
     """The keyword arguments with which timm builds a model again, as it is now."""
     known = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
-    allowed = 'one that timm.create_model has built, by whose name it is built again'
-    check(timm.is_model(known), 'model', type(model).__name__, allowed)
+    check(timm.is_model(known), 'model', type(model).__name__, 'one that timm builds by a name')
     args = {
         name: value
         for name, value in model._model_args.items()
@@ -60,16 +59,14 @@ def arguments_of(model: Any) -> dict[str, Any]:
             args['depth'] = depth = len(model.blocks)
             if isinstance(model, SparseModel):
                 args['moe_layers'] = left = [int(name.split('.')[1]) for name in moe_layers(model)]
-                allowed = 'at or behind a block with an MoE layer'
-                check(bool(left), 'out_indices', [depth - 1], allowed)
+                check(bool(left), 'out_indices', [depth - 1], 'not before all MoE layers')
         if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
             args |= _NO_NORM[isinstance(model, Eva)]
     for name, value in args.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError):
-            allowed = "numbers, names and lists, for timm's config.json has no others"
-            check(False, name, value, allowed)
+            check(False, name, value, 'numbers, names and lists, as of JSON')
     return args
 
 

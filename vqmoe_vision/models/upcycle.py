@@ -52,17 +52,13 @@ def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
     """The options that a user gave, in any form."""
     if isinstance(value, Upcycling):
         return value
-    allowed = 'a dictionary of options, or None'
-    check(value is None or isinstance(value, dict), 'upcycling', value, allowed)
+    check(isinstance(value, dict | None), 'upcycling', value, 'a dictionary of options, or None')
     return Upcycling(**(value or {}))
 
 
 def refuse_unused(how: Upcycling, ways: str) -> None:
     """Refuse options of experts that are made of a dense MLP where none are."""
-    allowed = (
-        f'None, no dense weights are loaded to make experts of: {ways} would give it an effect'
-    )
-    check(how == Upcycling(), 'upcycling', how, allowed)
+    check(how == Upcycling(), 'upcycling', how, f'None, no dense weights are loaded: use {ways}')
 
 
 def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:

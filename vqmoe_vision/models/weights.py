@@ -158,8 +158,7 @@ def weights_in(source: str) -> str:
     endings = ('.safetensors', '.pth', '.pth.tar', '.bin')
     found = found or sorted(path for path in folder.iterdir() if path.name.endswith(endings))
     names = [path.name for path in found]
-    allowed = f'one file, or one of the name {" or ".join(OF_TIMM)}'
-    check(len(found) == 1, f'weights in folder {source!r}', names, allowed)
+    check(len(found) == 1, f'weights in folder {source!r}', names, f'one, or {OF_TIMM[0]}')
     return str(found[0])
 
 
@@ -302,8 +301,7 @@ def find_source(
     scheme, _, rest = name.partition(':')
     if scheme == 'local-dir':
         described = describe(rest)
-        allowed = f'a folder with the {CONFIG} of timm, which names the architecture'
-        check(bool(described.name), field, name, allowed)
+        check(bool(described.name), field, name, f'a folder with the {CONFIG} of timm')
         return place_of({'source': 'local-dir', 'file': rest}), described
     if scheme == 'hf-hub':
         with reading(name):

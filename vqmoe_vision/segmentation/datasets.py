@@ -48,8 +48,7 @@ def coloured(
             f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'
         )
     if isinstance(names := chosen.get('classes'), str):
-        allowed = f'a sequence of names, such as ({names!r},), or a file with one per line'
-        check(Path(names).is_file(), 'metainfo.classes', names, allowed)
+        check(Path(names).is_file(), 'metainfo.classes', names, 'a tuple of names, or a file')
         # mmseg would take blank lines at the end for classes
         chosen['classes'] = Path(names).read_text().rstrip().splitlines()
     classes = chosen.get('classes', own.get('classes'))
@@ -67,8 +66,7 @@ def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
     check(part in PARTS, 'part', part, f'one of {PARTS}')
     if part == 'all':
         return list(range(num_pairs))
-    allowed = f"between 1 and {num_pairs - 1}, there are {num_pairs} pairs; or train on part='all'"
-    check(0 < dev_size < num_pairs, 'dev_size', dev_size, allowed)
+    check(0 < dev_size < num_pairs, 'dev_size', dev_size, f'from 1 to {num_pairs - 1}, of pairs')
     blocks = np.array_split(np.arange(num_pairs), -(-num_pairs // _BLOCK))
     order = np.random.default_rng(0).permutation(len(blocks))
     dev = np.concatenate([blocks[i] for i in order])[:dev_size]

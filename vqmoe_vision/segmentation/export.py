@@ -30,8 +30,7 @@ class SegmentorGraph(nn.Module):
         fixed, divisor = config.get('size'), config.get('size_divisor') or 1
         height, width = fixed or (-(-side // divisor) * divisor for side in size)
         right, below = self.padding = (width - size[1], height - size[0])
-        allowed = f'at most {(height, width)}, to which tests pad their images'
-        check(min(self.padding) >= 0, 'size', size, allowed)
+        check(min(self.padding) >= 0, 'size', size, f'at most {(height, width)}, of padded images')
         self.pad_value = float(getattr(preprocessor, 'pad_val', 0))
         self.windows = _windows(segmentor.test_cfg, (size[0] + below, size[1] + right))
 
