@@ -20,7 +20,7 @@ from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.models.normalization import Normalization
 
 from .splits import check_split, long_tail, split_indices, train_counts
-from .transforms import normalization_of, normalized_as
+from .transforms import normalized_as
 
 
 class WrappedError(ValueError, AttributeError):

@@ -136,7 +136,8 @@ class LoadImage(LoadImageFromFile):
         if path is None or not fileio.exists(path, backend_args=self.backend_args):
             return None  # a test may have the place of label maps, but none
         with opened(io.BytesIO(fileio.get(path, backend_args=self.backend_args)), path) as labels:
-            return stored(np.asarray(labels), _turned(labels)).shape[:2]
+            turn = _turned(labels)
+            return stored(np.asarray(labels), turn).shape[:2]
 
 
 def _turned(image: Any) -> int:
