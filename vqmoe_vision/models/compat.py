@@ -151,9 +151,9 @@ def options_aside(model: Any, theirs: Network | None) -> str:
     """Options that a source of the same method has otherwise, for the end of a refusal."""
     if not isinstance(model, SparseModel) or theirs is None or theirs.options is None:
         return ''
-    pairs = {k: (repr(a), repr(b)) for k, a, b in _differing(theirs.options, model.moe_config)}
-    before, after = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
-    return f'; {_saved_with(before, after)}' if pairs else ''
+    found = [(k, repr(a), repr(b)) for k, a, b in _differing(theirs.options, model.moe_config)]
+    told = _saved_with({k: a for k, a, _ in found}, {k: b for k, _, b in found})
+    return f'; {told}' if told else ''
 
 
 def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:

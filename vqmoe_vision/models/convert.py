@@ -135,9 +135,8 @@ def changeable_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model whose parameters are about to change, or go."""
     layers = list(layers_of(model).values())
     check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
-    for module in model.modules():
-        wrapped = isinstance(module, DistributedDataParallel)
-        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    check(not wrapped, 'model', 'DistributedDataParallel', 'one that is not wrapped yet')
     return layers
 
 

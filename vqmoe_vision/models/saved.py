@@ -14,7 +14,6 @@ from torch import nn
 
 from ..moe import moe_layers
 from ..moe.config import check
-from .compat import misfit
 from .hosts import Transformer
 from .moe_vit import SparseModel
 from .upcycle import BEGINNING
@@ -101,17 +100,14 @@ def save(
 @torch.no_grad()
 def _read_back(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
     """Compares tensors and answers, to the bit."""
-    state = model.state_dict()
     try:
-        again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        found, images = again.state_dict(), torch.rand(2, *input_size)
-        problem = misfit(state, found)
-        if not problem and (k := [k for k in state if not torch.equal(state[k], found[k])]):
-            problem = f'other values of {", ".join(k)}'
-        if not problem and not torch.equal(model.eval()(images), again(images)):
-            problem = 'its answers differ'
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        images = torch.rand(2, *input_size)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+        answers, expected = again.eval()(images), model.eval()(images)
+        torch.testing.assert_close(answers, expected, rtol=0, atol=0, msg='its answers differ')
     except Exception as error:  # a model that differs can fail in any way
-        problem = str(error)
-    if problem:
-        short = shorten(problem, 200, placeholder=' ...')  # torch lists every key
-        raise ValueError(f'timm does not build the model again from its arguments: {short}')
+        short = shorten(str(error), 200, placeholder=' ...')  # torch lists every key
+        raise ValueError(
+            f'timm does not build the model again from its arguments: {short}'
+        ) from error

@@ -158,7 +158,7 @@ def weights_in(source: str) -> str:
     endings = ('.safetensors', '.pth', '.pth.tar', '.bin')
     found = found or sorted(path for path in folder.iterdir() if path.name.endswith(endings))
     names = [path.name for path in found]
-    check(len(found) == 1, f'weights in folder {source!r}', names, f'one, or {OF_TIMM[0]}')
+    check(len(names) == 1, f'weights in folder {source!r}', names, f'one, or {OF_TIMM[0]}')
     return str(found[0])
 
 

@@ -85,10 +85,7 @@ class Predictor:
     ) -> None:
         settings = load_config(config, options)
         for name in ('model', 'test_dataloader'):
-            given = settings.get(name)
-            check(
-                given is not None, f'{config}: {name}', given, 'a config, or nothing is predicted'
-            )
+            check(settings.get(name) is not None, f'{config}: {name}', None, 'a config')
         init_default_scope(settings.get('default_scope', 'mmseg'))
         field, dataset = 'test_dataloader.dataset', settings.test_dataloader.dataset
         first, *others = innermost(dataset)
