@@ -84,7 +84,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         check_type('label_smoothing', float, label_smoothing)
         check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
         arguments = {'num_classes': num_classes, **model_kwargs}
-        self.model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
+        self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
         self.stream_loss = stream_loss or {'weight': 0.0, 'blocks': []}

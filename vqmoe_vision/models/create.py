@@ -143,7 +143,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
 
 def create_to_start(
     model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
-) -> nn.Module:
+) -> Any:
     """As `create_model`, of a model whose weights may come later."""
     own = method_of(model_name) is not None
     # a model of ours takes the weights of `checkpoint_path` as they are
