@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models import saved
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.moe import METHODS, moe_layers
+from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
 from .conftest import TINY, make
@@ -86,22 +86,6 @@ def test_a_model_whose_images_have_another_size_by_now(
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     same(model, again, torch.randn(2, 3, *model.patch_embed.img_size))
-
-
-@pytest.mark.parametrize('norm', [True, False])
-@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
-def test_a_pruned_backbone(name: str, norm: bool, tmp_path: Path, images: Tensor) -> None:
-    options = {**TINY, 'num_classes': 0, 'global_pool': '', 'dynamic_img_size': True}
-    moe = {'moe_layers': 'last2', 'num_experts': 2} if 'smoe' in name else None
-    model: Any = create_model(name, moe, **options, drop_path_rate=0.1)
-    model.prune_intermediate_layers([2], prune_norm=not norm)
-    args = saved.save(model, tmp_path / 'out', PREPROCESSING)
-    assert args['depth'] == 3
-    again: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
-    assert list(moe_layers(again)) == (['blocks.1.mlp'] if moe else [])
-    assert isinstance(again.norm, nn.LayerNorm) == norm
-    same(model, again, images)
-    same(model, again, torch.randn(1, 3, 40, 32))
 
 
 def test_what_a_folder_says(tmp_path: Path) -> None:
