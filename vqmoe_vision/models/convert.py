@@ -85,10 +85,10 @@ def convert_to_moe(
     """
     how = read_upcycling(upcycling)
     copied, lost = _put_layers(model, method, how, how, moe_layers, **options)
-    assert isinstance(model, SparseModel)
+    made: Any = model
     # what was there before is all but what the new layers and a reader of images have
     new, names = (READER, *(f'{name}.' for name in layers_of(model))), list(model.state_dict())
-    model.weights_report = Report(
+    made.weights_report = report = Report(
         loaded=tuple(name for name in names if not name.startswith(new)),
         copied=copied,
         initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
@@ -98,14 +98,13 @@ def convert_to_moe(
     config = getattr(model, 'pretrained_cfg', None) or {}
     if config.get('architecture'):  # timm has built it by name, and builds it again
         sparse = {'method': method, 'moe_layers': moe_layers, **options}
-        model._model_args = {**model._model_args, 'host': config['architecture'], **sparse}
-        named: Any = {**config, 'architecture': MOE_HOST}
-        model.pretrained_cfg = model.default_cfg = named
-    return model.weights_report
+        made._model_args = {**made._model_args, 'host': config['architecture'], **sparse}
+        made.pretrained_cfg = made.default_cfg = {**config, 'architecture': MOE_HOST}
+    return report
 
 
 def _put_layers(
-    model: nn.Module,
+    model: Any,
     method: str,
     stated: Upcycling,
     how: Upcycling | None,
@@ -118,14 +117,12 @@ def _put_layers(
     allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
     check(kind in _SPARSE, 'model', kind.__name__, allowed)
     for name in options.keys() - moe_options(method):
-        known = moe_options(method)
-        raise TypeError(f'{name!r} is no option of {method}: {", ".join(sorted(known))}')
+        raise TypeError(f'{name!r} is no option of {method}: {sorted(moe_options(method))}')
     config = METHODS[method].config.from_options(**options)
     # what the model was becomes what reads its images
     copied, lost = put_layers(model, method, config, moe_layers, partial(copy.deepcopy, model), how)
     given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
     model.__class__ = _SPARSE[kind]
-    assert isinstance(model, SparseModel)
     model.describe(method, config, stated)
     model._model_args = given
     return copied, lost

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -113,7 +113,6 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     return whole
 
 
-def _average(parameter: Tensor) -> None:
-    assert parameter.grad is not None
+def _average(parameter: Any) -> None:
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()

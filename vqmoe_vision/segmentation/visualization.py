@@ -2,7 +2,6 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +95,12 @@ class OverlayHook(SegVisualizationHook):
         runner: Runner,
         batch_idx: int,
         data_batch: Any = None,
-        outputs: Sequence[Any] | None = None,
+        outputs: Any = None,
     ) -> None:
         """Draws the first prediction of a batch, where it is its turn."""
         step = runner.iter + batch_idx
         if not self.draw or step % self.interval:
             return
-        assert outputs is not None
         self._draw(data_batch['inputs'][0], outputs[0], 'val_', step)
 
     def after_test_iter(
@@ -110,12 +108,11 @@ class OverlayHook(SegVisualizationHook):
         runner: Runner,
         batch_idx: int,
         data_batch: Any = None,
-        outputs: Sequence[Any] | None = None,
+        outputs: Any = None,
     ) -> None:
         """Draws every prediction of a batch."""
         if not self.draw:
             return
-        assert outputs is not None
         inputs = data_batch['inputs']
         if not isinstance(inputs[0], Tensor):
             inputs = inputs[0]  # an augmented test: the first version of each image
