@@ -1,7 +1,6 @@
 """The rows of every comparison, as options of a config: dense models, and all methods there are."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,6 @@ def every_two(leaves: Sequence[str]) -> list[tuple[str, str, str]]:
         for leaf, size, row in itertools.product(leaves, SIZES, ROWS)
         if leaf == leaves[0] or size == 'tiny' or row == 'vqmoe'
     ]
-
-
-def result_options(model: str) -> list[str]:
-    """The options that docs/archive/first-runs.md gives for its rows, those of `model` only."""
-    lines = (CONFIGS.parent / 'docs/archive/first-runs.md').read_text().splitlines()
-    cells = [cell.strip() for line in lines if line.startswith('|') for cell in line.split('|')]
-    return [c.strip('`') for c in cells if re.match(rf'`{model}\.(model_name|moe)[.=]', c)]
 
 
 def printed_config(section: str, data_root: str) -> str:

@@ -50,22 +50,37 @@ def documented(value: Any) -> Iterator[tuple[str, list[str], str]]:
     if is_dataclass(value):  # what it inherits stands in the base
         own = inspect.get_annotations(value)
         names = [field.name for field in fields(value) if field.name in own]
+        names = [name for name in names if not described_beside(value, name)]
         yield value.__name__, names, value.__doc__ or ''
     elif '__init__' in vars(value):
         yield value.__name__, list(inspect.signature(value).parameters), value.__doc__ or ''
     for name, member in vars(value).items():
-        if inspect.isfunction(member) and not name.startswith('_') and not upstream(value, member):
-            names = list(inspect.signature(member).parameters)[1:]  # without `self`
+        if inspect.isfunction(member) and not name.startswith('_'):
+            names = own_parameters(value, member)
             yield f'{value.__name__}.{name}', names, member.__doc__ or ''
 
 
-def upstream(cls: type, function: Callable) -> bool:
-    """Whether a method has the arguments of the one of timm or mmengine that it overrides."""
-    parameters = list(inspect.signature(function).parameters)
-    return any(
-        list(inspect.signature(vars(base)[function.__name__]).parameters) == parameters
-        for base in cls.__mro__[1:]
-        if function.__name__ in vars(base) and not base.__module__.startswith('vqmoe_vision')
+def own_parameters(cls: type, function: Callable) -> list[str]:
+    """Arguments of a method that no method of timm or mmengine has, which it overrides."""
+    theirs = [vars(base).get(function.__name__) for base in cls.__mro__[1:]]
+    theirs = [other for other in theirs if other and not ours(other)]
+    kept = list(inspect.signature(function).parameters.values())[1:]  # without `self`
+    if theirs:
+        known = {name for other in theirs for name in inspect.signature(other).parameters}
+        passed_on = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        kept = [each for each in kept if each.kind not in passed_on and each.name not in known]
+    return [each.name for each in kept]
+
+
+def ours(value: Any) -> bool:
+    return value.__module__.startswith('vqmoe_vision')
+
+
+def described_beside(cls: type, name: str) -> bool:
+    """Whether a comment stands at a field's line, or above it."""
+    return (
+        re.search(rf'(#.*\n    {name}: |^    {name}: .*#)', inspect.getsource(cls), re.M)
+        is not None
     )
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -19,7 +17,6 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
-from vqmoe_vision.engine.upcycle import upcycle
 
 from ..rows import CONFIGS, leaves
 
@@ -128,59 +125,6 @@ def test_weights_by_name_bring_their_normalisation(tmp_path: Path) -> None:
     assert torch.equal(found, dense['blocks.1.mlp.fc1.weight'])
 
 
-def test_from_imagenet_weights_to_a_folder_of_my_classes(tmp_path: Path) -> None:
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    sizes = dict(img_size=32, patch_size=8, **SIZES)
-    overlay = dict(mean=mean, std=std)
-    dense = timm.create_model('vit_small_patch16_224', pretrained_cfg_overlay=overlay, **sizes)
-    assert dense.num_classes == 1000
-    folders = [str(tmp_path / name) for name in ('dense', 'sparse', 'mine')]
-    save_for_hf(dense, folders[0], safe_serialization=True)
-    options = [f'{name}={value}' for name, value in sizes.items()]
-    options += ['num_experts=2', 'moe_layers=last2']
-    upcycle([f'local-dir:{folders[0]}', 'vit_small_vqmoe', folders[1], '--cfg-options', *options])
-    config = write_config(tmp_path, FOLDERS, checkpoint=folders[1], patch_size=8)
-    work = train(config, 'w')
-    assert f'{folders[1]}: loaded 74 of the 74 tensors of the backbone' in log(work)
-    top1 = score(config, work)
-    publish([str(work), folders[2], '--numbers', str(work / 'metrics.json')])
-    assert f'| test | accuracy/top1 | {top1:.4g} |' in (Path(folders[2]) / 'README.md').read_text()
-    model: Any = timm.create_model(f'local-dir:{folders[2]}', pretrained=True).eval()
-    assert model.pretrained_cfg['label_names'] == ['000', '001', '002']
-    assert [model.pretrained_cfg[name] for name in ('mean', 'std')] == [mean, std]
-    state = content(work)['state_dict']
-    assert all(torch.equal(v, state[f'model.{k}']) for k, v in model.state_dict().items())
-    # of the 1,000 classes the head is gone, and all else has learned a little from where it was
-    name = 'blocks.1.mlp.experts.fc1.weight'
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
-    moved = (state[f'model.{name}'] - dense.blocks[1].mlp.fc1.weight).norm()
-    assert 0 < moved < 0.1 * dense.blocks[1].mlp.fc1.weight.norm()
-
-
-def test_full_then_discrete(tmp_path: Path) -> None:
-    config = write_config(tmp_path, FOLDERS)
-    full = train(config, 'full')
-    options = ['model.moe.form=discrete', f'model.checkpoint={full / "epoch_1.pth"}']
-    discrete = train(config, 'discrete', *options)
-    names = content(full)['state_dict'].keys() - content(discrete)['state_dict'].keys()
-    assert names and all('.router.' in name or '.gate.' in name for name in names)
-    assert 'the head is the one of the checkpoint' in log(discrete)
-    assert 0 <= score(config, discrete, 1, *options) <= 100
-
-
-def test_how_experts_are_made_matters_at_the_start_alone(tmp_path: Path) -> None:
-    config = write_config(tmp_path, FOLDERS, upcycling=dict(noise=0.1))
-    work, without = train(config, 'w'), 'model.checkpoint=None'
-    assert 0 <= score(config, work, 1, without) <= 100
-    more = [f'experiment_name=more {work}', without, 'train_cfg.max_epochs=2']
-    cli.train([config, '--work-dir', str(work), '--resume', '--cfg-options', *more])
-    assert content(work, 2)['meta']['iter'] == 4
-    message = r'upcycling=.*noise=0\.1.* no dense weights .*: checkpoint=FILE or pretrained=True'
-    with pytest.raises(SystemExit, match=message) as caught:
-        train(config, 'anew', without)
-    assert '\n' not in str(caught.value)
-
-
 OWN: dict[str, Any] = dict(
     model_name='vit_small_smoe', pretrained=False, moe=dict(_delete_=True, num_experts=2)
 )
@@ -216,35 +160,6 @@ def test_nobody_needs_what_a_run_started_from(given: dict[str, Any], tmp_path: P
     publish([str(work), str(tmp_path / 'out')])
     published: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert published.pretrained_cfg['mean'][0] == pytest.approx(0.485)
-
-
-SEEN: list[torch.Tensor] = []
-
-
-@HOOKS.register_module()
-class SeesValidatedWeights(Hook):
-    """Keeps a copy of the head that a validation looks through."""
-
-    def before_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        SEEN.append(runner.model.model.head.weight.detach().clone())
-
-
-def test_averages_are_validated_saved_and_tested(tmp_path: Path) -> None:
-    config = write_config(tmp_path, FOLDERS)
-    SEEN.clear()
-    work = train(
-        config, 'w', 'default_hooks.ema.type=EMAHook', 'default_hooks.ema.momentum=0.5',
-        'default_hooks.sees.type=SeesValidatedWeights', 'param_scheduler=[]',
-    )  # fmt: skip
-    saved, best = content(work), next(work.glob('best_*.pth'))
-    head = 'model.head.weight'
-    validated = SEEN[0]
-    assert torch.equal(saved['state_dict'][head], validated)
-    assert torch.equal(read_content(str(best))['state_dict'][head], validated)
-    trained = saved['ema_state_dict'][f'module.{head}']  # kept for what resumes
-    assert not torch.equal(trained, validated)
-    logged = json.loads((next(work.glob('*/vis_data/scalars.json'))).read_text().splitlines()[-1])
-    assert score(config, work) == pytest.approx(logged['accuracy/top1'])
 
 
 def test_a_run_that_no_longer_improves_ends_early(tmp_path: Path) -> None:

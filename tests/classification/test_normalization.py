@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
-from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vqmoe_vision.classification.transforms import normalization_of, normalized_as
+from vqmoe_vision.classification.transforms import normalization_of
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.models.normalization import Normalization
@@ -103,17 +101,6 @@ def test_training_validation_and_tests_are_fed_as_the_weights_were(
     torch.testing.assert_close(source.samples[0].image[:, 0, 0], expected)
 
 
-def test_from_scratch_the_config_says_it_and_timm_would_save_it(
-    config: str, tmp_path: Path
-) -> None:
-    runner = runner_of(config, tmp_path, {})
-    runner.train()
-    for split in ('train', 'val'):
-        same(fed(runner, split), SCRATCH)
-    same(runner.model.known_normalization, SCRATCH)
-    same(Normalization.of(runner.model.model.pretrained_cfg), SCRATCH)
-
-
 @pytest.mark.parametrize('stated', [False, True])
 def test_weights_of_which_nothing_is_known_change_nothing(
     stated: bool, config: str, imagenet: Path, tmp_path: Path
@@ -134,93 +121,30 @@ def test_weights_of_which_nothing_is_known_change_nothing(
     assert log.read_text().count(told) == stated and 'as the weights' not in log.read_text()
 
 
-def warnings_of(work: Path) -> list[str]:
-    return [
-        line
-        for log in work.glob('*/*.log')
-        for line in log.read_text().splitlines()
-        if ' - WARNING - ' in line and 'contradict' in line
-    ]
-
-
-def test_a_training_set_that_contradicts_counts_with_one_warning(
-    config: str, imagenet: Path, tmp_path: Path
-) -> None:
-    work = tmp_path / 'w'
-    options = stating(SCRATCH, 'train') | {'model.checkpoint': str(imagenet)}
-    runner = runner_of(config, work, options)
-    runner.train()
-    for split in ('train', 'val'):
-        same(fed(runner, split), SCRATCH)
-    same(runner.model.known_normalization, SCRATCH)
-    (line,) = warnings_of(work)
-    assert 'train_dataloader.dataset.transform' in line and '[0.485,0.456,0.406]' in line
-    model = load_trained(load_config(config), str(work / 'epoch_1.pth'), 'cpu')
-    same(Normalization.of(model.model.pretrained_cfg), SCRATCH)
-
-
-def test_a_test_set_that_contradicts_counts_with_one_warning(
-    config: str, imagenet: Path, tmp_path: Path
-) -> None:
-    work = tmp_path / 'w'
-    runner = runner_of(config, work, stating(SCRATCH, 'test') | {'load_from': str(imagenet)})
-    runner.test()
-    same(fed(runner, 'test'), SCRATCH)
-    (line,) = warnings_of(work)
-    assert 'test_dataloader.dataset.transform' in line
-
-
-def test_validation_that_contradicts_training_is_a_warning(config: str, tmp_path: Path) -> None:
-    runner = runner_of(config, tmp_path, stating(IMAGENET, 'val'))
-    runner.train()
-    same(fed(runner, 'val'), IMAGENET)
-    same(runner.model.known_normalization, SCRATCH)
-    (line,) = warnings_of(tmp_path)
-    assert 'contradict train_dataloader.dataset.transform' in line
-
-
-@TRANSFORMS.register_module(name='of_a_user')
-def of_a_user(size: int) -> Any:
-    return TRANSFORMS.build(dict(type='timm', input_size=size, mean=(0.5,) * 3, std=(0.5,) * 3))
-
-
-@pytest.mark.parametrize('name', ['timm', 'crop_flip'])
-def test_transforms_follow(name: str) -> None:
-    config = ConfigDict(type=name, input_size=8, from_scratch=vars(SCRATCH))
-    same(normalization_of(normalized_as(config, None, 'a')), SCRATCH)
-    same(normalization_of(normalized_as(config, IMAGENET, 'a')), IMAGENET)
-    # it is stated, and the weights agree
-    same(normalization_of(normalized_as(config | vars(IMAGENET), IMAGENET, 'a')), IMAGENET)
-
-
-def test_a_transform_of_a_user_cannot_follow() -> None:
-    config = ConfigDict(type='of_a_user', size=8)
-    half = Normalization((0.5,) * 3, (0.5,) * 3)
-    same(normalization_of(normalized_as(config, half, 'a')), half)
-    same(normalization_of(normalized_as(config, IMAGENET, 'a')), half)
-
-
-def test_a_transform_that_says_nothing() -> None:
-    with pytest.raises(ValueError, match=r'^transform\.mean=None is not possible: .* from_scratch'):
-        TRANSFORMS.build(dict(type='crop_flip', input_size=8))
-
-
 @pytest.mark.parametrize(
-    ('path', 'mean', 'std'),
+    ('split', 'stated', 'start', 'owner'),
     [
-        ('cifar10', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        ('cifar10_budget', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        ('cifar100', (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        ('digits/demo/vit_tiny_vqmoe_demo', SCRATCH.mean, SCRATCH.std),
-        ('imagenet/vit_tiny_vqmoe_imagenet', IMAGENET.mean, IMAGENET.std),
-        ('stl10', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        ('svhn', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ('train', SCRATCH, 'model.checkpoint', 'the weights'),
+        ('test', SCRATCH, 'load_from', 'the weights'),
+        ('val', IMAGENET, None, 'train_dataloader.dataset.transform'),
     ],
 )
-def test_from_scratch_the_configs_say_what_they_said(path: str, mean: Any, std: Any) -> None:
-    config = load_config(str(CONFIGS / f'classification/{path}.py'))
-    for split in SPLITS:
-        transform = TRANSFORMS.build(config[f'{split}_dataloader'].dataset.transform)
-        found = normalization_of(transform)
-        assert found is not None
-        torch.testing.assert_close(found.values(), Normalization(mean, std).values())
+def test_what_a_data_set_states_counts_with_one_warning(
+    split: str,
+    stated: Normalization,
+    start: str | None,
+    owner: str,
+    config: str,
+    imagenet: Path,
+    tmp_path: Path,
+) -> None:
+    given = {start: str(imagenet)} if start else {}
+    runner = runner_of(config, tmp_path, stating(stated, split) | given)
+    runner.test() if split == 'test' else runner.train()
+    same(fed(runner, split), stated)
+    if split != 'test':
+        same(runner.model.known_normalization, SCRATCH)
+        same(fed(runner, 'train'), SCRATCH)
+    lines = [line for log in tmp_path.glob('*/*.log') for line in log.read_text().splitlines()]
+    (line,) = [line for line in lines if ' - WARNING - ' in line and 'contradict' in line]
+    assert f'{split}_dataloader.dataset.transform' in line and f'contradict {owner}' in line

@@ -51,25 +51,18 @@ def test_trains_and_tests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ('names', 'options', 'message'),
+    ('last', 'options', 'message'),
     [
-        (('cat', 'dog'), [], r'num_classes=3, but the data set has 2 classes \(cat, dog'),
-        (('cat', 'dog', 'elk'), [], r'different classes: only one of them has elk, owl'),
-        (
-            ('cat', 'dog', 'owl'),
-            ['train_dataloader.batch_size=7'],
-            r'=7 .* at most 6',
-        ),
-        (
-            ('cat', 'dog', 'owl'),
-            ['model.mixup={}', 'train_dataloader.batch_size=3'],
-            r'^error: train_dataloader\.batch_size=3 is not possible: an even number',
-        ),
+        (None, [], r'num_classes=3, but the data set has 2 classes \(cat, dog'),
+        ('elk', [], r'different classes: only one of them has elk, owl'),
+        ('owl', ['train_dataloader.batch_size=7'], r'=7 .* at most 6'),
+        ('owl', ['model.mixup={}', 'train_dataloader.batch_size=3'], r'batch_size=3 is not poss'),
     ],
 )
 def test_bad_data_is_one_line(
-    tmp_path: Path, names: tuple[str, ...], options: list[str], message: str
+    tmp_path: Path, last: str | None, options: list[str], message: str
 ) -> None:
+    names = ('cat', 'dog', *([last] if last else []))
     config = write_config(tmp_path, dict(train=names, val=('cat', 'dog', 'owl')))
     work = ['--work-dir', str(tmp_path / 'w')]
     with pytest.raises(SystemExit, match=message) as caught:

@@ -42,14 +42,6 @@ def test_a_table_normalises_every_byte_as_torchvision_does() -> None:
     assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
-def test_crop_flip_normalises() -> None:
-    image = Image.new('RGB', (8, 8), (255, 255, 255))
-    transform = TRANSFORMS.build(
-        dict(type='crop_flip', input_size=8, padding=0, mean=(0.5,) * 3, std=(0.25,) * 3)
-    )
-    torch.testing.assert_close(transform(image), torch.full((3, 8, 8), 2.0))
-
-
 @pytest.mark.parametrize('name', ['timm', 'crop_flip'])
 def test_what_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None:
     scratch = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -62,50 +54,19 @@ def test_what_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None
         TRANSFORMS.build(dict(**config, std=(0.5,) * 3))
 
 
-def test_timm_normalises_as_it_does_where_nothing_is_stated() -> None:
-    stated, left_out = (
-        TRANSFORMS.build(dict(type='timm', input_size=8, **numbers))
-        for numbers in (dict(mean=None, std=None), {})
-    )
-    assert normalization_of(stated) == normalization_of(left_out)
-
-
-EACH = 'a number from 0 to 1, or one for each of 3 channels'
-
-
-@pytest.mark.parametrize('name', ['timm', 'crop_flip'])
-def test_one_number_is_that_of_every_channel(name: str) -> None:
-    torch.manual_seed(0)
-    image = Image.effect_noise((8, 8), 50).convert('RGB')
-    one, three = (
-        TRANSFORMS.build(
-            dict(type=name, input_size=8, mean=(0.4,) * count, std=[0.2] * count)
-            | (dict(crop_pct=1.0) if name == 'timm' else dict(padding=0, hflip=0.0))
-        )(image)
-        for count in (1, 3)
-    )
-    assert one.equal(three)
-
-
 @pytest.mark.parametrize('place', ['transform', 'transform.from_scratch'])
 @pytest.mark.parametrize('name', ['timm', 'crop_flip'])
 @pytest.mark.parametrize('field', ['mean', 'std'])
 @pytest.mark.parametrize(
-    ('value', 'allowed'),
-    [
-        *((value, EACH) for value in ((0.5,) * 2, (0.5,) * 4, 0.5, 'abc')),
-        (('0.5',) * 3, 'one number, or one for each channel of 3'),
-        ((127.5,) * 3, 'from 0 to 1, what a white pixel is'),
-    ],
+    'value', [(0.5,) * 2, (0.5,) * 4, 0.5, 'abc', ('0.5',) * 3, (127.5,) * 3], ids=str
 )
 def test_numbers_that_no_images_have_are_refused(
-    place: str, name: str, field: str, value: object, allowed: str
+    place: str, name: str, field: str, value: object
 ) -> None:
     numbers: dict[str, Any] = {**ZERO, field: value}
     if place == 'transform.from_scratch':
         numbers = dict(from_scratch=numbers)
-    message = re.escape(f'{place}.{field}={value!r} is not possible: {allowed}')
-    with pytest.raises(ValueError, match=f'^{message}'):
+    with pytest.raises(ValueError, match=re.escape(f'{place}.{field}={value!r} is not possible')):
         TRANSFORMS.build(dict(type=name, input_size=8, **numbers))
 
 
@@ -123,11 +84,6 @@ def test_a_shift_corrupts_the_image_of_a_test_alike_each_time() -> None:
     # severity 3 of ImageNet-C is a standard deviation of 0.18, before what leaves [0, 1] is cut off
     plain = TRANSFORMS.build(recipe)(Image.fromarray(pixels))
     assert 0.08 < (corrupted - plain).std() < 0.18
-
-
-def test_a_shift_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="shift='fog_6' is not possible"):
-        TRANSFORMS.build(dict(type='timm', shift='fog_6', input_size=40, **ZERO))
 
 
 @pytest.mark.parametrize('stated', [{}, *({'crop_mode': m} for m in (None, *CROP_MODES))])

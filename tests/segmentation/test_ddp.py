@@ -49,18 +49,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize('method', METHODS)
 def test_ranks_train_one_model(ranks: list[dict], method: str) -> None:
-    first, second = (rank[method]['state'] for rank in ranks)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    first, second = (rank[method] for rank in ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # losses are of the images of both
+    assert 'decode.loss_ce' in first['losses']
     torch.manual_seed(0)
     start = tiny_segmentor(f'vit_tiny_{method}').state_dict()
-    for name in ('decode_head.cls_emb', 'backbone.model.blocks.1.mlp.experts.fc1.weight'):
-        assert not torch.equal(first[name], start[name])
-    # of the images of both
-    torch.testing.assert_close(
-        ranks[0][method]['losses'], ranks[1][method]['losses'], rtol=0, atol=0
-    )
-    assert 'decode.loss_ce' in ranks[0][method]['losses']
+    names = ['decode_head.cls_emb', 'backbone.model.blocks.1.mlp.experts.fc1.weight']
     if method == 'vqmoe':
-        assert 'blocks.1.mlp/vq_loss' in ranks[0][method]['losses']
-        codes = 'backbone.model.blocks.1.mlp.quantizer.codebook.embed'
-        assert not torch.equal(first[codes], start[codes])
+        assert 'blocks.1.mlp/vq_loss' in first['losses']
+        names.append('backbone.model.blocks.1.mlp.quantizer.codebook.embed')
+    assert not any(torch.equal(first['state'][name], start[name]) for name in names)

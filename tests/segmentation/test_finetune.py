@@ -10,12 +10,9 @@ import torch
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.models.vit_moe import SIZES as GIVEN_SIZES
-from vqmoe_vision.moe import METHODS
 
 from ..rows import CONFIGS
-from .conftest import build, write_pair
+from .conftest import write_pair
 
 ADE = CONFIGS / 'segmentation/ade20k'
 SIZES: dict[str, Any] = dict(patch_size=16, depth=4, embed_dim=12, num_heads=3)
@@ -75,25 +72,3 @@ def test_two_iterations(row: str, way: str, tmp_path: Path) -> None:
     for weight in made if experts else [made]:
         assert torch.equal(weight, source['blocks.3.mlp.fc1.weight'])
     assert state['backbone.model.pos_embed'].shape == (1, 17, 12)
-
-
-@pytest.mark.parametrize(
-    ('size', 'method'),
-    [*((size, 'vqmoe') for size in GIVEN_SIZES), *(('tiny', m) for m in METHODS)],
-)
-def test_every_size_and_method_is_an_option(
-    size: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = f'vit_{size}_patch16_384.augreg_in21k_ft_in1k'
-    options: dict[str, Any] = {
-        'model.backbone.pretrained': False,
-        'model.backbone.model_name': name,
-        'model.backbone.moe.method': method,
-    }
-    path = str(ADE / 'segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py')
-    model = build(load_config(path, options), monkeypatch).routed_model
-    assert timm.models.is_model_pretrained(name)
-    assert [i for i, b in enumerate(model.blocks) if hasattr(b.mlp, 'experts')][-1] == (
-        len(model.blocks) - 1
-    )
-    assert model.method == method

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from vqmoe_vision.analysis.corruptions import Corruption
-from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels, image_loader
+from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels
 from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer
 
 from ..damaged import damaged
@@ -32,56 +31,54 @@ def load(root: Path, num_classes: int, **kwargs: Any) -> dict[str, Any]:
     return LoadLabels(num_classes).transform(LoadImage().transform(results))
 
 
-def test_labels_within_the_classes(tmp_path: Path) -> None:
-    labels = np.array([[0, 1], [2, 255]])
-    write_pair(tmp_path, 'a.png', 'b.png', labels)
-    assert (load(tmp_path, 3)['gt_seg_map'] == labels).all()
-    with pytest.raises(ValueError, match=r'b\.png holds the label 2; allowed are 0\.\.1, and 255'):
-        load(tmp_path, 2)
+def write_labels(folder: Path, labels: Any, kind: type, file_format: str = 'PNG') -> None:
+    array = np.array(labels, kind)
+    write_pair(folder, 'a.png', 'b.png', np.zeros(array.shape))
+    Image.fromarray(array).save(folder / 'b.png', format=file_format)
 
 
-def test_reduced_zero_label(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.array([[0, 1], [2, 3]]))
-    out = load(tmp_path, 3, reduce_zero_label=True)['gt_seg_map']
-    assert out.tolist() == [[255, 0], [1, 2]]
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+def test_labels_within_the_classes(kind: type, tmp_path: Path) -> None:
+    for labels in ([[0, 1], [2, 255]], [[0, 1, 2]], [[0], [1], [2]]):
+        write_labels(tmp_path, labels, kind)
+        assert load(tmp_path, 3)['gt_seg_map'].tolist() == labels
+        with pytest.raises(
+            ValueError, match=r'b\.png holds the label 2; allowed are 0\.\.1, and 255'
+        ):
+            load(tmp_path, 2)
+    write_labels(tmp_path, [[0, 1], [2, 3]], kind)
+    reduced = load(tmp_path, 3, reduce_zero_label=True)['gt_seg_map']
+    assert reduced.tolist() == [[255, 0], [1, 2]]
     with pytest.raises(ValueError, match=r'holds the label 3; allowed are 1\.\.2, and 0 for'):
         load(tmp_path, 2, reduce_zero_label=True)
 
 
-@pytest.mark.parametrize('label', [256, 259, 65535])
-def test_labels_above_8_bits_are_not_wrapped_around(tmp_path: Path, label: int) -> None:
+@pytest.mark.parametrize(
+    ('label', 'kind'),
     # in 8 bits 256 would be class 0, 259 class 3, and 65535 ignored
-    deep = np.array([[0, 1], [label, 2]], np.uint16)
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
-    assert cv2.imwrite(str(tmp_path / 'b.png'), deep)
-    message = rf'b\.png holds the label {label}; allowed are 0\.\.4, and 255'
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path, 5)
-    with pytest.raises(ValueError, match=rf'the label {label}; allowed are 1\.\.5, and 0 for'):
-        load(tmp_path, 5, reduce_zero_label=True)
+    [*((n, np.uint16) for n in (256, 259, 65535)), (-1, np.int32), (0.5, np.float32)],
+)
+def test_labels_beyond_8_bits_are_not_wrapped_around(
+    label: float, kind: type, tmp_path: Path
+) -> None:
+    write_labels(tmp_path, [[0, 1], [label, 2]], kind, 'TIFF')
+    for reduced, allowed in ((False, r'0\.\.4, and 255'), (True, r'1\.\.5, and 0')):
+        message = rf'b\.png holds the label {label}; allowed are {allowed}'
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, 5, reduce_zero_label=reduced)
 
 
-def test_labels_in_16_bits(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
-    assert cv2.imwrite(str(tmp_path / 'b.png'), np.array([[0, 1], [255, 2]], np.uint16))
-    assert load(tmp_path, 5)['gt_seg_map'].tolist() == [[0, 1], [255, 2]]
-
-
-def test_labels_of_a_tiff_are_integers_from_0(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
-    for labels, label in (([[0, -1]] * 2, '-1'), ([[0, 0.5]] * 2, '0.5')):
-        kind = np.int32 if label == '-1' else np.float32
-        Image.fromarray(np.array(labels, kind)).save(tmp_path / 'b.png', format='TIFF')
-        with pytest.raises(ValueError, match=rf'b\.png holds the label {label}; allowed'):
-            load(tmp_path, 5)
-
-
-def test_one_pixel_high(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((1, 5)))
-    assert load(tmp_path, 3)['gt_seg_map'].shape == (1, 5)
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((6, 1)), image_size=(5, 1))
-    with pytest.raises(ValueError, match=r'b\.png has 1x6 pixels, .*a\.png has 1x5'):
+def test_another_size_and_damage_name_the_file(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6)), image_size=(4, 5))
+    with pytest.raises(ValueError, match=r'b\.png has 6x4 pixels, .*a\.png has 5x4'):
         load(tmp_path, 3)
+    (tmp_path / 'b.png').write_bytes(b'no image')
+    with pytest.raises(ValueError, match=r'b\.png cannot be read as a label map'):
+        load(tmp_path, 3)
+    for content in (b'', b'no image', (tmp_path / 'a.png').read_bytes()[:40]):
+        (tmp_path / 'a.png').write_bytes(content)
+        with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
+            load(tmp_path, 3)
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'CMYK'])
@@ -99,34 +96,17 @@ def test_colours_are_no_label_map_whatever_their_number(
             load(tmp_path, 3)
 
 
-def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6)), image_size=(4, 5))
-    with pytest.raises(ValueError, match=r'b\.png has 6x4 pixels, .*a\.png has 5x4'):
-        load(tmp_path, 3)
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6, 3)), image_size=(4, 6))
-    with pytest.raises(ValueError, match=r'b\.png is a colour image'):
-        load(tmp_path, 3)
-    (tmp_path / 'b.png').write_bytes(b'no image')
-    with pytest.raises(ValueError, match=r'b\.png cannot be read as a label map'):
-        load(tmp_path, 3)
-    for content in (b'', b'no image', (tmp_path / 'a.png').read_bytes()[:40]):
-        (tmp_path / 'a.png').write_bytes(content)
-        with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
-            load(tmp_path, 3)
-
-
 def _sound_maps() -> list[bytes]:
-    labels = np.random.default_rng(0).integers(0, 3, (12, 8), np.uint8)
-    with_colours = Image.fromarray(labels).convert('P')
+    labels = Image.fromarray(np.random.default_rng(0).integers(0, 3, (12, 8), np.uint8))
+    deep = Image.fromarray(np.asarray(labels).astype(np.uint16))
     files = []
     for image, kind in (
-        (Image.fromarray(labels), 'PNG'),
-        (with_colours, 'PNG'),
-        (Image.fromarray(labels.astype(np.uint16)), 'PNG'),
-        (Image.fromarray(labels), 'TIFF'),
+        (labels, 'PNG'),
+        (labels.convert('P'), 'PNG'),
+        (deep, 'PNG'),
+        (labels, 'TIFF'),
     ):
-        content = io.BytesIO()
-        image.save(content, kind)
+        image.save(content := io.BytesIO(), kind)
         files.append(content.getvalue())
     return files
 
@@ -149,39 +129,21 @@ def test_a_damaged_file_is_a_label_map_or_one_line(
         assert str(error).startswith(f'{path} ') and '\n' not in str(error)
 
 
-def test_a_shift_corrupts_the_image_as_in_classification(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'image.png')
-    loaded = LoadImage(shift='fog_3').transform({'img_path': str(tmp_path / 'image.png')})
-    assert (loaded['img'][..., ::-1] == Corruption('fog_3')(pixels)).all()
-    with pytest.raises(ValueError, match="shift='fog' is not possible"):
-        LoadImage(shift='fog')
-
-
-def reading(**options: Any) -> dict[str, Any]:
-    """A data set in a wrapper, whose pipeline reads images with options."""
-    steps = [dict(type='LoadImageFromFile', **options), dict(type='LoadAnnotations')]
-    return dict(type='RepeatDataset', times=2, dataset=dict(type='CheckedDataset', pipeline=steps))
-
-
 @pytest.mark.parametrize('split', ['val', 'test'])
 @pytest.mark.parametrize('options', [{}, {'shift': 'fog_3'}, {'color_type': 'grayscale'}])
 def test_a_picture_shows_what_was_read(split: str, options: dict[str, str], tmp_path: Path) -> None:
     path = str(tmp_path / 'image.png')
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    cv2.imwrite(path, pixels)
+    Image.fromarray(pixels).save(path)
     OverlayVisualizer.get_instance(str(tmp_path))
     hook = OverlayHook(draw=True)
-    cfg = Config({f'{split}_dataloader': dict(dataset=reading(**options))})
+    steps = [dict(type='LoadImageFromFile', **options), dict(type='LoadAnnotations')]
+    inner = dict(type='CheckedDataset', pipeline=steps)
+    cfg = Config({f'{split}_dataloader': dict(dataset=dict(type='RepeatDataset', dataset=inner))})
     getattr(hook, f'before_{split}')(SimpleNamespace(cfg=cfg))
     image = hook._image_of(np.empty(0), SegDataSample(metainfo=dict(img_path=path)))
     seen = LoadImage(**options).transform({'img_path': path})['img']
     expected = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen[..., ::-1]
     assert (image == expected).all()
-
-
-def test_data_sets_that_read_images_in_different_ways() -> None:
-    both = dict(type='ConcatDataset', datasets=[reading(), reading(to_float32=True)])
-    with pytest.raises(ValueError, match='sets of ConcatDataset read images with different opt'):
-        image_loader(both)
-    assert image_loader(reading(to_float32=True), imdecode_backend='pillow').to_float32
+    if options.get('shift'):  # as in classification
+        assert (image == Corruption('fog_3')(pixels)).all()

@@ -94,3 +94,37 @@ def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(
         torch.testing.assert_close(area, theirs, rtol=0, atol=0)
     # torch's list of what raises has `histc`, and `bincount` only of weights
     assert 'aten::bincount' in called.names and 'aten::histc' not in called.names
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('iou_metric', 'mDice'),
+        *(('iou_metrics', value) for value in (['mIou'], [], [['mIoU']])),
+        ('collect_dir', 'a'),
+    ],
+)
+def test_options_that_the_metric_would_ignore_or_fail_on(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf'^CheckedIoUMetric\.{field}='):
+        METRICS.build(dict(type='CheckedIoUMetric', **{field: value}))
+    with pytest.raises(ValueError, match=r'^CheckedIoUMetric\.output_dir='):
+        METRICS.build(dict(type='CheckedIoUMetric', format_only=True))
+
+
+def test_images_without_label_maps_are_told_how_to_be_predicted() -> None:
+    metric = METRICS.build(dict(type='CheckedIoUMetric'))
+    metric.dataset_meta = {'classes': ('a', 'b')}
+    with pytest.raises(ValueError, match=r'^CheckedIoUMetric\.format_only=False '):
+        metric.process({}, [{'pred_sem_seg': {}}])
+
+
+def test_metrics_of_nothing_are_no_numbers() -> None:
+    metric = METRICS.build(dict(type='CheckedIoUMetric', iou_metrics=['mIoU']))
+    metric.dataset_meta = {'classes': ['a', 'b']}
+    labels = torch.full((1, 4, 4), 255)
+    sample = {'pred_sem_seg': {'data': torch.zeros(1, 4, 4)}, 'gt_sem_seg': {'data': labels}}
+    metric.process({}, [sample])
+    with pytest.warns(RuntimeWarning, match='Mean of empty slice'):
+        found = metric.evaluate(1)
+    assert found.keys() == {'aAcc', 'mAcc', 'mIoU'}
+    assert all(np.isnan(value) for value in found.values())

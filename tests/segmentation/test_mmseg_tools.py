@@ -1,6 +1,5 @@
 """mmsegmentation's own entry points, unmodified, on a config of ours."""
 
-import json
 import runpy
 import shutil
 from collections.abc import Callable
@@ -62,32 +61,24 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_inference_by_mmsegs_functions(trained: tuple[str, str, Path], image: Path) -> None:
-    config, checkpoint, _ = trained
-    (expected,) = predict(config, checkpoint, image)
-    published = publish_checkpoint(checkpoint, str(image.parent / 'scenes.pth'))
-    model = init_model(config, str(published), device='cpu')
-    result = inference_model(model, str(image))
-    assert (result.pred_sem_seg.data[0].numpy() == expected.labels).all()
-    drawn = show_result_pyplot(model, str(image), result, show=False, out_file=str(image) + '.png')
-    assert drawn.shape == (40, 60, 3)
-    array = cv2.imread(str(image))
-    for one in inference_model(model, [array, array]):
-        assert (one.pred_sem_seg.data[0].numpy() == expected.labels).all()
-
-
-def test_inference_by_mmsegs_inferencer(
+def test_inference_by_mmsegs_functions_and_inferencer(
     trained: tuple[str, str, Path], image: Path, tmp_path: Path
 ) -> None:
     config, checkpoint, _ = trained
     (expected,) = predict(config, checkpoint, image)
+    published = publish_checkpoint(checkpoint, str(tmp_path / 'scenes.pth'))
+    model, array = init_model(config, str(published), device='cpu'), cv2.imread(str(image))
+    result = inference_model(model, str(image))
+    for one in (result, *inference_model(model, [array, array])):
+        assert (one.pred_sem_seg.data[0].numpy() == expected.labels).all()
+    drawn = show_result_pyplot(model, str(image), result, show=False, out_file=str(image) + '.png')
+    assert drawn.shape == (40, 60, 3)
     inferencer = MMSegInferencer(config, checkpoint, device='cpu')
     found = inferencer(str(image), out_dir=str(tmp_path / 'out'), return_vis=True)
     assert (found['predictions'] == expected.labels).all()
     assert found['visualization'].shape == (40, 60, 3)
     written = cv2.imread(str(tmp_path / 'out/pred/00000000_pred.png'), cv2.IMREAD_UNCHANGED)
     assert (written == expected.labels).all()
-    array = cv2.imread(str(image))
     assert len(inferencer([array, array], batch_size=2)['predictions']) == 2
 
 
@@ -140,39 +131,21 @@ def test_mmsegs_functions_take_the_pipelines_of_photographs(leaf: str, image: Pa
     assert result.pred_sem_seg.shape == (40, 60)
 
 
-def test_validation_draws_the_first_of_each_batch(trained: tuple[str, str, Path]) -> None:
-    pictures = sorted(trained[2].glob('*/vis_data/vis_image/*.png'))
-    # three scenes in batches of two, from iteration 2 on
-    assert [path.name for path in pictures] == ['val_dev_00000_2.png', 'val_dev_00002_3.png']
-    assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
-
-
-def test_browse_dataset(trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path) -> None:
-    run_tool('analysis_tools/browse_dataset.py', trained[0], '--output-dir', tmp_path, '--not-show')
-    pictures = sorted(tmp_path.glob('*.png'))
-    assert [path.name for path in pictures] == [f'train_0000{i}.png' for i in range(4)]
-    assert cv2.imread(str(pictures[0])).shape == (48, 48, 3)  # crops
-
-
-def test_get_flops_counts_the_experts(
-    trained: tuple[str, str, Path], run_tool: Run, capsys: pytest.CaptureFixture[str]
+def test_pictures_of_validation_and_of_browse_dataset(
+    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path
 ) -> None:
-    if 'input_shape,\n' in (TOOLS / 'analysis_tools/get_flops.py').read_text():
-        pytest.skip("mmsegmentation 1.2.2's gives mmengine two inputs, which 0.10.7 refuses")
-
-    def flops(*options: str) -> float:
-        arguments = ['--shape', 96, '--cfg-options', *options]
-        run_tool('analysis_tools/get_flops.py', trained[0], *arguments)
-        (found,) = (s for s in capsys.readouterr().out.splitlines() if s.startswith('Flops: '))
-        assert found.endswith('M')
-        return float(found.removeprefix('Flops: ').rstrip('M'))
-
-    narrow, wide = (
-        flops('experiment_name=flops', f'model.backbone.moe.expert_mlp_ratio={ratio}')
-        for ratio in (4, 8)
-    )
-    # 36 tokens; two experts each, as preset='matched' has it; two layers of 12 x 48 more weights
-    assert wide - narrow == pytest.approx(36 * 2 * 2 * 12 * 48 / 1e6, abs=0.002)
+    run_tool('analysis_tools/browse_dataset.py', trained[0], '--output-dir', tmp_path, '--not-show')
+    crops = [f'train_0000{i}.png' for i in range(4)]
+    # the first of each batch: three scenes in batches of two, from iteration 2 on
+    validated = ['val_dev_00000_2.png', 'val_dev_00002_3.png']
+    for pictures, names, shape in (
+        (tmp_path.glob('*.png'), crops, (48, 48, 3)),
+        # labels beside predictions
+        (trained[2].glob('*/vis_data/vis_image/*.png'), validated, (96, 192, 3)),
+    ):
+        found = sorted(pictures)
+        assert [path.name for path in found] == names
+        assert cv2.imread(str(found[0])).shape == shape
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # of paths that its script sets aside
@@ -203,26 +176,3 @@ def test_confusion_matrix(
     run_tool('analysis_tools/confusion_matrix.py', *arguments)
     assert (tmp_path / 'drawn/confusion_matrix.png').is_file()
     pyplot.close('all')
-
-
-def test_analyze_logs(trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path) -> None:
-    pytest.importorskip('seaborn')
-    (scalars,) = trained[2].glob('*/vis_data/scalars.json')
-    keys = ['--keys', 'loss', 'mIoU']
-    run_tool('analysis_tools/analyze_logs.py', scalars, *keys, '--out', tmp_path / 'curve.png')
-    assert (tmp_path / 'curve.png').is_file()
-    pyplot.close('all')
-
-
-def test_benchmark_needs_200_images(
-    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path
-) -> None:
-    config = tmp_path / 'many.py'
-    config.write_text(
-        f'_base_ = {trained[0]!r}\n'
-        'test_dataloader = dict(dataset=dict(num_scenes=200))\n'
-        "model = dict(test_cfg=dict(_delete_=True, mode='whole'))\n"
-    )
-    run_tool('analysis_tools/benchmark.py', config, trained[1], '--work-dir', tmp_path)
-    (written,) = tmp_path.glob('fps_*.json')
-    assert json.loads(written.read_text())['average_fps'] > 0

@@ -84,10 +84,10 @@ class Classifier(MoeTrainingMixin, BaseModel):
         check_type('label_smoothing', float, label_smoothing)
         check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
         arguments = {'num_classes': num_classes, **model_kwargs}
-        self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
+        model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
+        self.model = model
         if grad_checkpointing:
-            timm_model: Any = self.model
-            timm_model.set_grad_checkpointing()
+            model.set_grad_checkpointing()
         self.stream_weight, self.stream_blocks = 0.0, list[int]()
         if stream_loss is not None:
             allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
@@ -101,14 +101,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
         check(fits, 'checkpoint', checkpoint, allowed)
         self.checkpoint, self.features = checkpoint, features
         self.mixup = None
-        self.criterion: nn.Module
+        self.criterion: nn.Module = nn.CrossEntropyLoss()
         if mixup is not None:
             self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup)
             self.criterion = SoftTargetCrossEntropy()
         elif label_smoothing:
             self.criterion = LabelSmoothingCrossEntropy(label_smoothing)
-        else:
-            self.criterion = nn.CrossEntropyLoss()
 
     def init_weights(self) -> None:
         """Starts a new training: as every row does at this seed, or from weights."""
@@ -127,8 +125,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         for field, dataset in datasets.items():
             known = self.known_normalization
             if not isinstance(dataset, ImageClassification):
-                told = f'{field}: its class is another, which normalises images as it likes'
-                print_log(told, 'current')
+                print_log(f'{field}: its class normalises images as it likes', 'current')
             elif known is not None:
                 dataset.normalize_as(known, f'{field}.transform', owner)
                 fed = dataset.normalization

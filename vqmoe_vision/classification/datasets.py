@@ -128,23 +128,20 @@ def _folder_of(split: str, root: Path) -> str:
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
-    expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
-    _check_exists(folder, expected)
-    left_out: list[str] = []
+    endings, left_out = datasets.folder.IMG_EXTENSIONS, list[str]()
 
     def is_image(path: str) -> bool:
-        taken = path.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+        taken = path.lower().endswith(endings)
         if not taken:
             left_out.append(path)
         return taken
 
     try:
         found = datasets.ImageFolder(str(folder), loader=load_image, is_valid_file=is_image)
-    except FileNotFoundError as error:  # no class folder, or one without an image
-        endings = ', '.join(datasets.folder.IMG_EXTENSIONS)
-        said = f'{str(error).rstrip(". ")}, of images that end in {endings}'
+    except FileNotFoundError as error:  # no such folder, no class in it, or one without an image
         raise ValueError(
-            f'{folder} is not laid out as {expected}: {said}; see docs/data.md'
+            f'{folder} is not laid out as {folder}/<class name>/<image>, of images that end in '
+            f'{", ".join(endings)}: {str(error).rstrip(". ")}; see docs/data.md'
         ) from error
     if left_out:
         told = f'{folder}: {len(left_out)} files are left out for their endings, such as'
@@ -156,13 +153,6 @@ def load_image(path: str) -> Image.Image:
     """Reads an image file as RGB, the way it is meant to be seen."""
     with opened(path, path) as image:
         return read_rgb(image, path)
-
-
-def _check_exists(path: Path, expected: str) -> None:
-    if not path.exists():
-        raise ValueError(
-            f'{path} does not exist; expected {expected}; docs/data.md says how to get it'
-        )
 
 
 @DATASETS.register_module(name='digits')
@@ -198,26 +188,22 @@ def cifar10(data_root: str, **options: Any) -> ImageClassification:
     Raises:
         ValueError: The folder is missing or laid out otherwise.
     """
-    return _cifar('CIFAR10', 'cifar-10-batches-py', Path(data_root), **options)
+    return _cifar(datasets.CIFAR10, Path(data_root), **options)
 
 
 @DATASETS.register_module(name='cifar100')
 def cifar100(data_root: str, **options: Any) -> ImageClassification:
-    """CIFAR-100, as `cifar10`.
+    """CIFAR-100, as `cifar10`, in torchvision's layout `cifar-100-python`.
 
     Args:
-        data_root: Folder that holds `train` and `test` or `val`, or `cifar-100-python`.
+        data_root: As `cifar10`.
         **options: As `cifar10`.
-
-    Raises:
-        ValueError: The folder is missing or laid out otherwise.
     """
-    return _cifar('CIFAR100', 'cifar-100-python', Path(data_root), **options)
+    return _cifar(datasets.CIFAR100, Path(data_root), **options)
 
 
 def _cifar(
-    name: str,
-    folder: str,
+    reader: Any,
     root: Path,
     split: str,
     transform: dict,
@@ -230,15 +216,11 @@ def _cifar(
         if dev_size == 0:  # of class folders this says that split names a folder
             split = _folder_of(split, root)
         return class_folder(str(root), split, transform, in_memory, dev_size, imbalance)
-    _check_exists(
-        root / folder, f"{root}/{folder}/ (torchvision's) or {root}/train/<class name>/*.png"
-    )
 
     def read(train: bool) -> Any:
-        return _read(getattr(datasets, name), root / folder, root=str(root), train=train)
+        return reader(str(root), train=train)
 
-    part = TrainingPart((str((root / folder).resolve()),), split, dev_size)
-    return _part(read, 'targets', part, transform, imbalance)
+    return _part(read, root / reader.base_folder, split, transform, dev_size, imbalance)
 
 
 @DATASETS.register_module(name='stl10')
@@ -257,16 +239,12 @@ def stl10(
     Raises:
         ValueError: The folder is missing or incomplete.
     """
-    check_split(split, dev_size)
-    folder = Path(data_root) / 'stl10_binary'
-    _check_exists(folder, f'{folder}/{{train,test}}_{{X,y}}.bin, unlabeled_X.bin, class_names.txt')
 
     def read(train: bool) -> Any:
-        kind = 'train' if train else 'test'
-        return _read(datasets.STL10, folder, root=data_root, split=kind)
+        return datasets.STL10(data_root, 'train' if train else 'test')
 
-    part = TrainingPart((str(folder.resolve()),), split, dev_size)
-    return _part(read, 'labels', part, transform, imbalance)
+    folder = Path(data_root) / 'stl10_binary'
+    return _part(read, folder, split, transform, dev_size, imbalance)
 
 
 @DATASETS.register_module(name='svhn')
@@ -277,49 +255,47 @@ def svhn(
 
     Args:
         data_root: Folder that holds `train_32x32.mat` and `test_32x32.mat`.
-        split: One of `splits.SPLITS`.
-        transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'; 0 for none.
-        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
+        split: As `stl10`.
+        transform: As `stl10`.
+        dev_size: As `stl10`.
+        imbalance: As `stl10`.
 
     Raises:
         ValueError: The file is missing or damaged.
     """
-    check_split(split, dev_size)
 
     def read(train: bool) -> Any:
-        kind = 'train' if train else 'test'
-        file = Path(data_root) / f'{kind}_32x32.mat'
-        _check_exists(file, f'{data_root}/{{train,test}}_32x32.mat')
-        return _read(datasets.SVHN, file, root=data_root, split=kind)
+        return datasets.SVHN(data_root, 'train' if train else 'test')
 
-    part = TrainingPart((str(Path(data_root).resolve()),), split, dev_size)
-    return _part(read, 'labels', part, transform, imbalance)
+    return _part(read, Path(data_root), split, transform, dev_size, imbalance)
 
 
 def _part(
-    read: Callable[[bool], Any],
-    field: str,
-    part: TrainingPart,
+    reader: Callable[[bool], Any],
+    folder: Path,
+    split: str,
     transform: dict,
+    dev_size: int,
     imbalance: float,
 ) -> ImageClassification:
-    _, split, dev_size = part
-    source, counts = read(split != 'test'), None
+    """A split of a data set of torchvision, which checks the files' checksums."""
+    check_split(split, dev_size)
+
+    def read(train: bool) -> tuple[Any, np.ndarray]:
+        try:
+            found = reader(train)
+        except RuntimeError as error:
+            told = f'{folder} has no data set that is complete and not damaged ({error})'
+            raise ValueError(f'{told}; docs/data.md says how to get it') from error
+        return found, np.asarray(found.targets if hasattr(found, 'targets') else found.labels)
+
+    (source, targets), counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
     if imbalance != 1:
-        training = source if split != 'test' else read(True)
-        counts = train_counts(getattr(training, field), dev_size, imbalance)
-    targets = np.asarray(getattr(source, field))
+        training = targets if split != 'test' else read(True)[1]
+        counts = train_counts(training, dev_size, imbalance)
     if split != 'test':
         chosen = split_indices(targets, split, dev_size, imbalance)
         source, targets = Subset(source, chosen), targets[chosen]
+    part = TrainingPart((str(folder.resolve()),), split, dev_size)
     return ImageClassification(source, classes, transform, counts, list(map(str, targets)), part)
-
-
-def _read(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:
-    """Calls a torchvision data set, which checks the files' checksums."""
-    try:
-        return reader(**kwargs)
-    except RuntimeError as error:
-        raise ValueError(f'{path} is incomplete or damaged ({error}); see docs/data.md') from error

@@ -15,8 +15,7 @@ SPLITS = ('train', 'dev', 'trainval', 'test')
 
 def check_split(split: str, dev_size: int) -> None:
     """Refuses what is not one of `SPLITS`, and a dev of no or of half an image."""
-    if split not in SPLITS:
-        raise ValueError(f'split={split!r} must be one of {SPLITS}')
+    check(split in SPLITS, 'split', split, f'one of {SPLITS}')
     check_type('dev_size', int, dev_size)
     least = 1 if split == 'dev' else 0
     allowed = f'at least {least} with split={split!r}, the number of images that dev has'

@@ -18,7 +18,7 @@ from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
 
-def check_stream_loss(model: nn.Module, options: dict[str, Any]) -> None:
+def check_stream_loss(model: Any, options: dict[str, Any]) -> None:
     """Refuses a loss of the stream that cannot be."""
     whole = isinstance(options, dict) and options.keys() == {'weight', 'blocks'}
     check(whole, 'model.stream_loss', options, 'it takes weight and blocks, both')
@@ -26,34 +26,28 @@ def check_stream_loss(model: nn.Module, options: dict[str, Any]) -> None:
     check_type('model.stream_loss.weight', float, weight)
     allowed = 'above 0 and finite; without stream_loss there is no such loss'
     check(0 < weight < math.inf, 'model.stream_loss.weight', weight, allowed)
-    timms: Any = model
     # other blocks have no such norm, or have it behind the MLP
     known = isinstance(model, Transformer) and all(
-        isinstance(block, Block | EvaBlock) for block in timms.blocks
+        isinstance(block, Block | EvaBlock) for block in model.blocks
     )
     allowed = "left out: the model has no blocks with a norm before the MLP, as timm's ViTs have"
     check(known, 'model.stream_loss', options, allowed)
-    last = len(timms.blocks) - 1
-    allowed = f'a list of indices from 0 to {last}, each once, such as [{last}]'
-    fits = (
-        isinstance(blocks, list)
-        and {type(i) for i in blocks} == {int}
-        and len(set(blocks)) == len(blocks)
-        and set(blocks) <= set(range(last + 1))
-    )
-    check(fits, 'model.stream_loss.blocks', blocks, allowed)
+    possible = range(len(model.blocks))
+    listed = isinstance(blocks, list) and blocks and {type(i) for i in blocks} == {int}
+    fits = listed and sorted(blocks) == [i for i in possible if i in blocks]
+    allowed = f'a list of indices from 0 to {possible[-1]}, each once, such as [{possible[-1]}]'
+    check(bool(fits), 'model.stream_loss.blocks', blocks, allowed)
 
 
 @contextmanager
-def watch_stream(model: nn.Module, blocks: list[int]) -> Iterator[list[Tensor]]:
+def watch_stream(model: Any, blocks: list[int]) -> Iterator[list[Tensor]]:
     """Reads the stream of every forward pass inside the block."""
     seen: list[Tensor] = []
 
     def keep(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         seen.append(inputs[0].float().square().mean())  # (B, N, D), which may be bfloat16
 
-    timms: Any = model
-    hooks = [timms.blocks[i].norm2.register_forward_pre_hook(keep) for i in blocks]
+    hooks = [model.blocks[i].norm2.register_forward_pre_hook(keep) for i in blocks]
     try:
         yield seen
     finally:

@@ -153,10 +153,9 @@ def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     allowed = "'timm', whose options timm's pretrained_cfg has"
     check(config.get('type') == 'timm', f'{field}.type', config.get('type'), allowed)
     given = {name: value for name, value in config.items() if value is not None}
-    for name in given.keys() - _SAID:
-        check(
-            False, f'{field}.{name}', given[name], f'left out: pretrained_cfg has {sorted(_SAID)}'
-        )
+    for name in given:
+        allowed = f'left out: pretrained_cfg has {sorted(_SAID)}'
+        check(name in _SAID, f'{field}.{name}', given[name], allowed)
     check(not given.get('is_training'), f'{field}.is_training', True, 'False in a test')
     defaults = inspect.signature(create_transform).parameters
     size = given.get('input_size', defaults['input_size'].default)

@@ -110,7 +110,7 @@ class TimmOptimWrapperConstructor:
         """Builds the wrapper for a model, which may be wrapped for distributed training."""
         wrapper_cfg = dict(self.optim_wrapper_cfg)
         optimizer_cfg = dict(wrapper_cfg.pop('optimizer'))
-        groups = self.param_groups(model, optimizer_cfg.get('weight_decay', 0.0))
+        groups = self._param_groups(model, optimizer_cfg.get('weight_decay', 0.0))
         if self.custom_keys:
             groups = _multiplied(groups, model, self.custom_keys, optimizer_cfg)
         optimizer_cfg['params'] = groups
@@ -118,7 +118,7 @@ class TimmOptimWrapperConstructor:
         optimizer = OPTIMIZERS.build(optimizer_cfg)
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
 
-    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    def _param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Parameters that decay, with this weight decay, and those that do not."""
         return param_groups_weight_decay(
             model, weight_decay, no_weight_decay_list=undecayed_parameters(model)
@@ -192,7 +192,7 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         allowed = 'above 0 and at most 1'
         check(0 < self.layer_decay <= 1, 'paramwise_cfg.layer_decay', self.layer_decay, allowed)
 
-    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    def _param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Groups of a `MoeTrainingMixin`, which may be wrapped for distributed training."""
         whole: Any = model.module if is_model_wrapper(model) else model
         encoder = whole.routed_model
@@ -206,7 +206,7 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         for group in groups:
             group['lr'] = rate * group.pop('lr_scale')
         inside = {id(parameter) for parameter in encoder.parameters()}
-        heads = super().param_groups(whole, weight_decay)
+        heads = super()._param_groups(whole, weight_decay)
         for group in heads:
             group['params'] = [p for p in group['params'] if id(p) not in inside]
         return groups + [group for group in heads if group['params']]

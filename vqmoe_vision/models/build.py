@@ -48,8 +48,7 @@ def build(
         if known_as and source.name:
             exists = not pretrained or bool(source_of({**source.config, **overlay}))
             check(exists, 'pretrained', True, f'False, timm has no weights of {known_as}')
-            known = replace(source.known(), architecture=name, custom_load=False)
-            kwargs['pretrained_cfg'] = known
+            kwargs['pretrained_cfg'] = replace(source.known, architecture=name, custom_load=False)
         kwargs['pretrained_cfg_overlay'] = overlay
     features = {'out_indices': out_indices, 'feature_cls': 'getter'}
     model: Any = build_model_with_cfg(
@@ -80,16 +79,11 @@ class Source:
             check_normalization(stated, 'pretrained_cfg.')
         else:
             self.name = f'{get_arch_name(name)}.{stated}' if stated else name
-            self.config = place_of(self.known().to_dict())
+            self.known: Any = get_pretrained_cfg(self.name)
+            self.config = place_of(self.known.to_dict())
         self.own = Described.of({}, self.name or saved_as, kwargs.get('pretrained_model_args'))
         # numbers that the call states are before those of a run
         self.follow = not {'mean', 'std'} & {*overlay, *self.config}
-
-    def known(self) -> PretrainedCfg:
-        """What timm has under the name."""
-        found = get_pretrained_cfg(self.name)
-        assert found is not None
-        return found
 
     def found(self, upcycle: Any, cache_dir: Any) -> tuple[dict[str, Any], Described]:
         """As `overlay_for`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqmoe_vision.engine.trained import start_model
 from vqmoe_vision.models.create import create_to_start
-from vqmoe_vision.models.hosts import MODULES, Transformer
+from vqmoe_vision.models.hosts import MODULES
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check, check_type
 
@@ -79,15 +79,19 @@ class TimmViT(BaseModule):
             # beside variances of about 1 more would be no epsilon, but a forgotten minus
             check(0 < norm_eps <= 0.01, 'norm_eps', norm_eps, 'above 0 and at most 0.01, or None')
             arguments['norm_layer'] = partial(LayerNorm, eps=norm_eps)
-        self.model = _create(model_name, moe, extra_mlps, arguments)
+        known = not timm.is_model(model_name) or timm.models.is_model_in_modules(
+            model_name, MODULES
+        )
+        check(known, 'model_name', model_name, "one of timm's VisionTransformers or Evas")
+        model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
+        self.model = model
         self._arguments = {'model_name': model_name, **arguments}
         depth = len(self.model.blocks)
         chosen = -1 if out_indices is None else out_indices
         blocks = [chosen] if isinstance(chosen, int) else chosen
         self.out_indices = [depth - 1 if block == -1 else block for block in blocks]
-        possible = [i for i in range(depth) if i in self.out_indices]
-        if not possible or possible != self.out_indices:
-            raise ValueError(f'out_indices={out_indices} must rise and lie in 0..{depth - 1}')
+        rising = [i for i in range(depth) if i in self.out_indices] == self.out_indices != []
+        check(rising, 'out_indices', out_indices, f'rising numbers from 0 to {depth - 1}')
         # parameters that no map depends on would have no gradient, which DDP does not allow
         self.model.prune_intermediate_layers(self.out_indices, prune_norm=not norm, prune_head=True)
         self.model.set_grad_checkpointing(grad_checkpointing)
@@ -107,15 +111,3 @@ class TimmViT(BaseModule):
             x, indices=self.out_indices, norm=self.norm, intermediates_only=True
         )
         return tuple(maps)
-
-
-def _create(
-    model_name: str, moe: dict[str, Any] | None, extra_mlps: int, arguments: dict[str, Any]
-) -> Transformer:
-    known = timm.is_model(model_name)
-    if known and not timm.models.is_model_in_modules(model_name, MODULES):
-        raise ValueError(
-            f"model_name={model_name!r} is not one of timm's VisionTransformers or Evas"
-        )
-    model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
-    return model

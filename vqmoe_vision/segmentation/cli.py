@@ -11,6 +11,7 @@ from mmengine.utils import track_iter_progress
 from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.config import add_config_options
+from vqmoe_vision.moe.config import check
 
 from .inference import Predictor, list_images
 
@@ -35,14 +36,12 @@ def predict(argv: Sequence[str] | None = None) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    if not 0 <= args.opacity <= 1:
-        raise ValueError(f'--opacity {args.opacity} must be from 0 to 1')
+    check(0 <= args.opacity <= 1, '--opacity', args.opacity, 'from 0 to 1')
     files = [Path(file) for images in args.images for file in list_images(images)]
     seen: dict[str, Path] = {}
     for file in files:
-        if file.stem in seen:
-            raise ValueError(f'{seen[file.stem]} and {file} would write the same output')
-        seen[file.stem] = file
+        same = seen.setdefault(file.stem, file)
+        check(same is file, 'images', str(file), f'one without the output of {same}')
     predictor = Predictor(args.config, args.checkpoint, args.device, args.cfg_options)
     for file in track_iter_progress(files, file=sys.stdout):
         result = predictor(file, opacity=args.opacity)

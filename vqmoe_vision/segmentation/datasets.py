@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +21,10 @@ from vqmoe_vision.engine.images import DIGITS, TrainingPart, digit_scans
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
-from .loading import LOADING
+from .loading import LOADING, named
 
 PARTS = ('all', 'train', 'dev')
+_PAGE = 'docs/segmentation.md says where to get the data set, and how to lay it out'
 _BLOCK = 20  # neighbours, such as frames of a video, are set aside together
 # Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
 _SIDES = (40, 48)
@@ -145,14 +144,10 @@ class CheckedDataset(SeededDataset):
         pairs = super().load_data_list()
         listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
         self._expect(bool(pairs), f'{listed} names no image')
-        with_map = [pair for pair in pairs if 'seg_map_path' in pair]
-        absent = [pair for pair in with_map if not Path(pair['seg_map_path']).is_file()]
-        first = absent[0] if absent else {}
-        self._expect(
-            not absent,
-            f'{len(absent)} of {len(pairs)} images have no label map: {first.get("img_path")} '
-            f'needs {first.get("seg_map_path")}',
-        )
+        for pair in pairs:
+            label_map = pair.get('seg_map_path')
+            found = label_map is None or Path(label_map).is_file()
+            self._expect(found, f'{pair["img_path"]} has no label map {label_map}')
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
@@ -163,44 +158,29 @@ class CheckedDataset(SeededDataset):
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair; names an image that a transform cannot take."""
-        try:
+        with named(self.get_data_info(idx)['img_path']):
             return super().prepare_data(idx)
-        except cv2.error as error:
-            path = self.get_data_info(idx)['img_path']
-            said = ' '.join(str(error).split())
-            raise ValueError(f'{path} is nothing that the pipeline can change: {said}') from error
 
 
 @DATASETS.register_module()
 class ADE20K(CheckedDataset, ADE20KDataset):
     """ADE20K with 150 classes; label 0 in the files is everything else, and ignored."""
 
-    source = (
-        'expected ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, '
-        'from http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip; '
-        'see docs/segmentation.md'
-    )
+    source = _PAGE
 
 
 @DATASETS.register_module()
 class PascalContext59(CheckedDataset, PascalContextDataset59):
     """Pascal Context with 59 classes; label 0 in the files is background, and ignored."""
 
-    source = (
-        'expected VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext}, from '
-        'https://www.cs.stanford.edu/~roozbeh/pascal-context/; see docs/segmentation.md'
-    )
+    source = _PAGE
 
 
 @DATASETS.register_module()
 class Cityscapes(CheckedDataset, CityscapesDataset):
     """Cityscapes with 19 classes."""
 
-    source = (
-        'expected leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and '
-        'gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png, from '
-        'https://www.cityscapes-dataset.com; see docs/segmentation.md'
-    )
+    source = _PAGE
 
 
 @DATASETS.register_module()
@@ -224,11 +204,7 @@ class CamVid(CheckedDataset):
             [0, 128, 192],
         ],
     )  # fmt: skip
-    source = (
-        'expected images/{train,val}/*.jpg (or another img_suffix in the config) and '
-        'annotations/{train,val}/*.png with labels 0-10 and 255, from '
-        'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/; see docs/segmentation.md'
-    )
+    source = _PAGE
 
     def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kw: Any) -> None:
         super().__init__(
@@ -266,9 +242,11 @@ class DigitScenes(SeededDataset):
     def __init__(
         self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
     ) -> None:
-        self.split = split
-        self.num_scenes = num_scenes
-        self._make = digit_scene_maker(split, size, seed)
+        allowed = f'at least {_SIDES[1]}, the side of a large digit'
+        check(size >= _SIDES[1], 'size', size, allowed)
+        self._scans, self._digits = digit_scans(split)
+        self._seeds = seed, ('train', 'test', 'dev').index(split)
+        self.split, self.num_scenes, self.size = split, num_scenes, size
         super().__init__(
             pipeline=[step for step in pipeline if step['type'] not in LOADING],
             data_prefix=dict(img_path=None),
@@ -289,63 +267,37 @@ class DigitScenes(SeededDataset):
             for index in range(self.num_scenes)
         ]
 
-    def scene(self, index: int) -> DigitScene:
-        """Composes a scene."""
-        return self._make(index)
-
     def prepare_data(self, idx: int) -> Any:
         """Composes a scene and runs the pipeline on it."""
+        image, labels = self.scene(idx)
+        size = labels.shape
         info = self.get_data_info(idx)
-        scene = self.scene(idx)
-        size = scene.labels.shape
-        info.update(img=scene.image, gt_seg_map=scene.labels, img_shape=size, ori_shape=size)
-        return self.pipeline(info)
+        return self.pipeline(
+            {**info, 'img': image, 'gt_seg_map': labels, 'img_shape': size, 'ori_shape': size}
+        )
 
-
-@dataclass(frozen=True)
-class DigitScene:
-    """Real strokes of scanned digits, with labels that are exact by construction."""
-
-    image: np.ndarray  # (H, W, 3) uint8, BGR
-    labels: np.ndarray  # (H, W) uint8: 0 for background, d + 1 for the strokes of digit d
-
-
-def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], DigitScene]:
-    """A function from an index to a scene, always the same for the same arguments."""
-    scans, digits = digit_scans(split)
-    if size < _SIDES[1]:
-        raise ValueError(f'size={size} must be at least {_SIDES[1]}, the side of a large digit')
-    own = ('train', 'test', 'dev').index(split)
-    # a partial and not a lambda: workers that are spawned get their data set pickled
-    return partial(_compose, scans=scans, digits=digits, size=size, seeds=(seed, own))
-
-
-def _compose(
-    index: int, scans: np.ndarray, digits: np.ndarray, size: int, seeds: tuple[int, int]
-) -> DigitScene:
-    rng = np.random.default_rng([*seeds, index])
-    image = _background(rng, size)
-    labels = np.zeros((size, size), np.uint8)
-    taken = np.zeros((size, size), bool)
-    for chosen in rng.integers(len(scans), size=rng.integers(*_DIGITS)):
-        side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
-        place = _free_place(rng, taken, side)
-        if place is None:
-            continue
-        taken[place] = True
-        scan = cv2.resize(scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
-        ink = scan.astype(np.float32)[..., None] / 255
-        colour = rng.uniform(150, 255, 3).astype(np.float32)
-        image[place] = image[place] * (1 - ink) + colour * ink
-        labels[place][scan >= 96] = digits[chosen] + 1
-    image += rng.normal(0, 4, image.shape)
-    return DigitScene(np.clip(image, 0, 255).round().astype(np.uint8), labels)
-
-
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth dark colours, (size, size, 3) float32 in 0..100."""
-    coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)
-    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)
+    def scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) uint8 BGR, and labels (H, W) uint8: 0, and d + 1 for strokes of d."""
+        rng = np.random.default_rng([*self._seeds, index])
+        shape = self.size, self.size
+        coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)  # smooth dark colours
+        image: Any = cv2.resize(coarse, shape, interpolation=cv2.INTER_LINEAR)
+        labels = np.zeros(shape, np.uint8)
+        taken = np.zeros(shape, bool)
+        for chosen in rng.integers(len(self._scans), size=rng.integers(*_DIGITS)):
+            side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
+            place = _free_place(rng, taken, side)
+            if place is None:
+                continue
+            taken[place] = True
+            size = side, side
+            scan = cv2.resize(self._scans[chosen], size, interpolation=cv2.INTER_CUBIC)
+            ink = scan.astype(np.float32)[..., None] / 255
+            colour = rng.uniform(150, 255, 3).astype(np.float32)
+            image[place] = image[place] * (1 - ink) + colour * ink
+            labels[place][scan >= 96] = self._digits[chosen] + 1
+        image += rng.normal(0, 4, image.shape)
+        return np.clip(image, 0, 255).round().astype(np.uint8), labels
 
 
 def _free_place(

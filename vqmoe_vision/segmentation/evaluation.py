@@ -59,18 +59,7 @@ class CheckedIoUMetric(IoUMetric):
     def intersect_and_union(
         pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As mmseg's, whose histograms torch refuses on a GPU with `randomness.deterministic`.
-
-        Args:
-            pred_label: (H, W) classes that are predicted; floating of a head with one channel.
-            label: (H, W) classes; those that are none of 0..num_classes - 1 are in no area.
-            num_classes: C.
-            ignore_index: Of pixels without a label.
-
-        Returns:
-            Pixels of each class in both, in either, in the prediction and in the labels: (C,)
-            float32 each, on the CPU.
-        """
+        """As mmseg's, of (H, W), whose histograms `randomness.deterministic` refuses."""
         labelled = label != ignore_index
         predicted, label = pred_label[labelled], label[labelled]
         both = _area(predicted[predicted == label], num_classes)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import mmcv
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
 
 from .datasets import complete_metainfo
-from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr
+from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr, named
 
 
 @dataclass(frozen=True)
@@ -86,26 +85,26 @@ class Predictor:
     ) -> None:
         settings = load_config(config, options)
         for name in ('model', 'test_dataloader'):
-            if settings.get(name) is None:
-                raise ValueError(f'{config!r} has no {name}, without which nothing is predicted')
-        init_default_scope(settings.get('default_scope', 'mmseg'))
-        first, *others = innermost(settings.test_dataloader.dataset)
-        self.classes, palette = _classes(config, first)
-        self.palette = np.array(palette, np.uint8)[:, ::-1]  # BGR
-        steps = _steps(first)
-        if any(_steps(other) != steps for other in others):
-            raise ValueError(
-                f'{config!r}: the data sets in test_dataloader.dataset prepare images in different '
-                'ways; a prediction needs one'
+            given = settings.get(name)
+            check(
+                given is not None, f'{config}: {name}', given, 'a config, or nothing is predicted'
             )
-        self.load = image_loader(settings.test_dataloader.dataset)
+        init_default_scope(settings.get('default_scope', 'mmseg'))
+        field, dataset = 'test_dataloader.dataset', settings.test_dataloader.dataset
+        first, *others = innermost(dataset)
+        kind = DATASETS.get(first.type)
+        fits = isinstance(kind, type) and issubclass(kind, BaseSegDataset)
+        check(fits, f'{config}: {field}.type', first.type, "a data set of mmseg's kind")
+        metainfo = complete_metainfo(kind, first.get('metainfo'))
+        self.classes: tuple[str, ...] = tuple(metainfo['classes'])
+        self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
+        steps = _steps(first)
+        alike = all(_steps(other) == steps for other in others)
+        check(alike, f'{config}: {field}', dataset.type, 'data sets that prepare images alike')
+        self.load = image_loader(dataset)
         self.pipeline = Compose(steps)
         self.model = load_trained(settings, checkpoint, device)
-        self._check_classes(checkpoint)
-
-    def _check_classes(self, checkpoint: str) -> None:
-        field, count = 'test_dataloader.dataset', self.model.num_classes
-        allowed = f'{len(self.classes)}, as many classes as {field} has'
+        count, allowed = self.model.num_classes, f'{len(self.classes)}, as many as {field} has'
         check(count == len(self.classes), 'model.decode_head.num_classes', count, allowed)
         check_class_names(read_content(checkpoint, verify=False), self.classes, field)
 
@@ -117,40 +116,19 @@ class Predictor:
         if isinstance(image, str | Path):
             name = Path(image).stem
         pixels = _read(image, self.load)
-        try:
+        height, width = pixels.shape[:2]
+        with named(f'{name}, of {width}x{height} pixels,'):
             data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
-        except cv2.error as error:
-            height, width = pixels.shape[:2]
-            what = f'{name}, of {width}x{height} pixels, is nothing that the pipeline can change'
-            raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
         batch = {key: [value] for key, value in data.items()}
         (sample,) = self.model.test_step(batch)
         labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()
-        return Prediction(name, labels, self._overlay(pixels, labels, opacity), self.classes)
-
-    def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
         mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
-        return mixed.round().astype(np.uint8)
+        return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
 
 
 def _steps(dataset: Any) -> list[Any]:
     """What a data set's pipeline does with an image at hand."""
     return [step for step in dataset.get('pipeline', ()) if step.type not in LOADING]
-
-
-def _classes(config: str, dataset: Any) -> tuple[tuple[str, ...], list[Sequence[int]]]:
-    """Names and colours; `metainfo` of a config may choose some of its data set's classes."""
-    found = DATASETS.get(dataset.type)
-    if not (isinstance(found, type) and issubclass(found, BaseSegDataset)):
-        raise ValueError(
-            f'{config!r} is no config of segmentation: its data set {dataset.type!r} is not one of '
-            "mmseg's kind"
-        )
-    try:
-        metainfo = complete_metainfo(found, dataset.get('metainfo'))
-    except ValueError as error:
-        raise ValueError(f'{config!r}: {error}') from error
-    return tuple(metainfo['classes']), metainfo['palette']
 
 
 def list_images(images: Any) -> list[Any]:
@@ -172,18 +150,11 @@ def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
         if not Path(image).is_file():
             raise ValueError(f'image {str(image)!r} does not exist')
         return load.read(str(image))
-    pixels = _checked(image)
+    shape = image.shape
+    known = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+    fits = known and 0 not in shape and image.dtype == np.uint8
+    check(fits, 'image', f'{image.dtype} {shape}', 'uint8 (H, W), (H, W, 3) or (H, W, 4)')
+    pixels = np.ascontiguousarray(in_bgr(image)[..., :3])
     if load.color_type.startswith('grayscale'):
         pixels = mmcv.bgr2gray(pixels)
     return load.shifted(pixels)
-
-
-def _checked(image: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) uint8, BGR, of an array at hand."""
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
-        raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
-    if image.ndim == 2:
-        return mmcv.gray2bgr(image)
-    if image.shape[2] not in (3, 4):
-        raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
-    return np.ascontiguousarray(image[..., :3])

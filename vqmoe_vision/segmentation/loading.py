@@ -3,7 +3,9 @@
 import io
 import math
 import struct
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import cv2
 import mmcv
@@ -28,6 +30,16 @@ LOADING_IMAGES = frozenset({'LoadImageFromFile', 'LoadImage'})
 LOADING = LOADING_LABELS | LOADING_IMAGES
 # What decoders raise for a damaged file.
 _UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, struct.error, cv2.error)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Names the image that a step of a pipeline cannot take."""
+    try:
+        yield
+    except cv2.error as error:
+        said = ' '.join(str(error).split())
+        raise ValueError(f'{name} is nothing that the pipeline can change: {said}') from error
 
 
 @TRANSFORMS.register_module()
@@ -174,71 +186,40 @@ class LoadLabels(LoadAnnotations):
                 f'{results["img_path"]} has no label map: name their folder in '
                 'data_prefix.seg_map_path, or leave LoadAnnotations out of the pipeline'
             )
-        num_classes = self._num_classes(results)
-        # of the classes in the files, which may be more than a config chooses
-        num_labels = len(results.get('label_map') or ()) or num_classes or IGNORE
+        own = self.num_classes
+        num_classes = results.get('num_classes', own)
+        allowed = f'left out, the data set has {num_classes} classes'
+        check(own in (None, num_classes), 'LoadAnnotations.num_classes', own, allowed)
         try:
-            map_file = self._inspect(path)
+            content = fileio.get(path, backend_args=self.backend_args)
+            with opened(io.BytesIO(content), path) as file:
+                turn, shape, bands = _turned(file), file.size[::-1], len(file.getbands())
+                # all other modes have 8 bits or fewer
+                wide = np.asarray(file) if file.mode.startswith(('I', 'F')) else np.empty(0)
             results = super().transform(results)
         except _UNREADABLE as error:
             raise ValueError(f'{path} cannot be read as a label map: {error}') from error
-        shift = int(bool(results['reduce_zero_label']))
-        if len(map_file.beyond):
-            raise ValueError(_outside(path, map_file.beyond[0], num_labels, shift))
-        results['gt_seg_map'] = labels = map_file.restored(results['gt_seg_map'], path)
-        if labels.shape != tuple(results['ori_shape']):
-            image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
-            raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
-        if num_classes is not None:
-            counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-            wrong = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
-            if len(wrong):
-                raise ValueError(_outside(path, wrong[0] + shift, num_labels, shift))
-        return results
-
-    def _num_classes(self, results: dict[str, Any]) -> int | None:
-        told = results.get('num_classes', self.num_classes)
-        if self.num_classes not in (None, told):
-            raise ValueError(
-                f'LoadAnnotations.num_classes={self.num_classes}, but the data set has {told} '
-                'classes; leave it out of the pipeline'
-            )
-        return told
-
-    def _inspect(self, path: str) -> '_MapFile':
-        content = fileio.get(path, backend_args=self.backend_args)
-        with opened(io.BytesIO(content), path) as file:
-            found = _MapFile(_turned(file), file.size[::-1], len(file.getbands()))
-            # only the header has been read; all other modes have 8 bits or fewer
-            if not file.mode.startswith(('I', 'F')):
-                return found
-            labels = np.asarray(file)
-            return found._replace(beyond=labels[labels != (labels.astype(np.int64) & 0xFF)])
-
-
-class _MapFile(NamedTuple):
-    """What a file says of its label map."""
-
-    turn: int
-    shape: tuple[int, int]
-    bands: int
-    beyond: np.ndarray = np.empty(0)  # no uint8: mmseg would make 256 class 0 in silence
-
-    def restored(self, labels: np.ndarray, path: str) -> np.ndarray:
-        """The map (H, W) as it is stored, of what mmseg makes of the file."""
-        if self.bands > 1 or labels.size != math.prod(self.shape):
+        labels, size = results['gt_seg_map'], results['ori_shape']
+        if bands > 1 or labels.size != math.prod(shape):
             raise ValueError(f'{path} is a colour image; a label map has one class index per pixel')
-        if labels.ndim < 2:  # squeeze() has taken away a side of one pixel
-            labels = labels.reshape(self.shape)
-        return np.ascontiguousarray(stored(labels, self.turn))
-
-
-def _outside(path: str, label: float, num_labels: int, shift: int) -> str:
-    return (
-        f'{path} holds the label {label}; allowed are {shift}..{num_labels - 1 + shift}, '
-        f'and {0 if shift else IGNORE} for pixels to ignore'
-    )
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f'{shape[1]}x{shape[0]}'
+        if labels.ndim < 2:  # mmseg's squeeze() has taken away a side of one pixel
+            labels = labels.reshape(shape)
+        results['gt_seg_map'] = labels = np.ascontiguousarray(stored(labels, turn))
+        shift = int(bool(results['reduce_zero_label']))
+        wrong = wide[wide != (wide.astype(np.int64) & 0xFF)]  # mmseg would make 256 class 0
+        if num_classes is not None and not len(wrong):
+            counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+            wrong = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes + shift
+        if len(wrong):
+            # of the classes in the files, which may be more than a config chooses
+            last = len(results.get('label_map') or ()) or num_classes or IGNORE
+            raise ValueError(
+                f'{path} holds the label {wrong[0]}; allowed are {shift}..{last - 1 + shift}, '
+                f'and {0 if shift else IGNORE} for pixels to ignore'
+            )
+        if labels.shape != tuple(size):
+            raise ValueError(
+                f'{path} has {labels.shape[1]}x{labels.shape[0]} pixels, '
+                f'{results["img_path"]} has {size[1]}x{size[0]}'
+            )
+        return results

@@ -52,12 +52,18 @@ def converts_channels(preprocessor: Any) -> bool:
     return any(getattr(preprocessor, name, False) for name in names)
 
 
+def class_of(config: dict[str, Any]) -> Any:
+    """What a config of a part of a model builds; None if nobody has registered it."""
+    kind = config.get('type')
+    return MODELS.get(kind) if isinstance(kind, str) else kind
+
+
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A data preprocessor's config as mmseg takes it, and what it states of `mean` and `std`."""
     config = dict(config)
     scratch = config.pop('from_scratch', None)
     given = {name: config[name] for name in ('mean', 'std') if config.get(name) is not None}
-    kind = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
+    kind = class_of(config)
     if isinstance(kind, type) and issubclass(kind, ImgDataPreprocessor):
         for field, pair in ((_FIELD, given), (f'{_FIELD}.from_scratch', scratch or {})):
             for name, value in pair.items():

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit
-from mmengine.runner import CheckpointLoader
-from mmengine.runner.checkpoint import _load_checkpoint_with_prefix
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
@@ -27,7 +24,7 @@ from vqmoe_vision.moe.config import check
 from . import mmseg_patches
 from .backbone import TimmViT
 from .export import SegmentorGraph
-from .preprocessor import completed, converts_channels, follow, normalization_of
+from .preprocessor import class_of, completed, converts_channels, follow, normalization_of
 from .published import in_our_names
 from .source import source
 
@@ -63,6 +60,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         for name, value in (kwargs.get('test_cfg') or {}).items():
             known = ('mode', 'crop_size', 'stride')  # mmseg passes over all others
             check(name in known, f'model.test_cfg.{name}', value, f'it has {", ".join(known)}')
+        allowed = 'left out: load_from=FILE loads all, model.backbone.checkpoint=FILE starts a part'
+        init_cfg = kwargs.get('init_cfg')  # of another file mmengine would take what fits
+        check(init_cfg is None, 'model.init_cfg', init_cfg, allowed)
         mmseg_patches.apply()
         self._neck = neck  # mmseg would build it before its width is known
         self._stated: tuple[str, ...] = ('mean', 'std')
@@ -87,30 +87,10 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     @drawn_apart(2)
     def init_weights(self) -> None:
         """Starts a new training; neck and heads start alike in all rows at one seed."""
-        self._check_pretrained()
         super().init_weights()
         weights = self.backbone.weights_normalization
         if weights is not None:  # a run that resumes may have had another
             super().normalize_as(weights)
-
-    def _check_pretrained(self) -> None:
-        """Refuses a file for `init_cfg` of which mmengine would take what fits, or nothing."""
-        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
-        for config in configs:
-            if config.get('type') not in ('Pretrained', PretrainedInit):
-                continue
-            path, prefix = config['checkpoint'], config.get('prefix')
-            if prefix is None:
-                content = CheckpointLoader.load_checkpoint(path, 'cpu')
-                state = content.get('state_dict', content)
-            else:
-                state = _load_checkpoint_with_prefix(prefix, path, 'cpu')
-            if problem := self.misfit(state):
-                allowed = (
-                    f'the checkpoint does not fit the model: {problem}; the backbone alone starts '
-                    'from a file by model.backbone.checkpoint'
-                )
-                check(False, 'model.init_cfg.checkpoint', path, allowed)
 
     def normalize_as(self, normalization: Normalization) -> None:
         """Takes over how images are normalised, and lets the data preprocessor do so."""
@@ -130,18 +110,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     @drawn_apart(1)
     def _init_auxiliary_head(self, auxiliary_head: Any) -> None:
-        if isinstance(auxiliary_head, list):
-            auxiliary_head = [self._fitted_auxiliary(head) for head in auxiliary_head]
-        elif auxiliary_head is not None:
-            auxiliary_head = self._fitted_auxiliary(auxiliary_head)
-        super()._init_auxiliary_head(auxiliary_head)
-
-    def _fitted_auxiliary(self, head: dict[str, Any]) -> dict[str, Any]:
-        head = self._fitted(head, num_classes=self.num_classes)
-        own = head.get('num_classes', self.num_classes)
-        allowed = f'{self.num_classes}, as model.decode_head.num_classes'
-        check(own == self.num_classes, 'model.auxiliary_head.num_classes', own, allowed)
-        return head
+        several = isinstance(auxiliary_head, list)
+        heads = []
+        for config in auxiliary_head if several else filter(None, [auxiliary_head]):
+            heads.append(head := self._fitted(config, num_classes=self.num_classes))
+            own = head.get('num_classes', self.num_classes)
+            allowed = f'{self.num_classes}, as model.decode_head.num_classes'
+            check(own == self.num_classes, 'model.auxiliary_head.num_classes', own, allowed)
+        super()._init_auxiliary_head(heads if several else next(iter(heads), None))
 
     def _fitted(self, head: dict[str, Any], **values: Any) -> dict[str, Any]:
         """A head's config with what follows from backbone and neck."""
@@ -207,12 +183,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         return source(dataset, self.data_preprocessor, size, folder)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
-        """As mmseg's, where a map covers more than the images too, as in the last patches.
-
-        Args:
-            inputs: (B, 3, H, W) normalised images.
-            batch_img_metas: mmseg's, of each image.
-        """
+        """As mmseg's, where a map covers more than the images (B, 3, H, W), as in last patches."""
         height, width = (int(side) for side in inputs.shape[2:])
         covered = self._covered(height, width)
         if covered == (height, width):
@@ -235,31 +206,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             rows, columns = self._covered(height, width)
             if (rows, columns) != (height, width):
                 sides = 0, columns - width, 0, rows - height
-                filled = F.pad(labels, sides, value=self._ignored_by_all())
+                filled = F.pad(labels, sides, value=self.decode_head.ignore_index)
                 sample = sample.clone()
                 sample.gt_sem_seg = PixelData(data=filled)
             found.append(sample)
         return found
 
-    def _ignored_by_all(self) -> int:
-        """The label that no head learns from."""
-        ignored = self.decode_head.ignore_index
-        others = self.auxiliary_head if self.with_auxiliary_head else []
-        for head in others if isinstance(others, list | nn.ModuleList) else [others]:
-            allowed = (
-                f'{ignored}, as of the decode head, for crops that are no multiples of a patch'
-            )
-            index = head.ignore_index
-            check(index == ignored, 'model.auxiliary_head.ignore_index', index, allowed)
-        return ignored
-
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        """Each auxiliary loss, then mmseg's losses and accuracy.
-
-        Args:
-            inputs: (B, 3, H, W) normalised images.
-            data_samples: mmseg's samples with the label maps.
-        """
+        """Each auxiliary loss, then mmseg's losses and accuracy, of normalised (B, 3, H, W)."""
         with self.collect() as collected:
             found = super().loss(inputs, self._labelled_as_covered(data_samples))
             numbers = self.parse_losses(found)[1]  # of an entry that is a list, too
@@ -269,19 +223,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             return {**loss_entries(collected), **others}
 
     def predict(self, inputs: Tensor, data_samples: list | None = None) -> list:
-        """As mmseg's, and counts the routing.
-
-        Args:
-            inputs: (B, 3, H, W) normalised images.
-            data_samples: mmseg's samples; None for bare images.
-        """
+        """As mmseg's, and counts the routing."""
         with self.collect():
             return super().predict(inputs, data_samples)
 
 
 def _completed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
     """A config with those of `values` that it lacks and its class cannot be built without."""
-    kind = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
+    kind = class_of(config)
     if kind is None:  # the registry says what is wrong
         return config
     parameters: dict[str, inspect.Parameter] = {}

@@ -1,7 +1,6 @@
 """What a survey of segmentation looks at: the middle of each image, in the trained size."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,31 +10,24 @@ from mmseg.registry import DATASETS
 from torch import Tensor
 
 from vqmoe_vision.analysis.source import Sample, Source, image_files
+from vqmoe_vision.moe.config import check
 
 from .loading import LOADING_LABELS
 from .preprocessor import converts_channels, normalization_of
 
 
-class _Files(Sequence):
-    def __init__(self, files: Sequence[Path], pipeline: Compose) -> None:
-        self.files, self.pipeline = files, pipeline
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.pipeline({'img_path': str(self.files[index])})
-
-
 class _Crops(Sequence):
-    def __init__(self, found: Sequence, preprocessor: Any, crop_size: tuple[int, int]) -> None:
-        self.found, self.preprocessor, self.crop_size = found, preprocessor, crop_size
+    def __init__(
+        self, found: Sequence, read: Callable, preprocessor: Any, crop_size: tuple[int, int]
+    ) -> None:
+        self.found, self.read = found, read
+        self.preprocessor, self.crop_size = preprocessor, crop_size
 
     def __len__(self) -> int:
         return len(self.found)
 
     def __getitem__(self, index: Any) -> Sample:
-        data = self.found[index]
+        data = self.read(self.found[index])
         inputs = data['inputs']
         image = self._middle(inputs).float()
         if converts_channels(self.preprocessor):
@@ -60,17 +52,16 @@ def source(
 ) -> Source:
     """What a survey of a segmentor looks at."""
     normalization = normalization_of(preprocessor)
-    if normalization is None:
-        raise ValueError(
-            f'model.data_preprocessor.type={type(preprocessor).__name__!r} is not possible: one of '
-            "mmengine's kind, of which it is known how it normalises images"
-        )
+    allowed = "one of mmengine's kind, of which it is known how it normalises images"
+    kind = type(preprocessor).__name__
+    check(normalization is not None, 'model.data_preprocessor.type', kind, allowed)
+    assert normalization is not None
     if folder is not None:
         files = image_files(folder)
-        steps = [step for step in dataset.pipeline if step.type not in LOADING_LABELS]
-        crops = _Crops(_Files(files, Compose(steps)), preprocessor, crop_size)
+        steps = Compose([step for step in dataset.pipeline if step.type not in LOADING_LABELS])
+        crops = _Crops(files, lambda file: steps({'img_path': str(file)}), preprocessor, crop_size)
         return Source(crops, [file.name for file in files], None, normalization)
     built = DATASETS.build(dataset)
     names = [f'image {i}' for i in range(len(built))]
     classes = list(built.metainfo['classes'])
-    return Source(_Crops(built, preprocessor, crop_size), names, classes, normalization)
+    return Source(_Crops(built, dict, preprocessor, crop_size), names, classes, normalization)

@@ -29,12 +29,7 @@ class OverlayVisualizer(SegLocalVisualizer):
 
     @classmethod
     def get_instance(cls, name: str = 'visualizer', **kwargs: Any) -> Any:
-        """The visualizer of that name, which is made once.
-
-        Args:
-            name: mmengine's Runner gives that of the run.
-            **kwargs: As the constructor.
-        """
+        """The visualizer of that name, which is made once; mmengine's Runner gives the run's."""
         return super().get_instance(name, **kwargs)
 
     def add_datasample(self, name: str, image: np.ndarray, *args: Any, **kwargs: Any) -> None:
