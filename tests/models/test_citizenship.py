@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from timm.models._features_fx import create_feature_extractor
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vqmoe_vision.moe import moe_layers
@@ -173,23 +172,6 @@ def test_a_pickle_does_not_hold_images(make_tiny, train_step) -> None:
     model.zero_grad(set_to_none=True)
     # 64 images leave 64 x 16 patches x 48 cells x 4 bytes = 196 kB of raw patches in the model
     assert len(pickle.dumps(model)) < size + 10_000
-
-
-def test_model_ema(tiny_variant, train_step, images: Tensor) -> None:
-    model = tiny_variant()
-    ema = ModelEmaV3(model, decay=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = {k: v.clone() for k, v in model.state_dict().items()}
-    for _ in range(3):
-        train_step(model, optimizer, images, torch.arange(4))
-        ema.update(model)
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                expected[name] = 0.5 * expected[name] + 0.5 * value
-            else:
-                expected[name] = value.clone()
-    torch.testing.assert_close(dict(ema.module.state_dict()), expected)
-    assert ema.eval()(images).isfinite().all()
 
 
 def test_fx_feature_extraction(tiny, images: Tensor) -> None:

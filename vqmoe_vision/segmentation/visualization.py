@@ -76,16 +76,18 @@ class OverlayHook(SegVisualizationHook):
         self._drawn: Counter[str] = Counter()
         self._load = LoadImage(backend_args=backend_args)
 
-    def before_val(self, runner: Runner) -> None:
-        """Reads images as the validation does."""
-        self._read_as(runner, 'val_dataloader')
-
     def before_test(self, runner: Runner) -> None:
         """A test begins to number its pictures, and reads their images as it does."""
         self._drawn.clear()
-        self._read_as(runner, 'test_dataloader')
+        self.before_val(runner, 'test_dataloader')
 
-    def _read_as(self, runner: Runner, loader: str) -> None:
+    def before_val(self, runner: Runner, loader: str = 'val_dataloader') -> None:
+        """Reads images as the validation does.
+
+        Args:
+            runner: Of the run.
+            loader: Field of the config, of its data loader.
+        """
         if self.draw and isinstance(config := runner.cfg.get(loader), dict):
             self._load = image_loader(config['dataset'], backend_args=self.backend_args)
 
