@@ -93,7 +93,7 @@ def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     assert comparison.contrasts[0] == 'smoe - smoe_frozen'
     assert comparison.also == (('aAcc', 'mAcc') if 'segmentation' in leaf else ())
     assert len(comparison.seeds) == 5
-    size = 'small' if 'small' in leaf else 'tiny'
+    size = 'small' if 'vit-s' in leaf else 'tiny'
     field = 'model.backbone' if 'segmentation' in leaf else 'model'
     assert f'{field}.model_name=vit_{size}_smoe' in comparison.rows['smoe']
     assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')

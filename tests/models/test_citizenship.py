@@ -40,6 +40,18 @@ def test_odd_sizes_are_padded_below_and_right(tiny) -> None:
     assert maps[0].shape == (2, 32, 5, 6)
 
 
+def test_features_only_equals_intermediates(tiny) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    model = tiny().eval()
+    torch.manual_seed(0)
+    extractor = tiny(features_only=True, out_indices=(0, 2)).eval()
+    expected = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+    torch.testing.assert_close(extractor(images), expected, rtol=0, atol=0)
+    assert extractor.feature_info.channels() == [32, 32]
+    assert extractor.feature_info.reduction() == [8, 8]
+
+
 def test_an_image_does_not_depend_on_its_batch(tiny) -> None:
     model = tiny().eval()
     images = torch.randn(64, 3, 32, 32)

@@ -73,7 +73,8 @@ def state_network(model: Any) -> dict[str, Any]:
     """What `network_of_run` reads again, in plain values."""
     own = Network.of(model)
     size = list(own.img_size) or None
-    stated = {'network': dict(own.facts), 'pooling': dict(own.pooling), 'img_size': size}
+    pooling = dict(own.pooling) if getattr(model, 'num_classes', None) else {}  # of no head
+    stated = {'network': dict(own.facts), 'pooling': pooling, 'img_size': size}
     if own.options is None:
         return {'method': None, 'options': None, **stated}
     unused = own.options.unused()
