@@ -1,5 +1,4 @@
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -89,39 +88,26 @@ def test_gradients_of_the_loss_of_the_stream() -> None:
     assert not model.model.blocks[1].norm2._forward_pre_hooks  # only training watches
 
 
-@pytest.mark.parametrize(
-    ('name', 'options', 'field'),
-    [
-        *((VIT, {'weight': wrong}, r'stream_loss\.weight') for wrong in (0.0, math.nan, '1')),
-        *(
-            (VIT, {'blocks': wrong}, r'stream_loss\.blocks')
-            for wrong in ([], [2], [-1], [1, 1], [True], 1)
-        ),
-        (VIT, {'place': 1}, 'stream_loss'),
-        ('resnet10t', {}, 'stream_loss'),
-        ('vit_base_patch16_xp_224', {}, 'stream_loss'),
-    ],
-)
-def test_an_impossible_loss_of_the_stream(name: str, options: dict, field: str) -> None:
-    shape = {} if name == 'resnet10t' else SMALL
-    with pytest.raises(ValueError, match=rf'^model\.{field}='):
-        Classifier(name, **{'num_classes': 4, **shape}, stream_loss={**STREAM, **options})
+WRONG: list[tuple[str, Any]] = [
+    *((r'stream_loss\.weight', {'weight': wrong}) for wrong in (0.0, math.nan, '1')),
+    *((r'stream_loss\.blocks', {'blocks': x}) for x in ([], [2], [-1], [1, 1], [True], 1)),
+    ('stream_loss', {'place': 1}),
+]
 
 
 @pytest.mark.parametrize(
     ('field', 'options'),
     [
-        ('model.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
+        *((rf'model\.{field}', dict(stream_loss={**STREAM, **wrong})) for field, wrong in WRONG),
+        (r'model\.stream_loss', dict(stream_loss=STREAM, model_name='vit_base_patch16_xp_224')),
+        (r'model\.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
         ('img_size', dict(img_size=9)),
         ('model_name', dict(model_name='vit_tny')),
-        *(
-            ('label_smoothing', dict(label_smoothing=n))
-            for n in (1.0, 10, -0.1, math.nan, '1', True)
-        ),
+        *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
     ],
 )
 def test_what_cannot_be_is_refused(field: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf'^{re.escape(field)}='):
+    with pytest.raises(ValueError, match=rf'^{field}='):
         Classifier(**{'model_name': 'vit_tiny_patch16_224', **SMALL, **options})
     with pytest.raises(ValueError, match=r"^checkpoint='a\.pth' "):
         Classifier('resnet18', num_classes=2, checkpoint='a.pth')
