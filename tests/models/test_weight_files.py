@@ -1,5 +1,7 @@
 """Files that are damaged or of another kind are one line; what is beside others is followed."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,20 @@ def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(
     torch.save(other.state_dict(), file)
     again: Any = create_saved(f'local-dir:{tmp_path}/L', pretrained_cfg_overlay={'file': file})
     assert torch.equal(again.head.weight, other.head.weight)
+
+
+def test_a_folder_of_another_network_is_compared_with_its_digest(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model('test_resnet'), tmp_path / 'L', safe_serialization=True)
+    assert create_saved(f'local-dir:{tmp_path}/L')
+    file = tmp_path / 'L/model.safetensors'
+    config = json.loads((tmp_path / 'L/config.json').read_text())
+    config['weights_sha256'] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / 'L/config.json').write_text(json.dumps(config))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match='weights_sha256'):
+        create_saved(f'local-dir:{tmp_path}/L')
 
 
 def test_what_a_run_has_kept_is_followed(tmp_path: Path) -> None:

@@ -109,6 +109,17 @@ def test_a_batch_without_labels_has_no_task_loss() -> None:
     assert not any(grad.any() for name, grad in gradients.items() if 'decode_head' in name)
 
 
+def test_heads_that_ignore_other_labels_are_refused_where_maps_are_filled_up() -> None:
+    auxiliary = dict(type='FCNHead', num_convs=0, concat_input=False, ignore_index=200)
+    model = tiny_segmentor(auxiliary_head=auxiliary)
+    batch = training_batch(model, 40)
+    model.loss(torch.randn(2, 3, 32, 32), batch['data_samples'])  # whole patches
+    for sample in batch['data_samples']:
+        sample.gt_sem_seg = PixelData(data=torch.zeros((1, 20, 20), dtype=torch.int64))
+    with pytest.raises(ValueError, match=r'auxiliary_head\.ignore_index=200'):
+        model.loss(torch.randn(2, 3, 20, 20), batch['data_samples'])
+
+
 # what the configs of heads and necks leave to the backbone of width 12 with three heads
 MASK = dict(type='SegmenterMaskTransformerHead', num_layers=1, num_classes=4)
 LINEAR = dict(

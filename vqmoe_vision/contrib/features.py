@@ -15,6 +15,10 @@ class FeatureViT(VisionTransformer):
         tokens = self.forward_features(x, *args, **kwargs)
         return self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
 
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: it has buffers alone."""
+        return set()
+
     @property
     def sizes(self: Any) -> tuple[int, ...]:
         """Height and width of its images and of its patches, in pixels."""

@@ -120,7 +120,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with together(args.launcher), ExitStack() as alone:
+    with ExitStack() as alone, together(args.launcher):
         config = _configure(args)
         told = take_ours(config)
         if args.amp:

@@ -172,7 +172,8 @@ def check_configs(config: Config) -> None:
     """Compares the configs of all processes."""
     # in each process a set is in another order, and a function at another address
     found = flat(config.to_dict())
-    values = {n: sorted(map(repr, v)) if isinstance(v, set) else v for n, v in found.items()}
+    sets = {n: sorted(map(repr, v)) for n, v in found.items() if isinstance(v, set | frozenset)}
+    values = {**found, **sets}
     _check_alike('configs', {n: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for n, v in values.items()})
 
 

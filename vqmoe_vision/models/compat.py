@@ -106,7 +106,8 @@ def network_of_run(content: Any) -> Network | None:
         {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
         for found in (stated.get('network'), stated.get('pooling'))
     )
-    size = tuple(map(int, size)) if isinstance(size, list) and len(size) == 2 else ()
+    size = size if isinstance(size, list) and len(size) == 2 else []
+    size = tuple(size) if all(type(n) is int for n in size) else ()
     options = None
     if isinstance(method, str) and method in METHODS:
         facts['method'] = repr(method)

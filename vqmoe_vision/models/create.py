@@ -27,9 +27,15 @@ from .weights import (
     load_checkpoint,
     load_weights,
     overlay_for,
+    read_fitting,
     weights_in,
 )
 
+# Options with which timm changes weights that are whole, or takes a part of them.
+_ADAPTED = (
+    *('in_chans', 'num_classes', 'pretrained_cfg_overlay'),
+    *('features_only', 'out_indices', 'feature_cls'),
+)
 # Fields of a model that give it weights to start from, of which experts may be made.
 STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
 
@@ -135,7 +141,12 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
     place, described = find_source(source, kwargs.get('cache_dir'), 'source')
     name, arguments = described.name, {**described.arguments, **kwargs}
     if not timm.models.is_model_in_modules(name, MODULES) or method_of(name) is not None:
-        # of a model with experts what was saved is not what the call says, see `build_sparse`
+        if place.get('file') and name != MOE_HOST and method_of(name) is None:
+            own = {k: v for k, v in kwargs.items() if k not in _ADAPTED}
+            with torch.device('meta'):
+                whole = timm.create_model(name, **{**described.arguments, **own})
+            read_fitting(whole, weights_in(place['file']))  # timm would load what fits
+        # of a model with experts what was saved is not what the call says, see `build`
         return timm.create_model(source, pretrained=True, **kwargs)
     config = {**described.config, **place}
     return create_model(name, pretrained=True, pretrained_cfg=config, **arguments)

@@ -202,9 +202,18 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             rows, columns = self._covered(height, width)
             sides = 0, columns - width, 0, rows - height
             if any(sides):
-                filled = F.pad(labels, sides, value=self.decode_head.ignore_index)
+                filled = F.pad(labels, sides, value=self._ignored_by_all())
                 sample.gt_sem_seg = PixelData(data=filled)
         return found
+
+    def _ignored_by_all(self) -> int:
+        ignored = self.decode_head.ignore_index
+        others: Any = self.auxiliary_head if self.with_auxiliary_head else []
+        allowed = f'{ignored}, as of the decode head, for crops that are no multiples of a patch'
+        for head in others if isinstance(others, list | nn.ModuleList) else [others]:
+            index = head.ignore_index
+            check(index == ignored, 'model.auxiliary_head.ignore_index', index, allowed)
+        return ignored
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """Each auxiliary loss, then mmseg's losses and accuracy, of normalised (B, 3, H, W)."""
