@@ -82,7 +82,7 @@ def test_blocks_refuse_tokens_that_are_not_those_of_the_images(tiny, images: Ten
     if layer.reads() is None:
         assert model.blocks(tokens[:2]).shape == tokens[:2].shape
         return
-    with pytest.raises(ValueError, match=r'is not possible: \d+, as of the images'):
+    with pytest.raises(ValueError, match=r'is not possible: \d+, as those of the images'):
         model.blocks(tokens[:2])
     assert torch.equal(model.blocks(tokens), model.blocks(tokens))
 
