@@ -1,18 +1,15 @@
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mmengine.dataset import InfiniteSampler
-from mmengine.optim import OptimWrapper
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
 from vqmoe_vision.classification import Classifier
-from vqmoe_vision.moe import METHODS, collect_losses, update_state
+from vqmoe_vision.moe import METHODS, collect_losses
 
 SMALL = dict(
     img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4
@@ -56,16 +53,6 @@ def test_loss_holds_every_auxiliary_loss_of_the_model(
     )
 
 
-def test_auxiliary_losses_reach_the_router() -> None:
-    model = Classifier('vit_tiny_smoe', num_experts=2, **SMALL)
-    with torch.no_grad():
-        model.model.head.weight.zero_()  # no gradient from the task below the head
-    total, _ = model.parse_losses(model(*batch(), mode='loss'))
-    total.backward()
-    gradients = [p.grad for n, p in model.named_parameters() if '.router.' in n]
-    assert any(g.abs().sum() > 0 for g in gradients)
-
-
 STREAM = {'weight': 0.5, 'blocks': [1]}
 VIT = 'vit_tiny_patch16_224'
 
@@ -101,39 +88,26 @@ def test_gradients_of_the_loss_of_the_stream() -> None:
     assert not model.model.blocks[1].norm2._forward_pre_hooks  # only training watches
 
 
-@pytest.mark.parametrize(
-    ('name', 'options', 'field'),
-    [
-        *((VIT, {'weight': wrong}, r'stream_loss\.weight') for wrong in (0.0, math.nan, '1')),
-        *(
-            (VIT, {'blocks': wrong}, r'stream_loss\.blocks')
-            for wrong in ([], [2], [-1], [1, 1], [True], 1)
-        ),
-        (VIT, {'place': 1}, 'stream_loss'),
-        ('resnet10t', {}, 'stream_loss'),
-        ('vit_base_patch16_xp_224', {}, 'stream_loss'),
-    ],
-)
-def test_an_impossible_loss_of_the_stream(name: str, options: dict, field: str) -> None:
-    shape = {} if name == 'resnet10t' else SMALL
-    with pytest.raises(ValueError, match=rf'^model\.{field}='):
-        Classifier(name, **{'num_classes': 4, **shape}, stream_loss={**STREAM, **options})
+WRONG: list[tuple[str, Any]] = [
+    *((r'stream_loss\.weight', {'weight': wrong}) for wrong in (0.0, math.nan, '1')),
+    *((r'stream_loss\.blocks', {'blocks': x}) for x in ([], [2], [-1], [1, 1], [True], 1)),
+    ('stream_loss', {'place': 1}),
+]
 
 
 @pytest.mark.parametrize(
     ('field', 'options'),
     [
-        ('model.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
+        *((rf'model\.{field}', dict(stream_loss={**STREAM, **wrong})) for field, wrong in WRONG),
+        (r'model\.stream_loss', dict(stream_loss=STREAM, model_name='vit_base_patch16_xp_224')),
+        (r'model\.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
         ('img_size', dict(img_size=9)),
         ('model_name', dict(model_name='vit_tny')),
-        *(
-            ('label_smoothing', dict(label_smoothing=n))
-            for n in (1.0, 10, -0.1, math.nan, '1', True)
-        ),
+        *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
     ],
 )
 def test_what_cannot_be_is_refused(field: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf'^{re.escape(field)}='):
+    with pytest.raises(ValueError, match=rf'^{field}='):
         Classifier(**{'model_name': 'vit_tiny_patch16_224', **SMALL, **options})
     with pytest.raises(ValueError, match=r"^checkpoint='a\.pth' "):
         Classifier('resnet18', num_classes=2, checkpoint='a.pth')
@@ -195,23 +169,3 @@ def test_classes_of_a_name_are_not_those_of_a_training() -> None:
     model = Classifier('test_vit_dense', num_classes=10)
     assert 'label_names' in model.model.pretrained_cfg
     assert 'classes' not in model.exportable().about
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings('ignore')  # of dynamo, about what it leaves out of a step
-@pytest.mark.parametrize('method', METHODS)
-def test_a_step_is_not_compiled_anew_when_state_has_changed(method: str) -> None:
-    torch._dynamo.reset()
-    model = Classifier(model_name=f'vit_tiny_{method}', **SMALL).train()
-    model.state_is_moved = True  # by the hook that `update_state` stands for
-    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
-    counter = CompileCounterWithBackend('eager')
-    step = torch.compile(model.train_step, backend=counter)
-    graphs = []
-    for _ in range(7):
-        step(batch(), wrapper)
-        update_state(model.routed_model)
-        graphs.append(counter.frame_count)
-    torch._dynamo.reset()
-    # the first steps set up codebooks and statistics
-    assert graphs[3:] == graphs[3:4] * 4

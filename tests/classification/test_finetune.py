@@ -160,14 +160,3 @@ def test_nobody_needs_what_a_run_started_from(given: dict[str, Any], tmp_path: P
     publish([str(work), str(tmp_path / 'out')])
     published: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert published.pretrained_cfg['mean'][0] == pytest.approx(0.485)
-
-
-def test_a_run_that_no_longer_improves_ends_early(tmp_path: Path) -> None:
-    config = write_config(tmp_path, FOLDERS)
-    hook = 'default_hooks.early_stopping'
-    work = train(
-        config, 'w', f'{hook}.type=EarlyStoppingHook', f'{hook}.monitor=accuracy/top1',
-        f'{hook}.min_delta=1000', f'{hook}.patience=2', 'train_cfg.max_epochs=6',
-    )  # fmt: skip
-    # the first validation is the best, and two more bring no thousand points
-    assert content(work, 3)['meta']['epoch'] == 3 and not (work / 'epoch_4.pth').exists()

@@ -7,7 +7,6 @@ import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
 from torchvision import transforms
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
@@ -49,7 +48,7 @@ def test_what_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None
     found = normalization_of(TRANSFORMS.build(dict(**config, std=None)))
     assert found == Normalization((0.5,) * 3, (0.25,) * 3)
     # that of another training is no half of the pair
-    message = r'^transform\.std=\(0\.5, .*\) is not possible: beside transform\.mean, mean'
+    message = r'^transform\.std=\(0\.5, .*\) is not possible: beside transform\.mean$'
     with pytest.raises(ValueError, match=message):
         TRANSFORMS.build(dict(**config, std=(0.5,) * 3))
 
@@ -68,11 +67,6 @@ def test_numbers_that_no_images_have_are_refused(
         numbers = dict(from_scratch=numbers)
     with pytest.raises(ValueError, match=re.escape(f'{place}.{field}={value!r} is not possible')):
         TRANSFORMS.build(dict(type=name, input_size=8, **numbers))
-
-
-def test_strongest_step_of_the_recipes_augmentation_works_with_this_pillow() -> None:
-    op = AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=10)
-    assert op(Image.new('RGB', (4, 4), (200, 100, 50))).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_a_shift_corrupts_the_image_of_a_test_alike_each_time() -> None:

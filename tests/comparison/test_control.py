@@ -13,6 +13,7 @@ from torch import nn
 from vqmoe_vision.comparison import control
 from vqmoe_vision.comparison.control import Source, all_rows, find_rows
 from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe.routing import Router
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,3 +114,52 @@ def test_learned_routers_find_clusters_that_stand_apart() -> None:
     assert min(found.values()) > accuracy('frozen') + 10, found
     # codes reach it; of 32,768 tokens 98 % are right to within 0.1 points
     assert accuracy('oracle') > max(found.values()) - 0.3
+
+
+def not_trained(layer: nn.Module) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.startswith('experts'))
+    state_not_updated(layer)
+
+
+def changed(layer: nn.Module, change: Callable) -> None:
+    for name, module in layer.named_modules():
+        if isinstance(module, Router) or name == 'quantizer.codebook':
+            module.register_forward_hook(lambda _, inputs, decided: change(decided))
+
+
+def weight_detached(layer: nn.Module) -> None:
+    changed(layer, lambda routing: replace(routing, weights=routing.weights.detach()))
+
+
+def wrong_index(layer: nn.Module) -> None:
+    """That of the token before."""
+    changed(layer, lambda decided: replace(decided, indices=decided.indices.roll(1, 0)))
+
+
+def state_not_updated(layer: nn.Module) -> None:
+    layer.apply_update = lambda: False
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ('name', 'fault'),
+    [
+        *((name, fault) for name in LEARNED for fault in (not_trained, wrong_index)),
+        ('smoe', weight_detached),  # the weight of a code is one
+        ('xmoe', weight_detached),
+        ('vqmoe_discrete', state_not_updated),  # the router of the full form would take over
+    ],
+)
+def test_a_broken_router_falls_out(
+    name: str, fault: Callable, bar: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(control.Bed):
+        def __init__(self, row: control.Row) -> None:
+            super().__init__(row)
+            fault(self.layer)
+
+    monkeypatch.setattr(control, 'Bed', Broken)
+    (row,) = find_rows([name])
+    assert control.score(row, Structure(seed=1)).accuracy < bar

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vqmoe_vision.contrib.mocle import ClusterRouter, Clusters, MoCLEConfig
@@ -67,19 +66,6 @@ def test_known_answer():
     assert routing.stats['cluster_usage'].tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
-@pytest.mark.parametrize('training', [True, False])
-def test_all_tokens_of_an_image_share_their_experts_and_weights_sum_to_one(training):
-    net = make_layer('mocle', router_noise=2.0).train(training)
-    x = torch.randn(32, 5, D)
-    net(x)
-    routing = net.layer.router(x)
-    for values in (routing.indices, routing.weights):
-        image = values.view(32, 5, 2)
-        assert torch.equal(image, image[:, :1].expand_as(image))
-    assert (routing.indices[:, 1] == E - 1).all() and (routing.indices[:, 0] < E - 1).all()
-    torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(160))
-
-
 def test_noise_is_a_tenth_in_the_logits_and_drawn_from_torchs_generator():
     # Two experts of equal logits: the gate is sigmoid(|a - b| / tau) of two draws; the difference
     # has a standard deviation of 0.1 * sqrt(2).
@@ -121,22 +107,6 @@ def test_blobs_become_clusters_and_an_unknown_image_has_the_nearest():
     assert reader.fitted
 
 
-def test_training_moves_no_cluster():
-    net, x = make_layer('mocle'), torch.randn(16, 3, D)
-    before = {k: v.clone() for k, v in net.reader.state_dict().items()}
-    assert not list(net.reader.parameters())
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
-    start = net.layer.router.cluster_embed.clone()
-    net(x)
-    clusters = net.raw_patches.value
-    for _ in range(3):
-        net(x).square().sum().backward()
-        optimizer.step()
-    assert torch.equal(net.raw_patches.value, clusters)
-    assert not torch.equal(net.layer.router.cluster_embed, start)
-    assert all(torch.equal(v, before[k]) for k, v in net.reader.state_dict().items())
-
-
 def test_a_network_is_frozen_whatever_the_model_does():
     network = Pixels(2, 4, nn.Linear(12, 4), nn.Dropout(0.5))
     reader = Clusters(MoCLEConfig(num_clusters=2), network).train()
@@ -148,13 +118,3 @@ def test_a_network_is_frozen_whatever_the_model_does():
     assert not features.requires_grad and torch.equal(features, reader.features(images))
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(features, reader.features(images))
-
-
-def test_images_of_another_size_are_resized_as_a_whole():
-    reader = Clusters(MoCLEConfig(num_clusters=2), Pixels(2, 4))
-    image = torch.arange(4.0).view(1, 1, 2, 2)
-    large = image.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    expected = F.interpolate(large, (2, 2), mode='bilinear', antialias=True).flatten(1)
-    torch.testing.assert_close(reader.features(large), expected)
-    # the average over 4 x 4 equal pixels, and a little of the neighbours: in the same order
-    assert reader.features(large).argsort().tolist() == [[0, 1, 2, 3]]

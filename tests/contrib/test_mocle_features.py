@@ -81,19 +81,6 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_module, '_said', set())
 
 
-@pytest.mark.usefixtures('anew')
-def test_a_training_that_nobody_has_fitted_warns_once(images: Tensor) -> None:
-    model = make(METHOD, depth=2)
-
-    def train() -> None:
-        for _ in range(2):
-            model(images).sum().backward()
-
-    (said,) = warned(train)
-    assert 'fit_reader(model, batches)' in said and 'load_features(model, ...)' in said
-    assert not warned(train)
-
-
 def loaded(model: nn.Module, strict: bool, assign: bool = False) -> nn.Module:
     other = make(METHOD, num_clusters=2, device='meta' if assign else None)
     other.load_state_dict(model.state_dict(), strict=strict, assign=assign)
@@ -200,23 +187,6 @@ def test_mistakes_change_nothing(call: Callable, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('converted', [False, True])
-def test_images_that_the_model_pads_are_read_as_padded(converted: bool) -> None:
-    padding = dict(img_size=30, dynamic_img_size=True, dynamic_img_pad=True)
-    source, images = dense(**padding), torch.randn(2, 3, 30, 30)
-    expected, model = averaged(source, images), make(METHOD, **padding)
-    load_features(model, source.state_dict(), 'f.pth')
-    if converted:
-        model = source
-        convert_to_moe(model, METHOD)
-    seen: list[Tensor] = []
-    network = image_reader(model).network
-    network.register_forward_hook(lambda _module, _images, found: seen.append(found))
-    model.eval()(images)
-    torch.testing.assert_close(seen[0], expected)
 
 
 def test_the_network_is_counted_in_the_macs_and_not_in_the_parameters() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from mmengine.registry import MODELS
-from mmengine.runner import Runner
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config, train
@@ -86,17 +85,6 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
-def test_a_runner_with_the_hook_of_state_alone_fits_them(leave_dense, tmp_path: Path) -> None:
-    hooks = "custom_hooks = [dict(type='MoeStateHook')]\n"
-    config = write(tmp_path, SEGMENTATION + hooks)
-    features = leave_dense(config, 'model.backbone')
-    settings = load_config(config, {'model.backbone.features': features})
-    settings.work_dir = str(tmp_path / 'work')
-    runner = Runner.from_cfg(settings)
-    runner.train()
-    assert image_reader(runner.model.routed_model).fitted
-
-
 @TASKS
 def test_clusters_come_first_and_a_resumed_run_is_the_same(
     leave_dense, tmp_path: Path, text: str, field: str, files: tuple[str, str]
@@ -136,21 +124,6 @@ def test_a_dense_checkpoint_to_start_from_is_enough(leave_dense, tmp_path: Path)
 def test_without_features_a_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r'^error: features=None is not possible: the checkpoint'):
         train([write(tmp_path, CLASSIFICATION), '--work-dir', str(tmp_path / 'work')])
-
-
-@pytest.mark.parametrize(
-    ('options', 'said'),
-    [
-        ({'model.embed_dim': 24}, r"dense\.pth' does not fit .*shapes: "),
-        ({'model.model_name': 'vit_tiny_patch16_224', 'model.moe': None}, 'features='),
-    ],
-)
-def test_features_that_do_not_fit(leave_dense, tmp_path: Path, options: dict, said: str) -> None:
-    config = write(tmp_path, CLASSIFICATION)
-    settings = load_config(config, {'model.features': leave_dense(config, 'model'), **options})
-    settings.work_dir = str(tmp_path / 'work')
-    with pytest.raises(ValueError, match=said):
-        Runner.from_cfg(settings).train()
 
 
 def test_images_are_normalised_as_the_features_want_it(leave_dense, tmp_path: Path) -> None:

@@ -148,16 +148,11 @@ def padded_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
 
 
 def write_files(
-    prefix: Path, tree: Tree, shards: int = 2, version: str | None = '20220622', **others: Tree
+    prefix: Path, tree: Tree, shards: int = 2, version: str | None = '20220622'
 ) -> None:
-    """A checkpoint in V-MoE's files: arrays are halved, and halves lie in different shards.
-
-    `others` are parts of a training's state, beside which the tree is called `params`.
-    """
-    flat = tree if not others else {f'params/{name}': value for name, value in tree.items()}
-    flat = flat | {f'{part}/{k}': v for part, values in others.items() for k, v in values.items()}
+    """A checkpoint in V-MoE's files: arrays are halved, and halves lie in different shards."""
     nested: dict[str, Any] = {}
-    for name, value in flat.items():
+    for name, value in tree.items():
         *folders, last = name.split('/')
         place = nested
         for folder in folders:

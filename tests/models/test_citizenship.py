@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from timm.models._features_fx import create_feature_extractor
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vqmoe_vision.moe import moe_layers
@@ -39,6 +38,18 @@ def test_odd_sizes_are_padded_below_and_right(tiny) -> None:
     torch.testing.assert_close(model(images), model(padded), rtol=0, atol=0)
     maps = model.forward_intermediates(images, indices=1, intermediates_only=True)
     assert maps[0].shape == (2, 32, 5, 6)
+
+
+def test_features_only_equals_intermediates(tiny) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    model = tiny().eval()
+    torch.manual_seed(0)
+    extractor = tiny(features_only=True, out_indices=(0, 2)).eval()
+    expected = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+    torch.testing.assert_close(extractor(images), expected, rtol=0, atol=0)
+    assert extractor.feature_info.channels() == [32, 32]
+    assert extractor.feature_info.reduction() == [8, 8]
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny) -> None:
@@ -161,23 +172,6 @@ def test_a_pickle_does_not_hold_images(make_tiny, train_step) -> None:
     model.zero_grad(set_to_none=True)
     # 64 images leave 64 x 16 patches x 48 cells x 4 bytes = 196 kB of raw patches in the model
     assert len(pickle.dumps(model)) < size + 10_000
-
-
-def test_model_ema(tiny_variant, train_step, images: Tensor) -> None:
-    model = tiny_variant()
-    ema = ModelEmaV3(model, decay=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = {k: v.clone() for k, v in model.state_dict().items()}
-    for _ in range(3):
-        train_step(model, optimizer, images, torch.arange(4))
-        ema.update(model)
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                expected[name] = 0.5 * expected[name] + 0.5 * value
-            else:
-                expected[name] = value.clone()
-    torch.testing.assert_close(dict(ema.module.state_dict()), expected)
-    assert ema.eval()(images).isfinite().all()
 
 
 def test_fx_feature_extraction(tiny, images: Tensor) -> None:

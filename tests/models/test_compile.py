@@ -53,12 +53,3 @@ def test_compiled_training_equals_eager_and_compiles_once(tiny) -> None:
     # the same operations in the same order, but for fused sums
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 1
-
-
-@pytest.mark.long
-def test_inductor_trains_as_eager(make_tiny) -> None:
-    model = make_tiny('vqmoe', depth=2)
-    expected = run(model, 3)
-    found = run(model, 3, lambda m: torch.compile(m, fullgraph=True))
-    # inductor reorders sums in float32, and training carries the difference on
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -63,14 +63,6 @@ def _new_objects_only() -> None:
     gc.freeze()
 
 
-def check_flat(method: str, training: bool, collects: bool, num_steps: int) -> None:
-    model = make(method, depth=1, moe_layers='every1')
-    objects, process = growth(stepper(model, training, collects), num_steps)
-    # one object a step would be as many as steps; caches of torch may keep a few, once
-    assert objects < num_steps / 2
-    assert process < PROCESS_BYTES
-
-
 pytestmark = [
     pytest.mark.filterwarnings('ignore:training without collect_losses:UserWarning'),
     pytest.mark.parametrize('collects', [True, False], ids=['collector', 'alone']),
@@ -79,10 +71,10 @@ pytestmark = [
 ]
 
 
-def test_memory_is_flat(method: str, training: bool, collects: bool) -> None:
-    check_flat(method, training, collects, 24)
-
-
-@pytest.mark.long
-def test_memory_is_flat_for_a_thousand_steps(method: str, training: bool, collects: bool) -> None:
-    check_flat(method, training, collects, 1000)
+@pytest.mark.parametrize('num_steps', [24, pytest.param(1000, marks=pytest.mark.long)])
+def test_memory_is_flat(method: str, training: bool, collects: bool, num_steps: int) -> None:
+    model = make(method, depth=1, moe_layers='every1')
+    objects, process = growth(stepper(model, training, collects), num_steps)
+    # one object a step would be as many as steps; caches of torch may keep a few, once
+    assert objects < num_steps / 2
+    assert process < PROCESS_BYTES

@@ -177,7 +177,7 @@ def test_a_model_that_has_no_discrete_form_stays_as_it_is() -> None:
     full = make('vqmoe')
     with alone():
         wrapped = nn.parallel.DistributedDataParallel(full)
-    for model in (nn.ModuleList([full, make('smoe')]), wrapped, dense(), 'a.pth', make('softmoe')):
+    for model in (nn.ModuleList([full, make('smoe')]), wrapped, dense(), make('softmoe')):
         with pytest.raises(ValueError, match=r'model=|has no discrete branch'):
             to_discrete(model)
     assert full.moe_config.form == 'full' and 'blocks.1.mlp.gate.weight' in full.state_dict()

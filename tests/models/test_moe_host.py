@@ -1,6 +1,5 @@
 """timm's own vision transformers with experts: their weights by name, and how they are saved."""
 
-import inspect
 import json
 import re
 from pathlib import Path
@@ -10,12 +9,9 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.layers import moe_options
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, check_complete, dense
@@ -166,15 +162,6 @@ def test_a_converted_model_is_saved_as_it_is(
     features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True)
     features.eval()
     assert [tuple(part.shape) for part in features(images)] == [(4, 32, 4, 4)] * 3
-
-
-def test_no_option_of_a_method_is_an_argument_of_a_host() -> None:
-    """`moe_host` takes both as keywords."""
-    known = {
-        name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters
-    }
-    for method in METHODS:
-        assert not moe_options(method) & (known | {'host', 'method'})
 
 
 def test_copies_of_frozen_parameters_are_frozen(method: str) -> None:

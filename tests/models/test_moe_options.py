@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vqmoe_vision.models.create import create_model, options_in_full
-from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
 
@@ -29,14 +28,6 @@ def test_options_in_full_are_those_of_the_model(method: str, options: dict[str, 
     assert options_in_full({'model_name': name, **options}) == {'method': method, **found}
     host = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': method, **options}}
     assert options_in_full(host) == {'method': method, **found}
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_how_experts_are_made_counts_where_a_model_starts_from_weights(method: str) -> None:
-    model = {'model_name': f'vit_tiny_{method}', 'moe': {'moe_layers': 'last2'}}
-    assert 'upcycling' not in options_in_full(model)
-    started = options_in_full({**model, 'checkpoint': 'dense.pth', 'upcycling': {'drop': 0.5}})
-    assert started['upcycling'] == {'noise': 0.0, 'drop': 0.5, 'split': False}
 
 
 def test_what_a_finished_run_says_and_no_model_takes_any_more_is_of_its_day() -> None:

@@ -71,6 +71,3 @@ def of_method(_rank: int, method: str, varied: bool) -> None:
 @pytest.mark.parametrize('method', METHODS)
 def test_a_model_is_on_one_device(method: str, varied: bool) -> None:
     spawn(of_method, (method, varied), 1)
-
-
-# --- the test sees what it is for

@@ -50,20 +50,3 @@ def test_gradients_are_the_same_or_refused(
     else:
         expected = gradients_of(plain, batches)
         torch.testing.assert_close(gradients_of(own, batches), expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize('method', [m for m in METHODS if METHODS[m].read_patches is not None])
-@pytest.mark.parametrize('part', ['', 'mlp'])
-# the compiler looks at inputs of any kind
-@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')
-def test_compiled_parts_are_repeated_with_the_images_of_their_pass(
-    make_tiny: Callable, method: str, part: str
-) -> None:
-    batches = [torch.randn(4, 3, 32, 32) for _ in range(2)]
-    plain = make_tiny(method, depth=2).train()
-    repeated = copy.deepcopy(plain)
-    repeated.set_grad_checkpointing()
-    for block in repeated.blocks:
-        block.get_submodule(part).compile(backend='eager')
-    expected = gradients_of(plain, batches)
-    torch.testing.assert_close(gradients_of(repeated, batches), expected, rtol=1e-6, atol=1e-7)

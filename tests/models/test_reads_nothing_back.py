@@ -35,6 +35,3 @@ def test_a_training_step_reads_nothing_back(tiny_variant: Callable[..., nn.Modul
     model = tiny_variant(**SMALL)
     train(model)
     assert any(p.grad is not None for p in model.parameters())
-
-
-# --- the test sees what it is for

@@ -3,8 +3,6 @@
 import inspect
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models import saved
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.moe import METHODS, moe_layers
+from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
 from .conftest import TINY, make
@@ -90,22 +88,6 @@ def test_a_model_whose_images_have_another_size_by_now(
     same(model, again, torch.randn(2, 3, *model.patch_embed.img_size))
 
 
-@pytest.mark.parametrize('norm', [True, False])
-@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
-def test_a_pruned_backbone(name: str, norm: bool, tmp_path: Path, images: Tensor) -> None:
-    options = {**TINY, 'num_classes': 0, 'global_pool': '', 'dynamic_img_size': True}
-    moe = {'moe_layers': 'last2', 'num_experts': 2} if 'smoe' in name else None
-    model: Any = create_model(name, moe, **options, drop_path_rate=0.1)
-    model.prune_intermediate_layers([2], prune_norm=not norm)
-    args = saved.save(model, tmp_path / 'out', PREPROCESSING)
-    assert args['depth'] == 3
-    again: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
-    assert list(moe_layers(again)) == (['blocks.1.mlp'] if moe else [])
-    assert isinstance(again.norm, nn.LayerNorm) == norm
-    same(model, again, images)
-    same(model, again, torch.randn(1, 3, 40, 32))
-
-
 def test_what_a_folder_says(tmp_path: Path) -> None:
     """Of these weights, and nothing of those that timm has under the same name."""
     model: Any = create_model('vit_tiny_patch16_224.augreg_in21k_ft_in1k', **TINY)
@@ -140,30 +122,3 @@ def test_another_model_is_not_left_behind(
     model._model_args = {**TINY, **given}
     with pytest.raises(ValueError, match=f'^timm does not build the model again .*{problem}'):
         saved.save(model, tmp_path / 'out', PREPROCESSING)
-
-
-NAMED = """
-import importlib
-import timm
-from vqmoe_vision.models import vit_moe, weights
-
-def listed():
-    return {name for name in timm.list_pretrained() if name.partition('.')[0] in names}
-
-names = timm.list_models(module='vit_moe')
-assert len(names) > 20 and not listed()
-weights.HUB_NAME = 'somebody'
-importlib.reload(vit_moe)
-assert listed() == {f'{name}.{vit_moe.TAG}' for name in names}
-for name in names:
-    config = timm.models.get_pretrained_cfg(name)  # the default, as no tag is given
-    assert config.hf_hub_id == f'somebody/{name}.{vit_moe.TAG}'
-    assert config.mean[0] == 0.485
-    assert not timm.models.get_pretrained_cfg(f'{name}.untrained').has_weights
-"""
-
-
-def test_weights_are_listed_once_there_is_a_name_on_the_hub() -> None:
-    """In a process of its own, as timm's registry is of the whole process."""
-    done = subprocess.run([sys.executable, '-c', NAMED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

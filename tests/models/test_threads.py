@@ -6,10 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS
 
 
@@ -40,26 +37,3 @@ def test_a_pass_that_is_overtaken_sees_its_own_images_or_is_refused(
             slow.result()
     else:
         torch.testing.assert_close(slow.result(), expected_slow, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_blocks_are_repeated_with_the_images_of_a_pass_in_another_thread(
-    make_tiny: Callable, method: str
-) -> None:
-    def gradients(call: Callable[..., Tensor]) -> list[Tensor | None]:
-        torch.manual_seed(1)
-        model = make_tiny(method, depth=2)
-        with torch.no_grad():
-            model.eval()(torch.randn(4, 3, 32, 32))  # what this thread has seen
-        model.train()
-        block, images = model.blocks[1].forward, torch.randn(4, 3, 32, 32)
-        model.blocks[1].forward = lambda x: call(block, x)
-        collecting = collect_losses(model, update_state=False)
-        with collecting as collected, ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(model, images).result()
-            (answer.square().mean() + collected.total()).backward()
-        return [parameter.grad for parameter in model.parameters()]
-
-    expected = gradients(lambda block, x: block(x))
-    found = gradients(lambda block, x: checkpoint(block, x, use_reentrant=False))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

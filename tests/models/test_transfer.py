@@ -1,10 +1,9 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .conftest import Make, fit_state, make, shaken
+from .conftest import Make, fit_state, make
 
 
 def model_of(method: str = 'vqmoe', **kwargs: Any) -> Any:
@@ -96,17 +95,6 @@ def test_slots_of_softmoe_are_resized(before: int, after: int) -> None:
     tokens = torch.randn(1, 16, 12)
     found, expected = (m.blocks[1].mlp(tokens) for m in (model, original))
     assert (found - expected).norm() < 0.02 * expected.norm()
-
-
-def test_weights_of_coloured_images_take_grey_ones(tiny: Make, tmp_path: Path) -> None:
-    model, path = shaken(tiny(depth=2)), tmp_path / 'colour.pth'
-    torch.save(model.state_dict(), path)
-    overlay = dict(file=str(path), mean=0.5, std=0.5)
-    grey = tiny(depth=2, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    # its weights are sums over channels: a grey image is one in colour with three equal ones
-    images = torch.randn(2, 1, 32, 32)
-    expected = model(images.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(grey(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_norm_of_averaged_features_becomes_the_final_norm() -> None:

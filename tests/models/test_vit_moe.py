@@ -78,21 +78,3 @@ def test_options_of_the_vit_reach_the_experts(tiny) -> None:
     assert isinstance(experts.act, nn.ReLU)
     assert experts.fc1.bias is None and experts.fc2.bias is None
     assert experts.drop1.p == experts.drop2.p == 0.3
-
-
-def test_fix_init_scales_experts_as_it_scales_dense_layers(tiny) -> None:
-    torch.manual_seed(0)
-    plain = tiny()
-    torch.manual_seed(0)
-    fixed = tiny(fix_init=True)
-    # block i is divided by sqrt(2 (i + 1)): 2 for i = 1
-    torch.testing.assert_close(
-        fixed.blocks[1].mlp.experts.fc2.weight, plain.blocks[1].mlp.experts.fc2.weight / 2
-    )
-    torch.testing.assert_close(
-        fixed.blocks[1].attn.proj.weight, plain.blocks[1].attn.proj.weight / 2
-    )
-    # 2^0.5 for i = 0
-    torch.testing.assert_close(
-        fixed.blocks[0].mlp.fc2.weight, plain.blocks[0].mlp.fc2.weight / 2**0.5
-    )

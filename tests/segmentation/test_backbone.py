@@ -6,15 +6,12 @@ import torch
 from mmseg.models import VisionTransformer as MMSegViT
 from mmseg.registry import MODELS
 
-from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.segmentation import TimmViT
 
 from .conftest import TINY, tiny_backbone
 
 DINOV3 = 'vit_small_patch16_dinov3'
-# a method that looks at raw patches has them of timm's `VisionTransformer` alone
-ON_EVA = [name for name, method in METHODS.items() if method.read_patches is None]
 
 
 def build(*args: Any, **kwargs: Any) -> TimmViT:
@@ -79,24 +76,6 @@ def test_experts_start_from_the_mlps_of_a_dense_checkpoint(tmp_path: Any) -> Non
         torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
     assert 'blocks.1.mlp.experts.fc1.weight' in backbone.model.weights_report.copied
     assert backbone.model.weights_report.outside == ('head.weight', 'head.bias')
-
-
-@pytest.mark.parametrize('method', [None, *ON_EVA])
-def test_a_model_of_dinov3_starts_from_its_weights(method: str | None, tmp_path: Any) -> None:
-    dense: Any = timm.create_model(DINOV3, num_classes=0, **TINY)
-    path = tmp_path / 'dense.pth'
-    torch.save(dense.state_dict(), path)
-    exact = next(iter(METHODS[method].config.EXACT_UPCYCLING.values()), {}) if method else {}
-    moe = dict(method=method, num_experts=2) | exact if method else None
-    backbone = build(DINOV3, checkpoint=str(path), moe=moe)
-    backbone.init_weights()
-    images = torch.randn(1, 3, 32, 32)
-    tokens = dense.eval().forward_features(images)[:, dense.num_prefix_tokens :]
-    found = backbone(images)[0].flatten(2).transpose(1, 2)
-    if method is None or exact:
-        torch.testing.assert_close(found, tokens)
-    assert complexity(backbone.model).params >= complexity(dense).params
-    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize('prefix', ['backbone.', ''])

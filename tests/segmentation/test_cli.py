@@ -289,13 +289,3 @@ def test_without_mmsegmentation_it_says_what_to_install(
     path = ROOT / f'tools/{tool}.py'
     with pytest.raises(SystemExit, match=r"^error: .* pip install '\.\[seg.*\]'$"):
         runpy.run_path(str(path), run_name='__main__')
-
-
-def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:
-    cifar10 = str(ROOT / 'configs/classification/cifar10.py')
-    for option, message in (
-        (['--show-dir', str(tmp_path)], 'visualization'),
-        (['--tta'], 'tta_pipeline'),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            cli.test([cifar10, str(trained / 'iter_2.pth'), *option])

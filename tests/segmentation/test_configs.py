@@ -1,7 +1,6 @@
 """Every config: its model can be built and run in each row and size, and its pipelines run."""
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
-from ..rows import CONFIGS, ROWS, ade20k, every_two, leaves, parse_options, row_options
+from ..rows import CONFIGS, ROWS, ade20k, every_two, leaves, row_options
 from .conftest import build, write_pair
 
 LEAVES = leaves('segmentation')
@@ -92,65 +91,6 @@ def test_rows_are_matched_in_active_compute(leaf: str, monkeypatch: pytest.Monke
         assert value == pytest.approx(macs['dense_2x'], rel=tolerance), row
 
 
-def changes(one: Any, other: Any, name: str = '') -> dict[str, Any]:
-    """What `other` has where it differs from `one`, by dotted name; no variables of configs."""
-    one, other = (e.to_dict() if isinstance(e, Config) else e for e in (one, other))
-    if type(one) is type(other) is list and len(one) == len(other):
-        one, other = ({str(i): v for i, v in enumerate(each)} for each in (one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        found: dict[str, Any] = {}
-        for part in (one.keys() | other.keys()) - {'train_pipeline', 'test_pipeline'}:
-            found |= changes(one.get(part), other.get(part), f'{name}.{part}')
-        return found
-    return {} if one == other else {name.removeprefix('.'): other}
-
-
-AT_640 = {
-    'model.data_preprocessor.size': (640, 640),
-    'model.backbone.img_size': (640, 640),
-    'model.test_cfg.crop_size': (640, 640),
-    'train_dataloader.dataset.pipeline.2.scale': (2560, 640),
-    'train_dataloader.dataset.pipeline.3.crop_size': (640, 640),
-    'val_dataloader.dataset.pipeline.1.scale': (2560, 640),
-    'test_dataloader.dataset.pipeline.1.scale': (2560, 640),
-    # --tta sees sizes around the same
-    **{
-        f'tta_pipeline.1.transforms.0.{i}.scale': (640 * quarters, 160 * quarters)
-        for i, quarters in enumerate(range(2, 8))
-    },
-}
-
-
-def test_the_original_schedule_of_every_size() -> None:
-    assert changes(load(f'{ADE}/{ade20k("small", "vqmoe")}.py'), load(ORIGINAL)) == {
-        'optim_wrapper.optimizer.nesterov': True,
-        'train_cfg.max_iters': 161700,
-        'train_cfg.val_interval': 16170,
-        'default_hooks.checkpoint.interval': 16170,
-        'param_scheduler.0.eta_min': 1e-5,
-        'param_scheduler.0.end': 161700,
-        'model.decode_head.drop_path_rate': 0.0,
-        'model.decode_head.drop_rate': 0.1,
-        'model.backbone.norm_eps': 1e-5,
-        'model.test_cfg.stride': (512, 512),
-    }
-    # the commands of the page: the options of Large, and Large at 640, also without overlap
-    page = (CONFIGS.parent / 'docs/segmentation.md').read_text()
-    commands = re.findall(
-        r'```\n(python tools/train.py \S+/segmenter\S*_vit-[ls].*?)```', page, re.S
-    )
-    words = {}
-    for command in commands:
-        _, _, path, *rest = shlex.split(command.replace('\\\n', ' '))
-        if '--cfg-options' in rest:
-            words[path.removeprefix('configs/')] = rest[rest.index('--cfg-options') + 1 :]
-    options = parse_options(' '.join(words[ORIGINAL]))
-    assert options == row_options('vqmoe', 'large', 'model.backbone')
-    options |= {**AT_640, 'model.test_cfg.stride': (640, 640)}
-    printed = load_config(str(CONFIGS / LARGE), parse_options(' '.join(words[LARGE])))
-    assert changes(load_config(str(CONFIGS / ORIGINAL), options), printed) == {}
-
-
 def test_the_table_of_configs_says_what_they_have() -> None:
     page = (CONFIGS.parent / 'docs/segmentation.md').read_text()
     table = page.split('| config | data |')[1].split('\n\n')[0]
@@ -180,23 +120,6 @@ def test_the_table_of_configs_says_what_they_have() -> None:
         assert leaf.endswith(f'-{"x".join(map(str, crop))}.py')
     rows = {f'{ADE}/{ade20k(size, row)}.py' for size in SIZES for row in ('dense', *METHODS)}
     assert found == set(LEAVES) - rows | {DATA_SETS[0]}
-
-
-def test_the_page_says_which_configs_draw_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (CONFIGS.parent / 'docs/scaling.md').read_text()
-    (option,) = re.findall(r'scenes\s+of digits draw none with `(.*?)`', page)
-
-    def drawing(leaf: str, options: str = '') -> set[str]:
-        """Which parts of a model draw masks while it trains."""
-        config = load_config(str(CONFIGS / leaf), parse_options(options))
-        modules = build(config, monkeypatch).named_modules()
-        rates = {name: getattr(m, 'drop_prob', getattr(m, 'p', 0)) for name, m in modules}
-        return {name.split('.')[0] for name, rate in rates.items() if rate}
-
-    for leaf in (*DATA_SETS, *SMALL):
-        assert drawing(leaf)
-        if leaf in (BUDGET, DIGITS):  # a default of mmseg's, of which their configs say nothing
-            assert drawing(leaf) == {'decode_head'} and not drawing(leaf, option)
 
 
 FILES = {

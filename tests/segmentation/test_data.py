@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from mmseg.registry import DATASETS
 
-from vqmoe_vision.engine.images import digit_scans
 from vqmoe_vision.segmentation.datasets import ADE20K, CamVid, DigitScenes, part_indices
 
 from .conftest import write_pair
@@ -39,18 +38,6 @@ def test_scene_is_an_image_with_a_label_map() -> None:
     assert counts[11:].sum() == 0
     assert (counts[:11] > 0).all()
     assert len(data.metainfo['classes']) == len(data.metainfo['palette']) == 11
-
-
-def test_validation_scenes_are_made_of_held_out_scans(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def spy(split: str) -> tuple[np.ndarray, np.ndarray]:
-        asked.append(split)
-        return digit_scans(split)
-
-    monkeypatch.setattr('vqmoe_vision.segmentation.datasets.digit_scans', spy)
-    scenes('dev')
-    assert asked == ['dev']
 
 
 @pytest.mark.parametrize(('field', 'value'), [('split', 'val'), ('size', 20)])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
-from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
 
 from vqmoe_vision.engine import cli
@@ -110,25 +109,6 @@ def test_no_checkpoint_builds_what_its_config_names(kind: str, where: str, tmp_p
     with pytest.raises(ValueError, match='Cannot find the config in the checkpoint'):
         MMSegInferencer(model=None, weights=weights, device='cpu')
     assert not theirs.exists()
-
-
-@pytest.mark.parametrize(
-    'leaf',
-    [
-        'segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py',
-        'ade20k/segmenter_vit-t-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
-    ],
-)
-def test_mmsegs_functions_take_the_pipelines_of_photographs(leaf: str, image: Path) -> None:
-    config = Config.fromfile(Path(__file__).parents[2] / 'configs/segmentation' / leaf)
-    config.model.update(test_cfg=dict(mode='whole'))
-    config.model.backbone.update(depth=4, embed_dim=12, num_heads=3)
-    config.model.decode_head.num_layers = 1
-    for step in config.test_pipeline:
-        if step.type == 'Resize':
-            step.scale = (64, 64)
-    result = inference_model(init_model(config, device='cpu'), str(image))
-    assert result.pred_sem_seg.shape == (40, 60)
 
 
 def test_pictures_of_validation_and_of_browse_dataset(

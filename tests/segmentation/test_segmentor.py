@@ -2,7 +2,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 
 from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
@@ -190,9 +189,3 @@ def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm() -> None:
 def test_layer_decay_is_a_share_alone(wrong: dict | None) -> None:
     with pytest.raises(ValueError, match=r'^paramwise_cfg\.(layer_decay|norm_decay)='):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
-
-
-@pytest.mark.parametrize('channels', [1, 3, 4])
-def test_a_published_model_says_the_channels_of_its_images(channels: int) -> None:
-    model = tiny_segmentor(backbone={'in_chans': channels})
-    assert model.test_preprocessing(ConfigDict())['input_size'] == (channels, 32, 32)

@@ -24,6 +24,7 @@ def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_all_kinds(tmp_path: Path) -> None:
     figures = soak(tmp_path, '--kills', '20', '--seed', '3')
     assert figures['faults'] == []

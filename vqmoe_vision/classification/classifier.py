@@ -27,7 +27,7 @@ from vqmoe_vision.moe.config import check, check_type
 from .datasets import ImageClassification
 from .source import source
 from .stream_loss import check_stream_loss, watch_stream
-from .transforms import preprocessing_of
+from .transforms import normalization_of, preprocessing_of
 
 
 @MODELS.register_module()
@@ -84,21 +84,17 @@ class Classifier(MoeTrainingMixin, BaseModel):
         check_type('label_smoothing', float, label_smoothing)
         check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
         arguments = {'num_classes': num_classes, **model_kwargs}
-        model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
-        self.model = model
+        self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
         if grad_checkpointing:
-            model.set_grad_checkpointing()
-        self.stream_weight, self.stream_blocks = 0.0, list[int]()
+            self.model.set_grad_checkpointing()
+        self.stream_loss = stream_loss or {'weight': 0.0, 'blocks': []}
         if stream_loss is not None:
             allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
             check(not grad_checkpointing, 'model.stream_loss', stream_loss, allowed)
             check_stream_loss(self.model, stream_loss)
-            self.stream_weight = stream_loss['weight']
-            self.stream_blocks = stream_loss['blocks']
         self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, Transformer)
-        allowed = f"None, {model_name} is not one of timm's VisionTransformers or Evas"
-        check(fits, 'checkpoint', checkpoint, allowed)
+        check(fits, 'checkpoint', checkpoint, 'None beside what is no VisionTransformer or Eva')
         self.checkpoint, self.features = checkpoint, features
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss()
@@ -123,17 +119,16 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """As `MoeTrainingMixin`: the transforms of the data sets normalise their images."""
         owner = 'the weights'
         for field, dataset in datasets.items():
-            known = self.known_normalization
             if not isinstance(dataset, ImageClassification):
                 print_log(f'{field}: its class normalises images as it likes', 'current')
-            elif known is not None:
+                continue
+            known = self.known_normalization
+            if known is not None:
                 dataset.normalize_as(known, f'{field}.transform', owner)
-                fed = dataset.normalization
-                if field.startswith('train') and fed is not None and fed.differing(known):
-                    self.normalize_as(fed)  # what a training was fed with, its checkpoints say
-                    owner = f'{field}.transform'
-            elif dataset.normalization is not None:
-                self.normalize_as(dataset.normalization)
+            fed = normalization_of(dataset.transform)
+            told = known is None or (field.startswith('train') and fed and fed.differing(known))
+            if fed is not None and told:
+                self.normalize_as(fed)  # what a training was fed with, its checkpoints say
                 owner = f'{field}.transform'
 
     def check_batches(self, loader: DataLoader) -> None:
@@ -141,11 +136,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
         size = loader.batch_size
         if self.mixup is None or size is None:
             return
-        allowed = 'an even number, as model.mixup mixes pairs of images'
-        check(size % 2 == 0, 'train_dataloader.batch_size', size, allowed)
+        check(size % 2 == 0, 'train_dataloader.batch_size', size, 'even: model.mixup mixes pairs')
         whole = loader.drop_last or isinstance(loader.sampler, InfiniteSampler)
-        allowed = 'True beside model.mixup, which mixes pairs of images'
-        check(whole, 'train_dataloader.drop_last', loader.drop_last, allowed)
+        check(whole, 'train_dataloader.drop_last', loader.drop_last, 'True beside model.mixup')
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: what the transform of the data set does."""
@@ -181,8 +174,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             targets: (B,) class indices; only mode 'loss' looks at them.
             mode: 'tensor' and 'predict' give logits (B, C), 'loss' a dictionary of losses.
         """
-        allowed = "'tensor', 'predict' or 'loss'"
-        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, allowed)
+        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, "'tensor', 'predict' or 'loss'")
         if mode == 'loss':
             assert targets is not None
             return self.loss(inputs, targets)
@@ -198,13 +190,13 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """
         if self.mixup is not None:
             inputs, targets = self.mixup(inputs, targets)
-        watched = watch_stream(self.model, self.stream_blocks)
+        watched = watch_stream(self.model, self.stream_loss['blocks'])
         with self.collect() as collected, watched as stream:
             logits = self.model(inputs)
             # which may be bfloat16: the loss is not
             losses = {'cross_entropy': self.criterion(logits.float(), targets)}
             if stream:
-                losses['stream'] = self.stream_weight * torch.stack(stream).sum()
+                losses['stream'] = self.stream_loss['weight'] * torch.stack(stream).sum()
             collected.add(losses, len(inputs))
             entries = loss_entries(collected)
         if self.mixup is None:  # a mixed image has no single right answer

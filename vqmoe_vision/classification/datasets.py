@@ -20,7 +20,7 @@ from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.models.normalization import Normalization
 
 from .splits import check_split, long_tail, split_indices, train_counts
-from .transforms import normalization_of, normalized_as
+from .transforms import normalized_as
 
 
 class WrappedError(ValueError, AttributeError):
@@ -48,14 +48,7 @@ class ImageClassification(Dataset):
 
     def normalize_as(self, weights: Normalization, field: str, owner: str = 'the weights') -> None:
         """Normalises images as the weights want it, if the config of the transform allows it."""
-        found = self.normalization
-        if found is not None and found.differing(weights):
-            self.transform = normalized_as(self._config, weights, field, owner)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        """How the transform normalises images; None if it does not as torchvision does."""
-        return normalization_of(self.transform)
+        self.transform = normalized_as(self._config, weights, field, owner)
 
     @property
     def full_init(self) -> NoReturn:
@@ -122,9 +115,8 @@ def class_folder(
 
 
 def _folder_of(split: str, root: Path) -> str:
-    if split != 'test':
-        return 'train'
-    return 'test' if (root / 'test').is_dir() else 'val'
+    held_out = 'test' if (root / 'test').is_dir() else 'val'
+    return held_out if split == 'test' else 'train'
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
@@ -217,10 +209,7 @@ def _cifar(
             split = _folder_of(split, root)
         return class_folder(str(root), split, transform, in_memory, dev_size, imbalance)
 
-    def read(train: bool) -> Any:
-        return reader(str(root), train=train)
-
-    return _part(read, root / reader.base_folder, split, transform, dev_size, imbalance)
+    return _part(reader, root, reader.base_folder, split, transform, dev_size, imbalance)
 
 
 @DATASETS.register_module(name='stl10')
@@ -239,12 +228,7 @@ def stl10(
     Raises:
         ValueError: The folder is missing or incomplete.
     """
-
-    def read(train: bool) -> Any:
-        return datasets.STL10(data_root, 'train' if train else 'test')
-
-    folder = Path(data_root) / 'stl10_binary'
-    return _part(read, folder, split, transform, dev_size, imbalance)
+    return _part(datasets.STL10, data_root, 'stl10_binary', split, transform, dev_size, imbalance)
 
 
 @DATASETS.register_module(name='svhn')
@@ -263,16 +247,13 @@ def svhn(
     Raises:
         ValueError: The file is missing or damaged.
     """
-
-    def read(train: bool) -> Any:
-        return datasets.SVHN(data_root, 'train' if train else 'test')
-
-    return _part(read, Path(data_root), split, transform, dev_size, imbalance)
+    return _part(datasets.SVHN, data_root, '', split, transform, dev_size, imbalance)
 
 
 def _part(
-    reader: Callable[[bool], Any],
-    folder: Path,
+    reader: Any,
+    root: str | Path,
+    folder: str,
     split: str,
     transform: dict,
     dev_size: int,
@@ -280,22 +261,23 @@ def _part(
 ) -> ImageClassification:
     """A split of a data set of torchvision, which checks the files' checksums."""
     check_split(split, dev_size)
+    place = Path(root) / folder
 
     def read(train: bool) -> tuple[Any, np.ndarray]:
+        part = train if issubclass(reader, datasets.CIFAR10) else 'train' if train else 'test'
         try:
-            found = reader(train)
+            found = reader(str(root), part)
         except RuntimeError as error:
-            told = f'{folder} has no data set that is complete and not damaged ({error})'
+            told = f'{place} has no data set that is complete and not damaged ({error})'
             raise ValueError(f'{told}; docs/data.md says how to get it') from error
         return found, np.asarray(found.targets if hasattr(found, 'targets') else found.labels)
 
     (source, targets), counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
     if imbalance != 1:
-        training = targets if split != 'test' else read(True)[1]
-        counts = train_counts(training, dev_size, imbalance)
+        counts = train_counts(targets if split != 'test' else read(True)[1], dev_size, imbalance)
     if split != 'test':
         chosen = split_indices(targets, split, dev_size, imbalance)
         source, targets = Subset(source, chosen), targets[chosen]
-    part = TrainingPart((str(folder.resolve()),), split, dev_size)
+    part = TrainingPart((str(place.resolve()),), split, dev_size)
     return ImageClassification(source, classes, transform, counts, list(map(str, targets)), part)

@@ -39,8 +39,7 @@ class Accuracy(BaseMetric):
         """
         targets = data_batch[1].cpu()
         logits = torch.stack(list(data_samples))
-        best = min(max(self.topk), logits.shape[1])
-        ranked = logits.topk(best, dim=1).indices.cpu()
+        ranked = logits.topk(min(max(self.topk), logits.shape[1]), dim=1).indices.cpu()
         hits = ranked == targets[:, None]
         # one entry per image: mmengine cuts off those that pad the last batch of a rank
         self.results.extend(
@@ -69,6 +68,5 @@ class Accuracy(BaseMetric):
 def thirds(counts: Sequence[int]) -> dict[str, list[int]]:
     """Classes by how often training sees them: a third is the head, a third the tail."""
     order = sorted(range(len(counts)), key=lambda label: -counts[label])
-    third = round(len(counts) / 3)
-    middle = len(counts) - third
+    third, middle = round(len(counts) / 3), len(counts) - round(len(counts) / 3)
     return {'head': order[:third], 'medium': order[third:middle], 'tail': order[middle:]}

@@ -30,20 +30,16 @@ class _Samples(Sequence):
 
 def source(dataset: ConfigDict, weights: Normalization | None, folder: str | None = None) -> Source:
     """What a survey of a classifier looks at."""
-    if folder is not None:
-        files, classes = image_files(folder), None
-        names = [file.name for file in files]
-        transform: Any = normalized_as(dataset.transform, weights, _FIELD)
-        samples = _Samples(files, lambda file: (transform(load_image(str(file))), None))
-    else:
-        built = DATASETS.build(dataset)
-        if weights is not None:
-            built.normalize_as(weights, _FIELD)
-        classes = list(built.metainfo['classes'])
-        names = [f'image {i}' for i in range(len(built))]
-        transform = built.transform
-        samples = _Samples(built, lambda pair: (pair[0], torch.tensor(pair[1])))
+    transform: Any = normalized_as(dataset.transform, weights, _FIELD)
     found = normalization_of(transform)
     check(found is not None, _FIELD, dataset.transform, 'one that ends in a Normalize')
     assert found is not None
-    return Source(samples, names, classes, found)
+    if folder is not None:
+        files = image_files(folder)
+        samples = _Samples(files, lambda file: (transform(load_image(str(file))), None))
+        return Source(samples, [file.name for file in files], None, found)
+    built = DATASETS.build(dataset)
+    built.transform = transform
+    samples = _Samples(built, lambda pair: (pair[0], torch.tensor(pair[1])))
+    names = [f'image {i}' for i in range(len(built))]
+    return Source(samples, names, list(built.metainfo['classes']), found)

@@ -17,9 +17,8 @@ def check_split(split: str, dev_size: int) -> None:
     """Refuses what is not one of `SPLITS`, and a dev of no or of half an image."""
     check(split in SPLITS, 'split', split, f'one of {SPLITS}')
     check_type('dev_size', int, dev_size)
-    least = 1 if split == 'dev' else 0
-    allowed = f'at least {least} with split={split!r}, the number of images that dev has'
-    check(dev_size >= least, 'dev_size', dev_size, allowed)
+    least = int(split == 'dev')
+    check(dev_size >= least, 'dev_size', dev_size, f'at least {least} with split={split!r}')
 
 
 def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float = 1) -> list[int]:
@@ -54,10 +53,8 @@ def long_tail(targets: Targets, imbalance: float) -> np.ndarray:
     # the same images in every run, whatever its seed
     rng, kept = np.random.default_rng(0), []
     for label, size in enumerate(sizes):
-        share = (1 / imbalance) ** (label / max(len(sizes) - 1, 1))
-        count = int(sizes.max() * share)
-        allowed = f'class {label} would keep none of its {size} images'
-        check(count > 0, 'imbalance', imbalance, allowed)
+        count = int(sizes.max() * ((1 / imbalance) ** (label / max(len(sizes) - 1, 1))))
+        check(count > 0, 'imbalance', imbalance, f'less, class {label} keeps none of {size} images')
         kept.append(rng.permutation(np.flatnonzero(targets == label))[:count])
     return np.sort(np.concatenate(kept))
 

@@ -3,8 +3,6 @@
 Legend: B images, N tokens, D embed_dim.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +22,16 @@ def check_stream_loss(model: Any, options: dict[str, Any]) -> None:
     check(whole, 'model.stream_loss', options, 'it takes weight and blocks, both')
     weight, blocks = options['weight'], options['blocks']
     check_type('model.stream_loss.weight', float, weight)
-    allowed = 'above 0 and finite; without stream_loss there is no such loss'
-    check(0 < weight < math.inf, 'model.stream_loss.weight', weight, allowed)
+    check(0 < weight < math.inf, 'model.stream_loss.weight', weight, 'above 0 and finite')
     # other blocks have no such norm, or have it behind the MLP
     known = isinstance(model, Transformer) and all(
         isinstance(block, Block | EvaBlock) for block in model.blocks
     )
-    allowed = "left out: the model has no blocks with a norm before the MLP, as timm's ViTs have"
-    check(known, 'model.stream_loss', options, allowed)
+    check(known, 'model.stream_loss', options, 'left out, the blocks have no norm before the MLP')
     possible = range(len(model.blocks))
     listed = isinstance(blocks, list) and blocks and {type(i) for i in blocks} == {int}
     fits = listed and sorted(blocks) == [i for i in possible if i in blocks]
-    allowed = f'a list of indices from 0 to {possible[-1]}, each once, such as [{possible[-1]}]'
-    check(bool(fits), 'model.stream_loss.blocks', blocks, allowed)
+    check(bool(fits), 'model.stream_loss.blocks', blocks, f'a list of some of {[*possible]}')
 
 
 @contextmanager

@@ -118,8 +118,7 @@ class NormalizedTensor(transforms.Normalize):
 
     def forward(self, image: Image.Image) -> Tensor:
         """An RGB image of H x W pixels as a float32 tensor (3, H, W)."""
-        channels = np.asarray(image).transpose(2, 0, 1)
-        pairs = zip(self._table, channels, strict=True)
+        pairs = zip(self._table, np.asarray(image).transpose(2, 0, 1), strict=True)
         return torch.from_numpy(np.stack([table[channel] for table, channel in pairs]))
 
 
@@ -140,22 +139,19 @@ def normalized_as(
     found = normalization_of(transform)
     if weights is None or found is None:
         return transform
-    numbers = vars(weights)
     follows = config.get('type') in _FOLLOW
-    stated = [name for name in numbers if not follows or config.get(name) is not None]
-    if not must_change(found, weights, stated, field, owner=owner):
-        return transform
-    return TRANSFORMS.build({**config, **{k: v for k, v in numbers.items() if k not in stated}})
+    free = {k: v for k, v in vars(weights).items() if follows and config.get(k) is None}
+    stated = [name for name in vars(weights) if name not in free]
+    changes = must_change(found, weights, stated, field, owner=owner)
+    return TRANSFORMS.build({**config, **free}) if changes else transform
 
 
 def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     """What the transform of a test does beside normalising, as timm's `pretrained_cfg` says it."""
-    allowed = "'timm', whose options timm's pretrained_cfg has"
-    check(config.get('type') == 'timm', f'{field}.type', config.get('type'), allowed)
+    check(config.get('type') == 'timm', f'{field}.type', config.get('type'), "'timm'")
     given = {name: value for name, value in config.items() if value is not None}
     for name in given:
-        allowed = f'left out: pretrained_cfg has {sorted(_SAID)}'
-        check(name in _SAID, f'{field}.{name}', given[name], allowed)
+        check(name in _SAID, f'{field}.{name}', given[name], f'left out, or of {sorted(_SAID)}')
     check(not given.get('is_training'), f'{field}.is_training', True, 'False in a test')
     defaults = inspect.signature(create_transform).parameters
     size = given.get('input_size', defaults['input_size'].default)

@@ -1,7 +1,5 @@
 """A dense vision transformer that tells what it sees in an image, and learns nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,25 +13,18 @@ class FeatureViT(VisionTransformer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Features of images, (B, D)."""
         tokens = self.forward_features(x, *args, **kwargs)
-        features: Tensor = self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
-        return features
+        return self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def sizes(self: Any) -> tuple[int, ...]:
         """Height and width of its images and of its patches, in pixels."""
-        stem: Any = self.patch_embed
-        return (*stem.img_size, *stem.patch_size)
+        return (*self.patch_embed.img_size, *self.patch_embed.patch_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in whole patches, as images of a model that pads them come."""
         height, width, rows, columns = self.sizes
         return -(-height // rows) * rows, -(-width // columns) * columns
-
-    def resize(self, sizes: tuple[int, ...]) -> None:
-        """Take images and patches of other sizes, with weights that fit them."""
-        height, width, rows, columns = sizes
-        self.set_input_size((height, width), (rows, columns))
 
 
 def giving_features(network: Any) -> Any:
@@ -50,7 +41,7 @@ def giving_features(network: Any) -> Any:
 def resized(network: Any, sizes: tuple[int, ...]) -> Any:
     """The network for images and patches of these sizes."""
     if sizes != network.sizes:
-        network.resize(sizes)
+        network.set_input_size(sizes[:2], sizes[2:])
     return frozen(network)
 
 

@@ -4,14 +4,11 @@ torchao converts `nn.Linear` alone, which experts become first. What decides sta
 that goes to another expert is a large error.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from ast import literal_eval
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +75,16 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     for layer in found.values():
         dtype, device = layer.weight.dtype, layer.weight.device
         check(dtype in DTYPES, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
-        allowed = 'cpu or cuda: move the model with model.cpu()'
-        check(device.type in DEVICES, 'device', str(device), allowed)
+        check(device.type in DEVICES, 'device', str(device), 'cpu or cuda: model.cpu() moves it')
     with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         from torchao.utils import should_reduce_range
     _separated(model)
     chosen = set(_layers(model))
     # processors without VNNI add products of int8 in 16 bits, which would overflow
-    reduce_range = any(should_reduce_range(layer.weight.device) for layer in found.values())
     config = Int8DynamicActivationInt8WeightConfig(
-        set_inductor_config=False, reduce_range=reduce_range
+        set_inductor_config=False,
+        reduce_range=any(should_reduce_range(layer.weight.device) for layer in found.values()),
     )
     quantize_(model, config, lambda module, name: name in chosen)
     return model
@@ -140,7 +136,11 @@ def _quantize_onnx(source: Path, file: Path, network: nn.Module) -> None:
     # onnxruntime replaces a Gemm by a MatMul and an Add, before it looks at names
     suffixes = {'MatMul': '', 'Gemm': '_MatMul'}
     products = [node for node in nodes if node.op_type in suffixes]
-    chosen = [n.name + suffixes[n.op_type] for n in products if _module_of(n) in layers]
+    notes = [{entry.key: entry.value for entry in node.metadata_props} for node in products]
+    # names of the modules whose calls became nodes, as torch's exporter notes them
+    names = [literal_eval(each['pkg.torch.onnx.name_scopes'])[-2] for each in notes]
+    pairs = zip(products, names, strict=True)
+    chosen = [n.name + suffixes[n.op_type] for n, name in pairs if name in layers]
     assert chosen, 'no layer is in the graph'
     quantize_dynamic(
         source,
@@ -151,13 +151,6 @@ def _quantize_onnx(source: Path, file: Path, network: nn.Module) -> None:
         nodes_to_quantize=chosen,
         use_external_data_format=len(list(source.parent.iterdir())) > 1,  # as in float
     )
-
-
-def _module_of(node: Any) -> str:
-    """Name of the module whose call became a node of ONNX, as torch's exporter notes it."""
-    notes = {entry.key: entry.value for entry in node.metadata_props}
-    *_, module, _ = literal_eval(notes['pkg.torch.onnx.name_scopes'])
-    return str(module)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear | StackedLinear]:

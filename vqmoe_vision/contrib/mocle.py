@@ -26,8 +26,6 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts with the uni
 clusters, F features of an image, S images of a training set.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +83,7 @@ class MoCLEConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = 'at least 2: the universal one, and others to choose from'
-        self.require('num_experts', self.num_experts >= 2, allowed)
+        self.require('num_experts', self.num_experts >= 2, 'at least 2, one is universal')
 
 
 class Clusters(ImageReader):
@@ -135,8 +132,7 @@ class Clusters(ImageReader):
         with full_precision(images):
             if images.shape[-2:] != size:
                 images = F.interpolate(images.float(), size, mode='bilinear', antialias=True)
-            weight = next(self.network.buffers(), images)
-            found: Tensor = self.network(images.to(weight.dtype))
+            found: Tensor = self.network(images.to(next(self.network.buffers(), images).dtype))
         return found.float()
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -151,8 +147,9 @@ class Clusters(ImageReader):
     def fit(self, features: Tensor) -> Tensor:
         """K-means of features (S, F) with a fixed seed; gives the images of each cluster, (K,)."""
         number = len(self.centroids)
-        allowed = f'at most {len(features)}, one for each image of the training set'
-        check(number <= len(features), 'num_clusters', number, allowed)
+        check(
+            number <= len(features), 'num_clusters', number, f'at most {len(features)}, as images'
+        )
         finite = bool(features.isfinite().all())
         check(finite, 'features', 'nan or infinite', 'finite numbers for each image')
         self.centroids.copy_(kmeans(features, number))
@@ -166,21 +163,18 @@ class Clusters(ImageReader):
         return self.state_dict() | {NETWORK + name: value for name, value in network.items()}
 
     def _network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
-        sizes = self._sizes_in(state_dict.get('sizes'))
-        same = sizes == self.network.sizes
-        return self.network if same else resized(copy.deepcopy(self.network), sizes)
+        sizes, own = self._sizes_in(state_dict.get('sizes')), self.network
+        return own if sizes == own.sizes else resized(copy.deepcopy(own), sizes)
 
     def _sizes_in(self, given: Tensor | None) -> tuple[int, ...]:
         """Sizes of the network as a state dict says them, whose numbers may have been rounded."""
         own: tuple[int, ...] = self.network.sizes
-        if given is None or given.is_meta:
+        # of fewer digits than the numbers have, as a cast leaves them
+        if given is None or given.is_meta or given.equal(given.new_tensor(own)):
             return own
         numbers = [float(number) for number in given.tolist()]
-        if numbers == torch.tensor(own).to(given.dtype).tolist():
-            return own
         exact = given.element_size() > 2 and all(map(float.is_integer, numbers))
-        allowed = f'{own}, or other whole numbers of a type that has them exactly: {given.dtype}'
-        check(exact, 'sizes', numbers, allowed)
+        check(exact, 'sizes', numbers, f'{own}, or others in whole numbers: {given.dtype}')
         return tuple(map(int, numbers))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -305,8 +299,7 @@ def load_features(
             does not fit.
     """
     reader = _clusters_of(model)
-    allowed = 'tensors by their names, such as dense.state_dict()'
-    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, allowed)
+    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, 'tensors by their names')
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     own: Any = reader.network
@@ -383,14 +376,13 @@ class ClusterRouter(Router):
             expert = logits.argmax(dim=-1, keepdim=True)
             gate = probs.gather(1, expert)
         universal = torch.full_like(expert, config.num_experts - 1)
-        stats = {
-            'gate': token_mean(gate.detach().squeeze(1)),
-            'cluster_usage': expert_load(clusters, config.num_clusters),
-        }
         return Routing(
             torch.cat([expert, universal], dim=1).repeat_interleave(num_tokens, dim=0),
             torch.cat([gate, 1 - gate], dim=1).repeat_interleave(num_tokens, dim=0),
-            stats=stats,
+            stats={
+                'gate': token_mean(gate.detach().squeeze(1)),
+                'cluster_usage': expert_load(clusters, config.num_clusters),
+            },
         )
 
     def no_weight_decay(self) -> set[str]:

@@ -12,8 +12,6 @@ of the tree, whose keys are sorted.
 Legend: D width, H heads, d D / H, P patch height and width, C channels.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re
@@ -30,7 +28,6 @@ from torch import Tensor
 from ..models.compat import StateDict, misfit, refuse_values, shorten
 from ..models.create import create_model
 from ..models.fitting import replaced
-from ..models.moe_vit import MoeVisionTransformer
 from ..models.saved import preprocessing_of, save
 from ..models.vit_moe import SIZES
 from ..moe.config import check
@@ -67,13 +64,12 @@ _NAMES = (
 _ARRAY, _SLICES, _LEAF = 1, 6, 8
 _CHUNKS = '__msgpack_array_chunk_a87ca2__'  # the key that says that a map holds chunks
 _VERSION = '20220622'
-_PARAMS = 'params/'  # of a whole state of a training; released files have the weights alone
 
 # First and last index of a chunk in each dimension of its array.
 Box = tuple[tuple[int, int], ...]
 
 
-def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTransformer:
+def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
     """A released V-MoE as a `vit_*_smoe`, in eval mode.
 
     Args:
@@ -92,7 +88,17 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
     for option in arguments.keys() & options.keys():
         allowed = f'{arguments[option]!r}, which checkpoint {checkpoint!r} has'
         check(options[option] == arguments[option], option, options[option], allowed)
-    overlay = _preprocessing(arguments)
+    channels, size = arguments['in_chans'], to_2tuple(arguments['img_size'])
+    # of their evaluation: before fine-tuning, which changes the size, and after it
+    middle = size == (224, 224)
+    overlay = {
+        'input_size': (channels, *size),
+        'mean': (0.5,) * channels,
+        'std': (0.5,) * channels,
+        'crop_pct': 0.875 if middle else 1.0,
+        'crop_mode': 'center' if middle else 'squash',
+        'interpolation': 'bilinear',
+    }
     arguments = {'top_k': _TOP_K, **options, **arguments}
     model: Any = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
     state, expected = in_our_names(tree), model.state_dict()
@@ -100,8 +106,7 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
         raise ValueError(f'checkpoint {checkpoint!r} does not fit with {options}: {problem}')
     refuse_values(expected, state, checkpoint)
     model.load_state_dict(state)
-    result: MoeVisionTransformer = model.eval()
-    return result
+    return model.eval()
 
 
 def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]:
@@ -114,12 +119,13 @@ def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]
                 f'{found}, with {dimensions} dimensions it would fit; it has {shorten(tree)}'
             )
     experts = [value for name, value in tree.items() if name.endswith(_EXPERTS)]
-    allowed = 'weights of a V-MoE; timm loads the released form of a dense ViT itself'
-    check(bool(experts), f'checkpoint {checkpoint!r} {_EXPERTS}', None, allowed)
-    allowed = (
-        "nothing between features and head, as in timm's VisionTransformer: without its head "
-        '(--without-head, head=False) its features fit, and so does a fine-tuned model with it'
+    check(
+        bool(experts),
+        f'checkpoint {checkpoint!r} {_EXPERTS}',
+        None,
+        'experts: timm itself loads what is of a dense ViT',
     )
+    allowed = 'none before the head: without its head (--without-head, head=False) features fit'
     between = any(name.startswith(_REPRESENTATION) for name in tree)
     check(not between, f'checkpoint {checkpoint!r} {_REPRESENTATION}kernel', 'a layer', allowed)
     rows, columns, channels, width = tree[_STEM].shape
@@ -169,20 +175,6 @@ def _moved(name: str, value: Tensor) -> Tensor:
     return value.transpose(-2, -1) if name.endswith('kernel') else value
 
 
-def _preprocessing(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of their evaluation: before fine-tuning, which changes the size, and after it."""
-    channels, size = arguments['in_chans'], to_2tuple(arguments['img_size'])
-    middle = size == (224, 224)
-    return {
-        'input_size': (channels, *size),
-        'mean': (0.5,) * channels,
-        'std': (0.5,) * channels,
-        'crop_pct': 0.875 if middle else 1.0,
-        'crop_mode': 'center' if middle else 'squash',
-        'interpolation': 'bilinear',
-    }
-
-
 @dataclass(frozen=True)
 class _Leaf:
     """What the index says of an array."""
@@ -196,21 +188,14 @@ def _read_tree(checkpoint: str) -> StateDict:
     """The weights of a checkpoint, by their path in the tree with slashes."""
     prefix = checkpoint.removesuffix('.index')
     count, leaves = _decoded(f'{prefix}.index', _index)
-    whole = any(name.startswith(_PARAMS) for name, _ in leaves)
-    # by their place among all leaves
-    wanted = {
-        place: (name.removeprefix(_PARAMS), leaf)
-        for place, (name, leaf) in enumerate(leaves)
-        if not whole or name.startswith(_PARAMS)
-    }
-    parts: dict[int, dict[Box, Tensor]] = {place: {} for place in wanted}
-    for shard in sorted({shard for _, leaf in wanted.values() for shard in leaf.shards}):
+    parts: dict[int, dict[Box, Tensor]] = {}  # by their place among all leaves
+    for shard in sorted({shard for _, leaf in leaves for shard in leaf.shards}):
         chunks = _decoded(f'{prefix}.data-{shard:05d}-of-{count:05d}', _chunks)
-        for place in wanted:
-            parts[place] |= chunks.pop(place, {})  # what several processes had is the same
+        for place, boxes in chunks.items():
+            parts.setdefault(place, {}).update(boxes)  # what several processes had is the same
     return {
-        name: _joined(name, leaf, parts.pop(place), checkpoint)
-        for place, (name, leaf) in wanted.items()
+        name: _joined(name, leaf, parts.pop(place, {}), checkpoint)
+        for place, (name, leaf) in enumerate(leaves)
     }
 
 
@@ -248,9 +233,6 @@ def _index(content: Any) -> tuple[int, list[tuple[str, _Leaf]]]:
     """Number of files, and the leaves in the order of the tree."""
     count, tree, version = content['shard_count'], content['index'], content.get('version')
     check(version in (None, _VERSION), 'version', version, f'{_VERSION!r} or none')
-    # the fields of a training's state were not sorted before there were versions
-    ordered = version is not None or 'params' not in tree or len(tree) == 1
-    check(ordered, 'index', shorten(tree), f'weights alone, or of a training since {_VERSION}')
     return count, list(_flat(tree))
 
 
@@ -281,20 +263,16 @@ def _extension(code: int, data: bytes) -> Any:
     check(code in (_ARRAY, _SLICES, _LEAF), 'type of msgpack', code, 'one of weights')
     content = msgpack.unpackb(data, raw=True)
     if code == _SLICES:
-        bounds = [msgpack.unpackb(each)[:2] for each in content]
-        return tuple((start, stop) for start, stop in bounds)
+        return tuple(tuple(msgpack.unpackb(each)[:2]) for each in content)
     if code == _ARRAY:
         shape, dtype, values = content
         # torch wants bytes that may be written to
-        return torch.frombuffer(bytearray(values), dtype=_dtype(dtype)).reshape(shape)
+        return torch.frombuffer(bytearray(values), dtype=getattr(torch, dtype.decode())).reshape(
+            shape
+        )
     described, _, shards = content
     shape, dtype, *_ = msgpack.unpackb(described, raw=True)
-    return _Leaf(tuple(shape), _dtype(dtype), frozenset(shards))
-
-
-def _dtype(name: bytes) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name.decode())
-    return dtype
+    return _Leaf(tuple(shape), getattr(torch, dtype.decode()), frozenset(shards))
 
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:

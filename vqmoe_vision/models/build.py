@@ -1,7 +1,5 @@
 """A model of this package as timm's builder makes it, and the weights that it begins with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
@@ -32,7 +30,12 @@ def build(
     check(not (pretrained and upcycle), 'pretrained', True, f'False with upcycle={upcycle!r}')
     saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
     if saved:
-        kwargs = _without_past(kwargs, saved, method)
+        # without those of saved weights that the other options leave without effect
+        options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
+        past = {'upcycling', *METHODS[method].config.of_preset(**options).unused()}
+        kwargs = {
+            k: v for k, v in kwargs.items() if k not in past or k not in saved or saved[k] != v
+        }
     starts = pretrained or upcycle is not None
     if not starts and kwargs.get('upcycling') is not None:
         ways = 'pretrained=True' if known_as else 'upcycle=SOURCE or pretrained=True'
@@ -44,7 +47,7 @@ def build(
         source = Source(known_as or name, kwargs, saved_as=name if saved else '')
         overlay, cache_dir = source.overlay, kwargs.get('cache_dir')
         if starts:
-            overlay, described = source.found(upcycle, cache_dir)
+            overlay, described = overlay_for(upcycle, source.config, overlay, source.own, cache_dir)
         if known_as and source.name:
             exists = not pretrained or bool(source_of({**source.config, **overlay}))
             check(exists, 'pretrained', True, f'False, timm has no weights of {known_as}')
@@ -79,23 +82,8 @@ class Source:
             check_normalization(stated, 'pretrained_cfg.')
         else:
             self.name = f'{get_arch_name(name)}.{stated}' if stated else name
-            self.known: Any = get_pretrained_cfg(self.name)
+            self.known = get_pretrained_cfg(self.name) or PretrainedCfg()
             self.config = place_of(self.known.to_dict())
         self.own = Described.of({}, self.name or saved_as, kwargs.get('pretrained_model_args'))
         # numbers that the call states are before those of a run
         self.follow = not {'mean', 'std'} & {*overlay, *self.config}
-
-    def found(self, upcycle: Any, cache_dir: Any) -> tuple[dict[str, Any], Described]:
-        """As `overlay_for`."""
-        return overlay_for(upcycle, self.config, self.overlay, self.own, cache_dir)
-
-
-def _without_past(kwargs: dict[str, Any], saved: dict[str, Any], method: str) -> dict[str, Any]:
-    """Arguments without those of saved weights that the others leave without effect."""
-    options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
-    without_effect = {'upcycling', *METHODS[method].config.of_preset(**options).unused()}
-    return {
-        name: value
-        for name, value in kwargs.items()
-        if name not in without_effect or name not in saved or saved[name] != value
-    }

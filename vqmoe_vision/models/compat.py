@@ -4,11 +4,10 @@ Names and shapes of tensors say much of it. What they do not say is compared whe
 a config.json of timm beside them, a run of this package, or a script of timm.
 """
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -62,20 +61,20 @@ class Network:
     img_size: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, name: str = '') -> Network:
+    def of(cls, model: Any, name: str = '') -> 'Network':
         """That of a model, which may be on the meta device."""
         sparse = isinstance(model, SparseModel)
         facts = _facts(model) | ({'method': repr(model.method)} if sparse else {})
         size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or ()
-        options = model.moe_config if sparse else None
-        return cls(name, facts, _pooling(model), options, tuple(size))
+        return cls(name, facts, _pooling(model), model.moe_config if sparse else None, tuple(size))
 
 
 def state_network(model: Any) -> dict[str, Any]:
     """What `network_of_run` reads again, in plain values."""
     own = Network.of(model)
     size = list(own.img_size) or None
-    stated = {'network': dict(own.facts), 'pooling': dict(own.pooling), 'img_size': size}
+    pooling = dict(own.pooling) if getattr(model, 'num_classes', None) else {}  # of no head
+    stated = {'network': dict(own.facts), 'pooling': pooling, 'img_size': size}
     if own.options is None:
         return {'method': None, 'options': None, **stated}
     unused = own.options.unused()
@@ -111,18 +110,12 @@ def network_of_run(content: Any) -> Network | None:
     options = None
     if isinstance(method, str) and method in METHODS:
         facts['method'] = repr(method)
-        options = _options(method, stated.get('options'))
+        kind, given = METHODS[method].config, stated.get('options')
+        if isinstance(given, dict):
+            given = {k: v for k, v in given.items() if k in kind.option_names()}
+            with suppress(TypeError, ValueError):  # of another version of this package
+                options = kind.from_options(**given)
     return Network('', facts, pooling, options, size) if facts or size else None
-
-
-def _options(method: str, options: Any) -> MoeConfig | None:
-    kind = METHODS[method].config
-    if not isinstance(options, dict):
-        return None
-    try:
-        return kind.from_options(**{k: v for k, v in options.items() if k in kind.option_names()})
-    except (TypeError, ValueError):  # of another version of this package
-        return None
 
 
 def compare(
@@ -159,9 +152,9 @@ def options_aside(model: Any, theirs: Network | None) -> str:
     """Options that a source of the same method has otherwise, for the end of a refusal."""
     if not isinstance(model, SparseModel) or theirs is None or theirs.options is None:
         return ''
-    pairs = {k: (repr(a), repr(b)) for k, a, b in _differing(theirs.options, model.moe_config)}
-    before, after = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
-    return f'; {_saved_with(before, after)}' if pairs else ''
+    found = [(k, repr(a), repr(b)) for k, a, b in _differing(theirs.options, model.moe_config)]
+    told = _saved_with({k: a for k, a, _ in found}, {k: b for k, _, b in found})
+    return f'; {told}' if told else ''
 
 
 def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:
@@ -288,23 +281,22 @@ def refuse_misfits(
         raise ValueError(f'checkpoint {path!r} does not fit the model: {problem}{aside}')
 
 
-def refuse_arrays(model: nn.Module, path: str) -> None:
+def refuse_arrays(model: Any, path: str) -> None:
     """Refuse a file of NumPy of another network: timm copies what it finds, and leaves the rest."""
     if not isinstance(model, VisionTransformer):
         return
-    arrays: Any = np.load(path)
     attention: Any = model.blocks[0].attn
-    theirs = {'num_classes': 0} if model.num_classes else {}
-    for name in getattr(arrays, 'files', ()):
-        if 'query/kernel' in name:  # (width, heads, width of a head)
-            theirs['num_heads'] = arrays[name].shape[-2]
-        if match := re.search(r'encoderblock_(\d+)/', name):
-            theirs['depth'] = max(theirs.get('depth', 0), int(match[1]) + 1)
-        if model.num_classes and name.endswith('head/bias'):
-            theirs['num_classes'] = arrays[name].shape[-1]
-    before = {name: str(value) for name, value in theirs.items()}
-    heads, depth, classes = attention.num_heads, len(model.blocks), model.num_classes
-    ours = {'num_heads': str(heads), 'depth': str(depth), 'num_classes': str(classes)}
+    arrays = np.load(path)
+    files = getattr(arrays, 'files', ())
+    theirs = {  # kernels are (width, heads, width of a head)
+        'num_heads': [arrays[name].shape[-2] for name in files if 'query/kernel' in name],
+        'depth': [int(n) + 1 for name in files for n in re.findall(r'encoderblock_(\d+)/', name)],
+        'num_classes': [arrays[n].shape[-1] for n in files if n.endswith('head/bias')] or [0],
+    }
+    before = {name: str(max(found)) for name, found in theirs.items() if found}
+    ours = {'num_heads': str(attention.num_heads), 'depth': str(len(model.blocks))}
+    if model.num_classes:
+        ours['num_classes'] = str(model.num_classes)
     if told := _saved_with(before, ours):
         raise ValueError(f'checkpoint {path!r} does not fit the model: {told}')
 
@@ -379,8 +371,7 @@ def layer_of(name: str) -> str:
 
 
 def _block_of(name: str) -> str:
-    match = re.match(r'blocks\.\d+\.', name)
-    return match[0] if match else ''
+    return ''.join(re.findall(r'^blocks\.\d+\.', name))
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:

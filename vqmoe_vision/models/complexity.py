@@ -3,8 +3,6 @@
 Counted by torch in a forward pass on the meta device; `moe.kernels.cpu` registers the experts.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -59,9 +57,16 @@ def complexity(model: Transformer) -> Complexity:
     height, width = stem.img_size
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype
     images = torch.empty(shape, dtype=dtype, device='meta')
+    memo: dict[int, torch.Tensor] = {id(b): b.to('meta') for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to('meta'), p.requires_grad)
+    weightless = copy.deepcopy(model, memo).eval()
+    for module in weightless.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        _weightless(model)(images)
+        weightless(images)
     return Complexity(*count_params(model), counter.get_total_flops() // 2)
 
 
@@ -81,15 +86,3 @@ def has_plain_weights(model: nn.Module) -> bool:
 def describe_params(params: int, active: int) -> str:
     """Both counts in words."""
     return f'{params / 1e6:.2f}M parameters, {active / 1e6:.2f}M active'
-
-
-def _weightless(model: nn.Module) -> nn.Module:
-    memo: dict[int, torch.Tensor] = {
-        id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()
-    }
-    memo |= {id(buffer): buffer.to('meta') for buffer in model.buffers()}
-    clone = copy.deepcopy(model, memo)
-    for module in clone.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return clone.eval()

@@ -1,7 +1,5 @@
 """A model that is already there: a dense one made sparse, or a full one made discrete."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,8 +42,7 @@ def moe_host(
     check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
     check_method(method)
     assert host is not None and method is not None
-    allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'
-    check(kwargs.get('upcycle') is None, 'upcycle', kwargs.get('upcycle'), allowed)
+    check(not kwargs.get('upcycle'), 'upcycle', kwargs.get('upcycle'), 'None: use pretrained')
     return build(partial(_fresh, host), MOE_HOST, method, pretrained, known_as=host, **kwargs)
 
 
@@ -88,19 +85,26 @@ def convert_to_moe(
     """
     how = read_upcycling(upcycling)
     copied, lost = _put_layers(model, method, how, how, moe_layers, **options)
-    assert isinstance(model, SparseModel)
-    model.weights_report = _report(model, copied, lost)
+    made: Any = model
+    # what was there before is all but what the new layers and a reader of images have
+    new, names = (READER, *(f'{name}.' for name in layers_of(model))), list(model.state_dict())
+    made.weights_report = report = Report(
+        loaded=tuple(name for name in names if not name.startswith(new)),
+        copied=copied,
+        initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
+        remarks=lost,
+        warnings=lost,
+    )
     config = getattr(model, 'pretrained_cfg', None) or {}
     if config.get('architecture'):  # timm has built it by name, and builds it again
         sparse = {'method': method, 'moe_layers': moe_layers, **options}
-        model._model_args = {**model._model_args, 'host': config['architecture'], **sparse}
-        made: Any = model
+        made._model_args = {**made._model_args, 'host': config['architecture'], **sparse}
         made.pretrained_cfg = made.default_cfg = {**config, 'architecture': MOE_HOST}
-    return model.weights_report
+    return report
 
 
 def _put_layers(
-    model: nn.Module,
+    model: Any,
     method: str,
     stated: Upcycling,
     how: Upcycling | None,
@@ -113,42 +117,23 @@ def _put_layers(
     allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
     check(kind in _SPARSE, 'model', kind.__name__, allowed)
     for name in options.keys() - moe_options(method):
-        known = moe_options(method)
-        raise TypeError(f'{name!r} is no option of {method}: {", ".join(sorted(known))}')
+        raise TypeError(f'{name!r} is no option of {method}: {sorted(moe_options(method))}')
     config = METHODS[method].config.from_options(**options)
     # what the model was becomes what reads its images
-    dense = partial(copy.deepcopy, model)
-    copied, lost = put_layers(model, method, config, moe_layers, dense, how)
+    copied, lost = put_layers(model, method, config, moe_layers, partial(copy.deepcopy, model), how)
     given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
     model.__class__ = _SPARSE[kind]
-    assert isinstance(model, SparseModel)
     model.describe(method, config, stated)
     model._model_args = given
     return copied, lost
 
 
-def _report(model: nn.Module, copied: dict[str, str], lost: tuple[str, ...]) -> Report:
-    """Of what was there before: all but what the new layers and a reader of images have."""
-    new = (READER, *(f'{name}.' for name in layers_of(model)))
-    names = list(model.state_dict())
-    return Report(
-        loaded=tuple(name for name in names if not name.startswith(new)),
-        copied=copied,
-        initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
-        remarks=lost,
-        warnings=lost,
-    )
-
-
 def changeable_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model whose parameters are about to change, or go."""
-    is_model = isinstance(model, nn.Module)
-    check(is_model, 'model', type(model).__name__, 'a model with MoE layers and its weights')
     layers = list(layers_of(model).values())
     check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
-    for module in model.modules():
-        wrapped = isinstance(module, DistributedDataParallel)
-        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    check(not wrapped, 'model', 'DistributedDataParallel', 'one that is not wrapped yet')
     return layers
 
 

@@ -1,7 +1,5 @@
 """`timm.create_model` as tasks call it, and the options of a row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -29,15 +27,9 @@ from .weights import (
     load_checkpoint,
     load_weights,
     overlay_for,
-    read_fitting,
     weights_in,
 )
 
-# Options with which timm changes weights that are whole, or takes a part of them.
-_ADAPTED = (
-    *('in_chans', 'num_classes', 'pretrained_cfg_overlay'),
-    *('features_only', 'out_indices', 'feature_cls'),
-)
 # Fields of a model that give it weights to start from, of which experts may be made.
 STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
 
@@ -54,8 +46,7 @@ def create_model(
         hint = did_you_mean(model_name, timm.list_models()) or '; timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model{hint}')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
-    allowed = 'the name of the host, and the method in moe'
-    check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, allowed)
+    check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, 'that of the host')
     check(moe is None or isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
     check_one_source(kwargs)
     if isinstance(stated := kwargs.get('pretrained_cfg'), dict):
@@ -102,9 +93,10 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     if fitted and kwargs.get('pretrained') and not kwargs.get('features_only'):
         check(kwargs['pretrained'] is True, 'pretrained', kwargs['pretrained'], 'True or False')
         source, cache_dir = Source(model_name, kwargs), kwargs.get('cache_dir')
-        overlay, described = source.found(None, cache_dir)
-        given = {**kwargs, 'pretrained': False, 'pretrained_cfg_overlay': overlay}
-        model = timm.create_model(model_name, **given)
+        given = source.config, source.overlay, source.own
+        overlay, described = overlay_for(None, *given, cache_dir)
+        kwargs = {**kwargs, 'pretrained': False, 'pretrained_cfg_overlay': overlay}
+        model = timm.create_model(model_name, **kwargs)
         load_weights(model, described, cache_dir, source.follow)
         return model
     # timm would compare no checksums, and say nothing of a file that is not there
@@ -143,11 +135,6 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
     place, described = find_source(source, kwargs.get('cache_dir'), 'source')
     name, arguments = described.name, {**described.arguments, **kwargs}
     if not timm.models.is_model_in_modules(name, MODULES) or method_of(name) is not None:
-        if place.get('file') and name != MOE_HOST and method_of(name) is None:
-            own = {k: v for k, v in kwargs.items() if k not in _ADAPTED}
-            with torch.device('meta'):
-                whole = timm.create_model(name, **{**described.arguments, **own})
-            read_fitting(whole, weights_in(place['file']))  # timm would load what fits
         # of a model with experts what was saved is not what the call says, see `build_sparse`
         return timm.create_model(source, pretrained=True, **kwargs)
     config = {**described.config, **place}
@@ -156,7 +143,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
 
 def create_to_start(
     model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
-) -> nn.Module:
+) -> Any:
     """As `create_model`, of a model whose weights may come later."""
     own = method_of(model_name) is not None
     # a model of ours takes the weights of `checkpoint_path` as they are

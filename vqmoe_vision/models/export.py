@@ -3,8 +3,6 @@
 Legend: B images of C channels, H height, W width.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
@@ -43,13 +41,12 @@ class Exportable:
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module | Exportable) -> Exportable:
+    def of(cls, model: 'nn.Module | Exportable') -> 'Exportable':
         """That of a timm model: logits of images of the size it was built for, normalised."""
         if isinstance(model, Exportable):
             return model
         features = isinstance(getattr(model, 'feature_info', None), FeatureInfo)
-        allowed = 'False, a timm model that gives logits; an Exportable has any outputs'
-        check(not features, 'features_only', True, allowed)
+        check(not features, 'features_only', True, 'False, or an Exportable of any outputs')
         config = getattr(model, 'pretrained_cfg', None) or {}
         channels, *size = config.get('input_size') or (3,)
         channels = getattr(model, 'in_chans', channels)  # the configuration is of its weights
@@ -69,8 +66,7 @@ class Exportable:
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
         """Images of noise, (batch, C, H, W)."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, *self.input_size, generator=generator)
+        return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def run(self, images: Tensor) -> list[Tensor]:
@@ -91,30 +87,24 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     valid = batch is None or (type(batch) is int and batch >= 1)
     check(valid, 'batch', batch, 'at least 1, or None for any number of images')
     exportable = Exportable.of(model)
-    tensors = [*exportable.network.parameters(), *exportable.network.buffers()]
-    for tensor in tensors:
+    for tensor in [*exportable.network.parameters(), *exportable.network.buffers()]:
         cpu, whole = tensor.device.type == 'cpu', not tensor.is_floating_point()
         check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
-        allowed = 'float32: convert the model with model.float()'
-        check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, allowed)
+        check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, 'float32')
     network = for_inference(exportable.network)
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
     with torch.no_grad(), quiet():
         program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
-        return _decomposed(program)
+        # operators of other packages are written in torch's: files load without them
+        called = {node.target for node in program.graph.nodes if node.op == 'call_function'}
+        foreign = {op for op in called if getattr(op, 'namespace', 'aten') not in _NAMESPACES}
+        if foreign:
+            # where packages put what their operators consist of
+            from torch._inductor.decomposition import decompositions
 
-
-def _decomposed(program: Any) -> Any:
-    """The program, with operators of other packages written in torch's: files load without them."""
-    found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
-    foreign = {op for op in found if getattr(op, 'namespace', 'aten') not in _NAMESPACES}
-    if not foreign:
-        return program
-    # where packages put what their operators consist of
-    from torch._inductor.decomposition import decompositions
-
-    return program.run_decompositions({op: decompositions[op] for op in foreign})
+            program = program.run_decompositions({op: decompositions[op] for op in foreign})
+    return program
 
 
 def export_onnx(
@@ -133,13 +123,6 @@ def export_onnx(
     network = exportable.network
     allowed = 'one in float, of which contrib.int8.export_int8 makes a file in int8'
     check(has_plain_weights(network), 'model', f'a quantized {type(network).__name__}', allowed)
-    program = _onnx_program(exportable, batch, opset)
-    write_whole(target, program.save)  # large weights go into a file beside it
-    return target
-
-
-def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) -> Any:
-    """A model in ONNX's operators, with what is to be known of it."""
     exported = export_program(exportable, batch)
     with quiet():
         program: Any = torch.onnx.export(
@@ -152,7 +135,8 @@ def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) 
         )
     for name, value in exportable.about.items():
         program.model.metadata_props[name] = json.dumps(value)
-    return program
+    write_whole(target, program.save)  # large weights go into a file beside it
+    return target
 
 
 def save_program(
@@ -207,8 +191,7 @@ def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def target_of(path: str | Path, *suffixes: str) -> Path:
     """A path with one of some endings."""
     target = Path(path)
-    allowed = f'a name that ends in {" or ".join(suffixes)}'
-    check(target.suffix in suffixes, 'path', str(path), allowed)
+    check(target.suffix in suffixes, 'path', str(path), f'a name in {" or ".join(suffixes)}')
     return target
 
 

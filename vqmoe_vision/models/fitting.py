@@ -1,7 +1,5 @@
 """Weights from elsewhere for a vision transformer: renamed, resized, none lost in silence."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -113,7 +111,9 @@ def _fit(
     refuse_misfits(ours, theirs, path, whole=True)
     doubts = rotary if network is None or 'rotary positions' not in network.facts else ()
     pooling = other_pooling(model, network)
-    if not pooling and _pooled_otherwise(expected, state):
+    # as far as names tell
+    parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
+    if not pooling and any((name in expected) != (name in state) for name in parts):
         pooling = 'its features are pooled otherwise'
     state, renamed = _rename_norm(state, expected)
     body, dropped, note, asked = _fit_head(state, expected, pooling)
@@ -196,12 +196,6 @@ def _rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, tupl
             renamed = {re.sub(rf'^{theirs}\.', f'{ours}.', k): v for k, v in state.items()}
             return renamed, (f'{theirs} becomes {ours}',)
     return state, ()
-
-
-def _pooled_otherwise(expected: StateDict, state: StateDict) -> bool:
-    """Whether heads are fed otherwise, as far as names tell."""
-    parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
-    return any((name in expected) != (name in state) for name in parts)
 
 
 def _fit_head(
@@ -287,12 +281,10 @@ def _resized_positions(
 
 def _fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
     """The patch embedding for images of other channels than three, as timm makes it."""
-    if _STEM not in state or _STEM not in expected:
+    theirs, ours = state.get(_STEM), expected.get(_STEM)
+    if theirs is None or ours is None or theirs.shape[1] != 3 or ours.shape[1] == 3:
         return {}
-    channels = expected[_STEM].shape[1]
-    if channels == 3 or state[_STEM].shape[1] != 3:
-        return {}
-    return {_STEM: adapt_input_conv(channels, state[_STEM])}
+    return {_STEM: adapt_input_conv(ours.shape[1], theirs)}
 
 
 def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
@@ -303,8 +295,7 @@ def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
         experts = {k: v for k, v in layer.state_dict().items() if k.startswith('experts.')}
         if all(k in part and part[k].shape == v.shape for k, v in experts.items()):
             fitted = {prefix + k: v for k, v in layer.fit_state(part).items()}
-            others = {k: v for k, v in state.items() if not k.startswith(prefix)}
-            state = others | fitted
+            state = {k: v for k, v in state.items() if not k.startswith(prefix)} | fitted
     return state
 
 
@@ -328,6 +319,5 @@ def _upcycled(
             lost |= dict.fromkeys(units_left_out(part, layer.experts))
             made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
-    allowed = f'its defaults, checkpoint {path!r} has no dense MLP to make experts of'
-    check(bool(made) or how == Upcycling(), 'upcycling', how, allowed)
+    check(bool(made) or how == Upcycling(), 'upcycling', how, f'None, no dense MLP in {path!r}')
     return made, sources, tuple(lost)

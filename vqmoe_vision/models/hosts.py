@@ -1,7 +1,5 @@
 """The vision transformers of timm that this package builds on, dense or with experts."""
 
-from __future__ import annotations
-
 from typing import TypeAlias
 
 import timm

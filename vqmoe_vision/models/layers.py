@@ -1,7 +1,5 @@
 """MoE layers in the place of a model's MLPs, with experts like them."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Sequence
@@ -57,8 +55,7 @@ def put_layers(
     """
     raw_patches = _read_patches(model, method, config, dense)
     stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
-    num_tokens = stem.num_patches + prefix_tokens
-    host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    host = Host(stem.num_patches + prefix_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     lost: dict[str, None] = {}
@@ -89,13 +86,11 @@ def put_layers(
 def _read_patches(model: Any, method: str, config: MoeConfig, dense: Any) -> Any:
     """The raw patches of a model, if the method looks at them."""
     proj = model.patch_embed.proj
-    allowed = 'a convolution; the stems of ViTamin and MobileCLIP end without one'
-    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, allowed)
+    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, 'a convolution')
     if METHODS[method].read_patches is None:
         return None
-    allowed = f'timm.layers.PatchEmbed, as {method} looks at raw patches'
     stem = type(model.patch_embed)
-    check(stem is PatchEmbed, 'embed_layer', stem.__name__, allowed)
+    check(stem is PatchEmbed, 'embed_layer', stem.__name__, f'PatchEmbed, as {method} reads it')
     for block in model.blocks:
         allowed = f'Block of a VisionTransformer, as {method} looks at raw patches'
         check(type(block) is Block, 'block_fn', type(block).__name__, allowed)
@@ -131,8 +126,8 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
             linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
     dropped = getattr(model.patch_drop, 'prob', 0.0)
-    allowed = f'0, as {method} needs all patches of an image in their places'
-    check(layer.permutation_equivariant or dropped == 0, 'patch_drop_rate', dropped, allowed)
+    anywhere = layer.permutation_equivariant or dropped == 0
+    check(anywhere, 'patch_drop_rate', dropped, f'0, {method} needs all patches in their places')
     # torch.fx, which timm's feature extraction uses, takes it as one operation
     register_notrace_module(type(layer))
     return layer.train(mlp.training)
@@ -141,8 +136,7 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
 def _plain_mlp(block: nn.Module, name: str) -> Any:
     """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
-    allowed = 'a block with one MLP apart from its attention, in whose place experts stand'
-    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, allowed)
+    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, 'a block with an mlp')
     kind = type(mlp).__name__
     other = '; gated MLPs (SwiGLU) have another' if 'GLU' in kind.upper() else ''
     check(type(mlp) is Mlp, name, kind, f"timm's Mlp, whose layout experts have{other}")
@@ -152,11 +146,10 @@ def _plain_mlp(block: nn.Module, name: str) -> Any:
         check(found in kinds, f'{name}.{part}', found.__name__, allowed)
     hooked = any(getattr(part, hooks) for part in mlp.modules() for hooks in _HOOKS)
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
-    pairs = {
+    for what, (first, second) in {
         'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
         'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
-    }
-    for what, (first, second) in pairs.items():
+    }.items():
         check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
     return mlp
 
@@ -167,12 +160,11 @@ def _rate(drop: nn.Module) -> float:
 
 
 @torch.no_grad()
-def scale_fresh_experts(model: nn.Module) -> None:
+def scale_fresh_experts(model: Any) -> None:
     """Scale the output layers of experts that were just drawn, if timm does so with MLPs."""
     if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
         return
-    blocks: Any = model.blocks
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(model.blocks):
         if isinstance(block.mlp, MoeLayer):
             block.mlp.experts.fc2.weight.div_(output_scale(i))
 

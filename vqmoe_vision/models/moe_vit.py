@@ -40,8 +40,7 @@ class SparseModel:
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm's `create_model` was given, which it saves beside weights."""
-        args: dict[str, Any] = self.__dict__.get('_given', {})
-        return args
+        return self.__dict__.get('_given', {})
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
@@ -56,40 +55,34 @@ class SparseModel:
             False, 'checkpoint_path', checkpoint_path, 'no file of NumPy, which dense models read'
         )
 
-    def no_weight_decay(self) -> set[str]:
+    def no_weight_decay(self: Any) -> set[str]:
         """Names of parameters that should not use weight decay."""
-        timms: Any = super()
-        names: set[str] = timms.no_weight_decay()
-        model: Any = self
-        for prefix, module in model.named_modules():
+        names: set[str] = super().no_weight_decay()  # type: ignore[misc]
+        for prefix, module in self.named_modules():
             if module is not self and hasattr(module, 'no_weight_decay'):
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
     def set_input_size(
-        self,
+        self: Any,
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         """As timm's; layers that go by the number of tokens hear of it."""
-        timms: Any = super()
-        model: Any = self
-        embed = model.patch_embed
+        embed = self.patch_embed
         size, patch = img_size or embed.img_size, patch_size or embed.patch_size
-        padded = bool(embed.dynamic_img_pad and model.dynamic_img_size)
-        _check_whole_patches(size, patch, padded)
-        timms.set_input_size(img_size, patch_size)
-        num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        for module in model.modules():
+        _check_whole_patches(size, patch, bool(embed.dynamic_img_pad and self.dynamic_img_size))
+        super().set_input_size(img_size, patch_size)  # type: ignore[misc]
+        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+        for module in self.modules():
             if hasattr(module, 'set_num_tokens'):
                 module.set_num_tokens(num_tokens)
             if isinstance(module, MoeLayer):  # as which the model is built again
                 self._model_args = {**self._model_args, **module.options_in_size(num_tokens)}
 
-    def extra_repr(self) -> str:
+    def extra_repr(self: Any) -> str:
         """Method and size, for print(model)."""
-        model: Any = self
-        return f'{self.method}: {describe_params(*count_params(model))}'
+        return f'{self.method}: {describe_params(*count_params(self))}'
 
 
 class MoeVisionTransformer(SparseModel, VisionTransformer):
@@ -143,18 +136,16 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         super().init_weights(mode, needs_reset)
 
     @torch.no_grad()
-    def fix_init_weight(self) -> None:
+    def fix_init_weight(self: Any) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
-        blocks: Any = self.blocks
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(self.blocks):
             for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
                 layer.weight.div_(output_scale(i))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], RawPatchBlock):
-            blocks: Any = self.blocks
-            for block in blocks:
+            for block in self.blocks:
                 block.grad_checkpointing = enable
         else:
             super().set_grad_checkpointing(enable)

@@ -3,9 +3,7 @@
 Legend: B images of C channels, H height, W width.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -36,7 +34,7 @@ class Normalization:
     @classmethod
     def of(
         cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3, prefix: str = ''
-    ) -> Normalization:
+    ) -> 'Normalization':
         """That of a configuration, such as timm's `pretrained_cfg`.
 
         Args:
@@ -59,10 +57,15 @@ class Normalization:
         """(2, C) float32: mean and standard deviation."""
         return torch.tensor([self.mean, self.std])
 
-    def differing(self, other: Normalization) -> tuple[str, ...]:
+    def differing(self, other: 'Normalization') -> tuple[str, ...]:
         """Which of 'mean' and 'std' differ by more than the rounding of 8 bits."""
         return tuple(
-            name for name in ('mean', 'std') if _differ(getattr(self, name), getattr(other, name))
+            name
+            for name in ('mean', 'std')
+            if any(
+                abs(a - b) > _ROUNDING
+                for a, b in zip(getattr(self, name), getattr(other, name), strict=True)
+            )
         )
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -90,8 +93,7 @@ def stated_normalization(
     if not given:
         return None
     other = 'std' if given[0] == 'mean' else 'mean'
-    allowed = f'beside {prefix}{other}, mean and std or neither of them'
-    check(len(given) == 2, f'{prefix}{given[0]}', config[given[0]], allowed)
+    check(len(given) == 2, f'{prefix}{given[0]}', config[given[0]], f'beside {prefix}{other}')
     return Normalization.of(config, scale, channels, prefix)
 
 
@@ -107,8 +109,7 @@ def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[f
     """A number for each channel, in parts of a white pixel."""
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
-    allowed = f'one number, or one for each channel of {channels}'
-    check(real and len(numbers) in (1, channels), field, value, allowed)
+    check(real and len(numbers) in (1, channels), field, value, f'one number, or {channels}')
     parts = [float(number) / scale for number in numbers]
     # the other way to write them, in levels of 255, is the likely mistake
     inside = all(0 <= part <= 1 for part in parts)
@@ -117,10 +118,6 @@ def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[f
     in_parts = scale > 1 and 0 < max(numbers) < 1
     check(not in_parts, field, value, f'in levels of 0 to {scale:g}, as these would be of 0 to 1')
     return tuple(parts * (channels // len(parts)))
-
-
-def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    return any(abs(a - b) > _ROUNDING for a, b in zip(ours, theirs, strict=True))
 
 
 def of_buffer(values: Any) -> Normalization | None:

@@ -1,7 +1,5 @@
 """Silence about what other packages do on their own behalf."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What became of each tensor, in one value: the only place that words it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +34,12 @@ class Report:
         resized: dict[str, tuple[Size, Size]],
         copied: dict[str, str],
         **others: Any,
-    ) -> Report:
+    ) -> 'Report':
         """That of a state dict which a model loads."""
         loaded = tuple(k for k in result if k not in resized and k not in copied)
-        initialised = tuple(k for k in expected if k not in result)
-        return cls(loaded, resized, copied, initialised, **others)
+        return cls(loaded, resized, copied, tuple(k for k in expected if k not in result), **others)
 
-    def joined(self, other: Report) -> Report:
+    def joined(self, other: 'Report') -> 'Report':
         """Both reports as one, of two parts of a model."""
         pairs = ((name, value, vars(other)[name]) for name, value in vars(self).items())
         tensors = ((name, a, b) for name, a, b in pairs if name != 'normalization')

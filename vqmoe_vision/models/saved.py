@@ -1,7 +1,5 @@
 """A model as the folder that timm reads: weights, configuration, and what builds it again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,6 @@ from torch import nn
 
 from ..moe import moe_layers
 from ..moe.config import check
-from .compat import misfit
 from .hosts import Transformer
 from .moe_vit import SparseModel
 from .upcycle import BEGINNING
@@ -40,44 +37,36 @@ _PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpo
 _OF_THE_NETWORK = ('architecture', 'first_conv', 'classifier', 'pool_size')
 
 
-def record_arguments(model: nn.Module, given: dict[str, Any]) -> None:
+def record_arguments(model: Any, given: dict[str, Any]) -> None:
     """Keeps what a model was built from, where timm does not: 1.0.26 records nothing."""
-    timms: Any = model
     if not getattr(model, '_model_args', None):
-        timms._model_args = {k: v for k, v in given.items() if k not in _OF_THE_CALL}
+        model._model_args = {k: v for k, v in given.items() if k not in _OF_THE_CALL}
 
 
-def arguments_of(model: nn.Module) -> dict[str, Any]:
+def arguments_of(model: Any) -> dict[str, Any]:
     """The keyword arguments with which timm builds a model again, as it is now."""
-    timms: Any = model
     known = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
-    allowed = 'one that timm.create_model has built, by whose name it is built again'
-    check(timm.is_model(known), 'model', type(model).__name__, allowed)
-    kept = {k: v for k, v in timms._model_args.items() if k not in _OF_THE_CALL}
-    args = {k: v for k, v in kept.items() if not k.endswith('drop_rate')}
-    args.pop('drop_path_rate', None)
+    check(timm.is_model(known), 'model', type(model).__name__, 'one that timm builds by a name')
+    args = {
+        name: value
+        for name, value in model._model_args.items()
+        if name not in _OF_THE_CALL and not name.endswith(('drop_rate', 'drop_path_rate'))
+    }
     if isinstance(model, Transformer):
         args.update(num_classes=model.num_classes, global_pool=model.global_pool)
         if len(model.blocks) < len(model.feature_info):
-            args |= _pruned(model)
+            args['depth'] = depth = len(model.blocks)
+            if isinstance(model, SparseModel):
+                args['moe_layers'] = left = [int(name.split('.')[1]) for name in moe_layers(model)]
+                check(bool(left), 'out_indices', [depth - 1], 'not before all MoE layers')
         if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
             args |= _NO_NORM[isinstance(model, Eva)]
     for name, value in args.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError):
-            allowed = "numbers, names and lists, for timm's config.json has no others"
-            check(False, name, value, allowed)
+            check(False, name, value, 'numbers, names and lists, as of JSON')
     return args
-
-
-def _pruned(model: Transformer) -> dict[str, Any]:
-    depth = len(model.blocks)
-    if not isinstance(model, SparseModel):
-        return {'depth': depth}
-    left = [int(name.split('.')[1]) for name in moe_layers(model)]
-    check(bool(left), 'out_indices', [depth - 1], 'at or behind a block with an MoE layer')
-    return {'depth': depth, 'moe_layers': left}
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,20 +75,19 @@ def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save(
-    model: nn.Module,
+    model: Any,
     folder: Path,
     preprocessing: dict[str, Any],
     label_names: Sequence[str] = (),
     license_id: str | None = None,
 ) -> dict[str, Any]:
     """Writes `model.safetensors` and `config.json` with its digest, and reads them back."""
-    timms: Any = model
     args = arguments_of(model)
     dynamic = args.get('dynamic_img_size') or args.get('strict_img_size') is False
-    described = {name: timms.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
-    described |= {**preprocessing, 'num_classes': timms.num_classes}
+    described = {name: model.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
+    described |= {**preprocessing, 'num_classes': model.num_classes}
     described |= {'fixed_input_size': not dynamic} | ({'license': license_id} if license_id else {})
-    timms.pretrained_cfg = timms.default_cfg = described
+    model.pretrained_cfg = model.default_cfg = described
     names = {'label_names': list(label_names)} if label_names else {}
     save_for_hf(model, str(folder), names, args, safe_serialization=True)
     config = folder / CONFIG
@@ -112,17 +100,14 @@ def save(
 @torch.no_grad()
 def _read_back(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
     """Compares tensors and answers, to the bit."""
-    state = model.state_dict()
     try:
-        again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        found, images = again.state_dict(), torch.rand(2, *input_size)
-        problem = misfit(state, found)
-        if not problem and (k := [k for k in state if not torch.equal(state[k], found[k])]):
-            problem = f'other values of {", ".join(k)}'
-        if not problem and not torch.equal(model.eval()(images), again(images)):
-            problem = 'its answers differ'
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        images = torch.rand(2, *input_size)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+        answers, expected = again.eval()(images), model.eval()(images)
+        torch.testing.assert_close(answers, expected, rtol=0, atol=0, msg='its answers differ')
     except Exception as error:  # a model that differs can fail in any way
-        problem = str(error)
-    if problem:
-        short = shorten(problem, 200, placeholder=' ...')  # torch lists every key
-        raise ValueError(f'timm does not build the model again from its arguments: {short}')
+        short = shorten(str(error), 200, placeholder=' ...')  # torch lists every key
+        raise ValueError(
+            f'timm does not build the model again from its arguments: {short}'
+        ) from error

@@ -4,15 +4,13 @@ Where experts are placed on M of N processes, each of the N / M groups of M proc
 them once, and what FSDP2 spreads of an expert's parameters is spread over the groups.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -35,14 +33,13 @@ def shard_model(
 ) -> nn.Module:
     """Spread parameters over all processes, in place; the loss of each is a mean over tokens."""
     processes = dist.get_world_size()
-    allowed = f'it must divide {processes}, the number of processes'
     check(
         isinstance(expert_processes, int)
         and expert_processes >= 1
         and processes % expert_processes == 0,
         'expert_processes',
         expert_processes,
-        allowed,
+        f'it must divide {processes}, the number of processes',
     )
     device = next(model.parameters()).device.type
     everyone = init_device_mesh(device, (processes,))
@@ -81,16 +78,12 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
     return DeviceMesh.from_group(own, device, places, mesh_dim_names=('groups', 'experts'))
 
 
-def spread_dimension(shape: Sequence[int], processes: int) -> int:
-    """The dimension of a tensor that FSDP2 is to cut, by default the first."""
-    # what does not divide evenly is filled up, and the filling travels
-    return next((i for i, size in enumerate(shape) if size % processes == 0), 0)
-
-
 def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
     def place(parameter: nn.Parameter) -> Shard:
+        """The dimension of a tensor that FSDP2 is to cut, by default the first."""
         own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        return Shard(spread_dimension(own.shape, processes))
+        # what does not divide evenly is filled up, and the filling travels
+        return Shard(next((i for i, size in enumerate(own.shape) if size % processes == 0), 0))
 
     return place
 
@@ -120,7 +113,6 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     return whole
 
 
-def _average(parameter: Tensor) -> None:
-    assert parameter.grad is not None
+def _average(parameter: Any) -> None:
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()

@@ -4,13 +4,10 @@ Methods draw different numbers of random values. So tensors that a row shares wi
 of its shape are that model's, and experts are drawn from the seed alone too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from . import shipped
 from .hosts import method_of
@@ -18,12 +15,20 @@ from .layers import moe_options, scale_fresh_experts
 from .moe_vit import SparseModel
 
 
-def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
+def share_start(model: Any, model_name: str, seed: int, **kwargs: Any) -> None:
     """Set a freshly built model to the start that all rows of its shape have at a seed."""
     if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
-    if isinstance(model, SparseModel):
-        _draw_experts(model, seed)
+    sparse = isinstance(model, SparseModel)
+    if sparse:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
+            for block, pair in zip(model.blocks, seeds, strict=True):
+                if hasattr(block.mlp, 'experts'):
+                    for part, own in zip(('fc1', 'fc2'), pair, strict=True):
+                        torch.manual_seed(own)
+                        block.mlp.experts.get_submodule(part).init_weights()
         scale_fresh_experts(model)
         options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
@@ -34,17 +39,7 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense = timm.create_model(model_name, **kwargs)
-    own = model.state_dict()
-    shared = {k: v for k, v in dense.state_dict().items() if k in own and own[k].shape == v.shape}
+    state = model.state_dict()
+    theirs = dense.state_dict().items()
+    shared = {k: v for k, v in theirs if k in state and state[k].shape == v.shape}
     model.load_state_dict(shared, strict=False)
-
-
-def _draw_experts(model: Any, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
-        for block, pair in zip(model.blocks, seeds, strict=True):
-            if hasattr(block.mlp, 'experts'):
-                for part, own in zip(('fc1', 'fc2'), pair, strict=True):
-                    torch.manual_seed(own)
-                    block.mlp.experts.get_submodule(part).init_weights()

@@ -3,8 +3,6 @@
 Their weights come with the package, in `weights`, whose README.md is their model card.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 timm's `train.py` takes its classes from `timm.task` by name, and `install` puts ours there.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm
@@ -29,20 +27,17 @@ class TrainsExperts:
         check(_knows_steps(TrainingTask), 'timm', timm.__version__, 'at least 1.0.27')
         super().__init__(*args, **kwargs)
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+    def forward(self: Any, input: Tensor, target: Tensor) -> dict[str, Any]:
         """What timm's task returns, its loss with the auxiliary losses of the same pass."""
-        timms: Any = super()
         with collect_losses(self.trainable_module, update_state=False) as collected:
-            result: dict[str, Any] = timms.forward(input, target)
+            result: dict[str, Any] = super().forward(input, target)  # type: ignore[misc]
             auxiliary = collected.total()
-        loss = result['loss'] + auxiliary
-        return {**result, 'loss': loss, 'auxiliary_loss': auxiliary.detach()}
+        return {**result, 'loss': result['loss'] + auxiliary, 'auxiliary_loss': auxiliary.detach()}
 
-    def update_ema(self, step: int | None = None) -> None:
+    def update_ema(self: Any, step: int | None = None) -> None:
         """Move the state that learns without gradients, then timm's moving average."""
         update_state(self.trainable_module)
-        timms: Any = super()
-        timms.update_ema(step)
+        super().update_ema(step)  # type: ignore[misc]
 
 
 class MoeClassificationTask(TrainsExperts, ClassificationTask):
@@ -51,14 +46,14 @@ class MoeClassificationTask(TrainsExperts, ClassificationTask):
 
 def install() -> None:
     """Put tasks and optimizers that know experts in the place of timm's, for scripts."""
-    tasks = {
+    for name, task in {
         name: task
         for name, task in vars(timm.task).items()
         if isinstance(task, type) and issubclass(task, TrainingTask) and task is not TrainingTask
-    }
-    for name, task in tasks.items():
+    }.items():
         if _knows_steps(task) and not issubclass(task, TrainsExperts):
-            setattr(timm.task, name, _training_experts(task))
+            ours = type(f'Moe{task.__name__}', (TrainsExperts, task), {'__module__': __name__})
+            setattr(timm.task, name, MoeClassificationTask if task is ClassificationTask else ours)
     timm.optim.create_optimizer_v2 = _taught
 
 
@@ -72,9 +67,3 @@ def _taught(model_or_params: Any, *args: Any, **kwargs: Any) -> Optimizer:
 
 def _knows_steps(task: type) -> bool:
     return hasattr(task, 'update_ema')
-
-
-def _training_experts(task: type) -> type:
-    if task is ClassificationTask:
-        return MoeClassificationTask
-    return type(f'Moe{task.__name__}', (TrainsExperts, task), {'__module__': __name__})

@@ -6,8 +6,6 @@ method's options the model then answers as the dense one does.
 Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -54,17 +52,13 @@ def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
     """The options that a user gave, in any form."""
     if isinstance(value, Upcycling):
         return value
-    allowed = 'a dictionary of options, or None'
-    check(value is None or isinstance(value, dict), 'upcycling', value, allowed)
+    check(isinstance(value, dict | None), 'upcycling', value, 'a dictionary of options, or None')
     return Upcycling(**(value or {}))
 
 
 def refuse_unused(how: Upcycling, ways: str) -> None:
     """Refuse options of experts that are made of a dense MLP where none are."""
-    allowed = (
-        f'None, no dense weights are loaded to make experts of: {ways} would give it an effect'
-    )
-    check(how == Upcycling(), 'upcycling', how, allowed)
+    check(how == Upcycling(), 'upcycling', how, f'None, no dense weights are loaded: use {ways}')
 
 
 def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
@@ -72,7 +66,11 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
     _check_fit(mlp, experts, how, name)
     dense = mlp['fc1.weight'].shape[0]
     number, hidden, _ = experts.fc1.weight.shape
-    units = _deal(number, hidden, dense)  # (E, H)
+    units = torch.arange(dense).expand(number, -1)  # (E, H), all of them in order
+    if hidden != dense:  # or dealt from shuffled copies
+        copies = range(-(-number * hidden // dense))
+        shuffled = torch.cat([torch.randperm(dense) for _ in copies])
+        units = shuffled[: number * hidden].view(number, hidden)
     result = {
         'fc1.weight': mlp['fc1.weight'][units],
         'fc2.weight': mlp['fc2.weight'].t()[units].transpose(1, 2) * (dense / hidden),
@@ -121,8 +119,7 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
     shapes = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
     for part, value in mlp.items():
         # what an activation learns is one number, and all experts have it
-        fits = tuple(value.shape) == shapes[part] if part in shapes else value.numel() == 1
-        if not fits:
+        if not (tuple(value.shape) == shapes[part] if part in shapes else value.numel() == 1):
             raise ValueError(
                 f'{name} is no MLP that experts can be made of: its {part} is '
                 f'{tuple(value.shape)}, beside fc1.weight of {tuple(weight.shape)}'
@@ -133,20 +130,15 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
         narrower = f'False, experts have {hidden} hidden units and {name} has no more, {dense}'
         check(hidden < dense, 'upcycling.split', True, narrower)
     elif hidden != dense:
+        ratio = dense / width
+        # timm rounds the product down: the next number above the quotient is always enough
+        possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
+        fits = next(r for r in possible if int(width * r) == dense)
         cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
         raise ValueError(
             f'{name} has {dense} hidden units and experts {hidden}: '
-            f'expert_mlp_ratio={_mlp_ratio_of(dense, width)} fits{cut}'
+            f'expert_mlp_ratio={fits} fits{cut}'
         )
-
-
-def _deal(number: int, hidden: int, dense: int) -> Tensor:
-    """Hidden units of each expert, (E, H): all of them in order, or dealt from shuffled copies."""
-    if hidden == dense:
-        return torch.arange(dense).expand(number, -1)
-    copies = -(-number * hidden // dense)
-    shuffled = torch.cat([torch.randperm(dense) for _ in range(copies)])
-    return shuffled[: number * hidden].view(number, hidden)
 
 
 def _redraw(expert: StateDict, share: float) -> None:
@@ -157,17 +149,8 @@ def _redraw(expert: StateDict, share: float) -> None:
     for part in (expert['fc1.weight'], expert.get('fc1.bias'), expert['fc2.weight'].t()):
         if part is not None:
             old = part[chosen].float()
-            spread = old.std(correction=0)
-            part[chosen] = (old.mean() + spread * _normal(old)).to(part.dtype)
+            part[chosen] = (old.mean() + old.std(correction=0) * _normal(old)).to(part.dtype)
 
 
 def _normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape).to(like)
-
-
-def _mlp_ratio_of(features: int, width: int) -> float:
-    """Ratio by which timm gives an MLP as many hidden features."""
-    ratio = features / width
-    # timm rounds the product down: the next number above the quotient is always enough
-    possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
-    return next(r for r in possible if int(width * r) == features)

@@ -4,8 +4,6 @@
 weights, they are read by `read_weights`, and `load_weights` fits them or refuses them.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -49,9 +47,6 @@ from .moe_vit import SparseModel
 from .normalization import Normalization, check_normalization
 from .upcycle import BEGINNING, read_upcycling
 
-# Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
-# every configuration with such a name as a model that it can load.
-HUB_NAME: str | None = None
 # What names of timm begin with whose configuration is beside their weights.
 FOLDERS = ('local-dir:', 'hf-hub:')
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
@@ -163,8 +158,7 @@ def weights_in(source: str) -> str:
     endings = ('.safetensors', '.pth', '.pth.tar', '.bin')
     found = found or sorted(path for path in folder.iterdir() if path.name.endswith(endings))
     names = [path.name for path in found]
-    allowed = f'one file, or one of the name {" or ".join(OF_TIMM)}'
-    check(len(found) == 1, f'weights in folder {source!r}', names, allowed)
+    check(len(names) == 1, f'weights in folder {source!r}', names, f'one, or {OF_TIMM[0]}')
     return str(found[0])
 
 
@@ -176,7 +170,13 @@ def check_file(path: str) -> None:
         raise ValueError(f'checkpoint {path!r} is one of several parts: write them as one file')
     try:
         if not zipfile.is_zipfile(path):
-            return _check_digest(Path(path))
+            config = Path(path).with_name(CONFIG)
+            if Path(path).name == OF_TIMM[0] and config.is_file():
+                described = json.loads(config.read_bytes())
+                stated = described.get(DIGEST) if isinstance(described, dict) else None
+                if stated not in (None, digest_of(Path(path))):
+                    raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
+            return
         with zipfile.ZipFile(path) as archive:
             # torch reads nothing of what is marked as a folder
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
@@ -185,16 +185,6 @@ def check_file(path: str) -> None:
         raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
     if spoilt is not None:
         raise ValueError(f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum')
-
-
-def _check_digest(path: Path) -> None:
-    """Compares a file with what the folder that it was published in says of it, if it does."""
-    config = path.with_name(CONFIG)
-    if path.name == OF_TIMM[0] and config.is_file():
-        described = json.loads(config.read_bytes())
-        stated = described.get(DIGEST) if isinstance(described, dict) else None
-        if stated is not None and stated != digest_of(path):
-            raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
 
 
 def digest_of(path: Path) -> str:
@@ -224,7 +214,7 @@ class Described:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
+    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> 'Described':
         """Of what timm's functions return, without what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in _NOT_OF_WEIGHTS}
         return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
@@ -283,8 +273,7 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
     names = [name for name in GIVEN if arguments.get(name)]
     if len(names) > 1:
         first, second = names[:2]
-        allowed = f'{GIVEN[first]} with {second}={arguments[second]!r}'
-        check(False, first, arguments[first], allowed)
+        check(False, first, arguments[first], f'{GIVEN[first]} with {second}={arguments[second]!r}')
     overlay, path = arguments.get('pretrained_cfg_overlay'), arguments.get('checkpoint_path')
     place = source_of(overlay) if path and isinstance(overlay, dict) else ''
     check(not place, 'pretrained_cfg_overlay', place, f'no place of weights, with {path!r}')
@@ -312,8 +301,7 @@ def find_source(
     scheme, _, rest = name.partition(':')
     if scheme == 'local-dir':
         described = describe(rest)
-        allowed = f'a folder with the {CONFIG} of timm, which names the architecture'
-        check(bool(described.name), field, name, allowed)
+        check(bool(described.name), field, name, f'a folder with the {CONFIG} of timm')
         return place_of({'source': 'local-dir', 'file': rest}), described
     if scheme == 'hf-hub':
         with reading(name):

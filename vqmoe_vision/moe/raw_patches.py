@@ -65,7 +65,7 @@ class RawPatches:
     def check_number(self, name: str, found: int, shown: int) -> None:
         """Refuse another number than of the images shown last: that it is them, nobody can tell."""
         if not torch.jit.is_tracing() and found != shown:  # traced sizes are tensors
-            allowed = f'{shown}, as of the images that the stem saw last; call the model as a whole'
+            allowed = f'{shown}, as those of the images that the stem saw; call the whole model'
             check(False, name, found, allowed)
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:

@@ -83,8 +83,7 @@ class TimmViT(BaseModule):
             model_name, MODULES
         )
         check(known, 'model_name', model_name, "one of timm's VisionTransformers or Evas")
-        model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
-        self.model = model
+        self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
         self._arguments = {'model_name': model_name, **arguments}
         depth = len(self.model.blocks)
         chosen = -1 if out_indices is None else out_indices

@@ -1,7 +1,5 @@
 """Segmentation data sets that say what is missing, where it belongs and where to get it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,8 +48,7 @@ def coloured(
             f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'
         )
     if isinstance(names := chosen.get('classes'), str):
-        allowed = f'a sequence of names, such as ({names!r},), or a file with one per line'
-        check(Path(names).is_file(), 'metainfo.classes', names, allowed)
+        check(Path(names).is_file(), 'metainfo.classes', names, 'a tuple of names, or a file')
         # mmseg would take blank lines at the end for classes
         chosen['classes'] = Path(names).read_text().rstrip().splitlines()
     classes = chosen.get('classes', own.get('classes'))
@@ -69,8 +66,7 @@ def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
     check(part in PARTS, 'part', part, f'one of {PARTS}')
     if part == 'all':
         return list(range(num_pairs))
-    allowed = f"between 1 and {num_pairs - 1}, there are {num_pairs} pairs; or train on part='all'"
-    check(0 < dev_size < num_pairs, 'dev_size', dev_size, allowed)
+    check(0 < dev_size < num_pairs, 'dev_size', dev_size, f'from 1 to {num_pairs - 1}, of pairs')
     blocks = np.array_split(np.arange(num_pairs), -(-num_pairs // _BLOCK))
     order = np.random.default_rng(0).permutation(len(blocks))
     dev = np.concatenate([blocks[i] for i in order])[:dev_size]
@@ -139,22 +135,23 @@ class CheckedDataset(SeededDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are."""
         folders = [self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
-        for path in filter(None, [*folders, self.ann_file]):
-            self._expect(Path(path).exists(), f'{path} does not exist')
-        pairs = super().load_data_list()
-        listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
-        self._expect(bool(pairs), f'{listed} names no image')
-        for pair in pairs:
-            label_map = pair.get('seg_map_path')
-            found = label_map is None or Path(label_map).is_file()
-            self._expect(found, f'{pair["img_path"]} has no label map {label_map}')
+        paths = filter(None, [*folders, self.ann_file])
+        problems = [f'{path} does not exist' for path in paths if not Path(path).exists()]
+        pairs = [] if problems else super().load_data_list()
+        if not pairs:
+            listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
+            problems.append(f'{listed} names no image')
+        labels = ((pair, pair.get('seg_map_path')) for pair in pairs)
+        problems += [
+            f'{pair["img_path"]} has no label map {label_map}'
+            for pair, label_map in labels
+            if label_map is not None and not Path(label_map).is_file()
+        ]
+        if problems:
+            raise ValueError(f'{problems[0]}; {self.source}')
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
-
-    def _expect(self, found: bool, problem: str) -> None:
-        if not found:
-            raise ValueError(f'{problem}; {self.source}')
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair; names an image that a transform cannot take."""
@@ -242,8 +239,7 @@ class DigitScenes(SeededDataset):
     def __init__(
         self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
     ) -> None:
-        allowed = f'at least {_SIDES[1]}, the side of a large digit'
-        check(size >= _SIDES[1], 'size', size, allowed)
+        check(size >= _SIDES[1], 'size', size, f'at least {_SIDES[1]}, the side of a large digit')
         self._scans, self._digits = digit_scans(split)
         self._seeds = seed, ('train', 'test', 'dev').index(split)
         self.split, self.num_scenes, self.size = split, num_scenes, size
@@ -286,27 +282,18 @@ class DigitScenes(SeededDataset):
         taken = np.zeros(shape, bool)
         for chosen in rng.integers(len(self._scans), size=rng.integers(*_DIGITS)):
             side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
-            place = _free_place(rng, taken, side)
-            if place is None:
+            for _ in range(_ATTEMPTS):  # to find a square where nothing is yet
+                top, left = rng.integers(0, self.size - side + 1, 2)
+                place = slice(top, top + side), slice(left, left + side)
+                if not taken[place].any():
+                    break
+            else:
                 continue
             taken[place] = True
-            size = side, side
-            scan = cv2.resize(self._scans[chosen], size, interpolation=cv2.INTER_CUBIC)
+            scan = cv2.resize(self._scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
             ink = scan.astype(np.float32)[..., None] / 255
             colour = rng.uniform(150, 255, 3).astype(np.float32)
             image[place] = image[place] * (1 - ink) + colour * ink
             labels[place][scan >= 96] = self._digits[chosen] + 1
         image += rng.normal(0, 4, image.shape)
         return np.clip(image, 0, 255).round().astype(np.uint8), labels
-
-
-def _free_place(
-    rng: np.random.Generator, taken: np.ndarray, side: int
-) -> tuple[slice, slice] | None:
-    """A square where nothing is yet, None if a number of attempts found none."""
-    for _ in range(_ATTEMPTS):
-        top, left = rng.integers(0, len(taken) - side + 1, 2)
-        place = slice(top, top + side), slice(left, left + side)
-        if not taken[place].any():
-            return place
-    return None

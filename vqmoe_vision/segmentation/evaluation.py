@@ -40,18 +40,13 @@ class CheckedIoUMetric(IoUMetric):
         kinds = [self.metrics] if isinstance(self.metrics, str) else self.metrics
         possible = bool(kinds) and all(kind in _KINDS for kind in kinds)
         check(possible, f'{_NAME}.iou_metrics', kinds, f'some of {", ".join(_KINDS)}')
-        allowed = 'a folder, for the predictions that format_only=True writes'
         written = bool(self.output_dir) or not self.format_only
-        check(written, f'{_NAME}.output_dir', self.output_dir, allowed)
+        check(written, f'{_NAME}.output_dir', self.output_dir, 'a folder, with format_only=True')
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Takes a batch of mmseg's samples with predictions, and with label maps to compare."""
         labelled = self.format_only or all('gt_sem_seg' in sample for sample in data_samples)
-        allowed = (
-            'the images have no label maps: format_only=True and output_dir=FOLDER of the '
-            'evaluator write predictions instead, or give the data set data_prefix.seg_map_path '
-            'and its pipeline LoadAnnotations'
-        )
+        allowed = 'True beside output_dir=FOLDER, which writes predictions: there are no label maps'
         check(labelled, f'{_NAME}.format_only', self.format_only, allowed)
         super().process(data_batch, data_samples)
 

@@ -24,8 +24,14 @@ class SegmentorGraph(nn.Module):
         check(min(size) >= 1, 'size', size, 'two positive numbers of pixels, height and width')
         self.segmentor = segmentor
         self.size = size
-        self.padding, self.pad_value = _padding(segmentor.data_preprocessor, size)
-        right, below = self.padding
+        preprocessor: Any = segmentor.data_preprocessor
+        # pixels that are added at the right and below, as mmseg's tests do
+        config = getattr(preprocessor, 'test_cfg', None) or {}
+        fixed, divisor = config.get('size'), config.get('size_divisor') or 1
+        height, width = fixed or (-(-side // divisor) * divisor for side in size)
+        right, below = self.padding = (width - size[1], height - size[0])
+        check(min(self.padding) >= 0, 'size', size, f'at most {(height, width)}, of padded images')
+        self.pad_value = float(getattr(preprocessor, 'pad_val', 0))
         self.windows = _windows(segmentor.test_cfg, (size[0] + below, size[1] + right))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,16 +39,13 @@ class SegmentorGraph(nn.Module):
         right, below = self.padding
         padded = F.pad(images, (0, right, 0, below), value=self.pad_value)
         cut = torch.stack([padded[:, :, rows, columns] for rows, columns in self.windows])
-        whole = self._averaged(self._window_logits(cut.flatten(0, 1)), padded)
-        logits = whole[:, :, : self.size[0], : self.size[1]]
+        shape = torch.Size([int(side) for side in cut.shape[3:]])
+        meta = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape}
+        found = self.segmentor.encode_decode(cut.flatten(0, 1), [meta])
+        logits = self._averaged(found, padded)[:, :, : self.size[0], : self.size[1]]
         if logits.shape[1] == 1:  # mmseg's head of two classes
             return logits, (logits.sigmoid() > self.segmentor.decode_head.threshold)[:, 0].long()
         return logits, logits.argmax(dim=1)
-
-    def _window_logits(self, windows: Tensor) -> Tensor:
-        shape = torch.Size([int(side) for side in windows.shape[2:]])
-        meta: dict[str, Any] = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape}
-        return self.segmentor.encode_decode(windows, [meta])
 
     def _averaged(self, logits: Tensor, padded: Tensor) -> Tensor:
         """Windows (N * B, C, h, w) put together: (B, C, H, W)."""
@@ -57,16 +60,6 @@ class SegmentorGraph(nn.Module):
             total = total + F.pad(each[index], sides)
             count[rows, columns] += 1
         return total / count
-
-
-def _padding(preprocessor: Any, size: tuple[int, int]) -> tuple[tuple[int, int], float]:
-    """Pixels to add at the right and below as mmseg's tests do, and their value."""
-    config = getattr(preprocessor, 'test_cfg', None) or {}
-    fixed, divisor = config.get('size'), config.get('size_divisor') or 1
-    height, width = fixed or (-(-side // divisor) * divisor for side in size)
-    fits = height >= size[0] and width >= size[1]
-    check(fits, 'size', size, f'at most {(height, width)}, to which tests pad their images')
-    return (width - size[1], height - size[0]), float(getattr(preprocessor, 'pad_val', 0))
 
 
 def _windows(config: Any, size: tuple[int, int]) -> list[Window]:

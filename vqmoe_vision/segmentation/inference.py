@@ -85,10 +85,7 @@ class Predictor:
     ) -> None:
         settings = load_config(config, options)
         for name in ('model', 'test_dataloader'):
-            given = settings.get(name)
-            check(
-                given is not None, f'{config}: {name}', given, 'a config, or nothing is predicted'
-            )
+            check(settings.get(name) is not None, f'{config}: {name}', None, 'a config')
         init_default_scope(settings.get('default_scope', 'mmseg'))
         field, dataset = 'test_dataloader.dataset', settings.test_dataloader.dataset
         first, *others = innermost(dataset)
@@ -98,8 +95,11 @@ class Predictor:
         metainfo = complete_metainfo(kind, first.get('metainfo'))
         self.classes: tuple[str, ...] = tuple(metainfo['classes'])
         self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
-        steps = _steps(first)
-        alike = all(_steps(other) == steps for other in others)
+        steps, *different = (
+            [step for step in each.get('pipeline', ()) if step.type not in LOADING]
+            for each in (first, *others)
+        )
+        alike = all(other == steps for other in different)
         check(alike, f'{config}: {field}', dataset.type, 'data sets that prepare images alike')
         self.load = image_loader(dataset)
         self.pipeline = Compose(steps)
@@ -119,24 +119,16 @@ class Predictor:
         height, width = pixels.shape[:2]
         with named(f'{name}, of {width}x{height} pixels,'):
             data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
-        batch = {key: [value] for key, value in data.items()}
-        (sample,) = self.model.test_step(batch)
+        (sample,) = self.model.test_step({key: [value] for key, value in data.items()})
         labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()
         mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
 
 
-def _steps(dataset: Any) -> list[Any]:
-    """What a data set's pipeline does with an image at hand."""
-    return [step for step in dataset.get('pipeline', ()) if step.type not in LOADING]
-
-
 def list_images(images: Any) -> list[Any]:
     """The files and arrays that `predict` was asked for."""
-    if isinstance(images, np.ndarray):
-        return [images]
     if not isinstance(images, str | Path):
-        return list(images)
+        return [images] if isinstance(images, np.ndarray) else list(images)
     if not Path(images).is_dir():
         return [images]
     files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)

@@ -87,9 +87,10 @@ class LoadImage(LoadImageFromFile):
 
     def shifted(self, pixels: np.ndarray) -> np.ndarray:
         """An image (H, W, 3) uint8 BGR as the corruption leaves it, if there is one."""
-        if self.corrupt is None:
-            return pixels
-        return np.ascontiguousarray(self.corrupt(pixels[..., ::-1])[..., ::-1])  # it takes RGB
+        rgb = pixels[..., ::-1]
+        return (
+            pixels if self.corrupt is None else np.ascontiguousarray(self.corrupt(rgb)[..., ::-1])
+        )
 
     def read(self, path: str, label_path: str | None = None) -> np.ndarray:
         """Reads an image, and corrupts it if that is asked for.
@@ -117,8 +118,7 @@ class LoadImage(LoadImageFromFile):
                 turn = orientation(image)
                 if isinstance(image, JpegImageFile):
                     turns = self.imdecode_backend != 'turbojpeg'
-                    flag = 'color_ignore_orientation' if turns else 'color'
-                    pixels = self._decode(content, flag)
+                    pixels = self._decode(content, 'color_ignore_orientation' if turns else 'color')
                 else:
                     pixels = stored(np.asarray(read_rgb(image, str(path)))[..., ::-1], turn)
         except (OSError, AttributeError, AssertionError, cv2.error) as error:
@@ -135,8 +135,7 @@ class LoadImage(LoadImageFromFile):
     def _label_shape(self, path: str | None) -> tuple[int, ...] | None:
         if path is None or not fileio.exists(path, backend_args=self.backend_args):
             return None  # a test may have the place of label maps, but none
-        content = fileio.get(path, backend_args=self.backend_args)
-        with opened(io.BytesIO(content), path) as labels:
+        with opened(io.BytesIO(fileio.get(path, backend_args=self.backend_args)), path) as labels:
             turn = _turned(labels)
             return stored(np.asarray(labels), turn).shape[:2]
 
@@ -148,10 +147,9 @@ def _turned(image: Any) -> int:
 
 def image_loader(dataset: dict[str, Any], **defaults: Any) -> LoadImage:
     """What reads the images of a data set, with the options that its pipeline gives."""
-    steps = [step for inner in innermost(dataset) for step in inner.get('pipeline') or ()]
     options = [
         {name: value for name, value in step.items() if name != 'type'}
-        for step in steps
+        for step in [step for inner in innermost(dataset) for step in inner.get('pipeline') or ()]
         if step['type'] in LOADING_IMAGES
     ]
     if any(other != options[0] for other in options):
@@ -191,8 +189,7 @@ class LoadLabels(LoadAnnotations):
         allowed = f'left out, the data set has {num_classes} classes'
         check(own in (None, num_classes), 'LoadAnnotations.num_classes', own, allowed)
         try:
-            content = fileio.get(path, backend_args=self.backend_args)
-            with opened(io.BytesIO(content), path) as file:
+            with opened(io.BytesIO(fileio.get(path, backend_args=self.backend_args)), path) as file:
                 turn, shape, bands = _turned(file), file.size[::-1], len(file.getbands())
                 # all other modes have 8 bits or fewer
                 wide = np.asarray(file) if file.mode.startswith(('I', 'F')) else np.empty(0)

@@ -31,8 +31,7 @@ def loss_by_feat(self: BaseDecodeHead, seg_logits: Tensor, batch_data_samples: A
     chosen = device != 'meta' and torch.is_autocast_enabled(device)
     if seg_logits.dtype in _LOW and not chosen:  # autocast takes float32 by itself
         seg_logits = seg_logits.float()
-    losses: dict = _theirs(self, seg_logits, batch_data_samples)
-    return losses
+    return _theirs(self, seg_logits, batch_data_samples)
 
 
 def accuracy(pred: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -1,7 +1,5 @@
 """Released Segmenters of mmsegmentation and of rstrudel/segmenter, in the names of ours."""
 
-from __future__ import annotations
-
 from vqmoe_vision.models.compat import StateDict, part_of
 from vqmoe_vision.models.fitting import from_mmseg, is_of_mmseg, replaced
 

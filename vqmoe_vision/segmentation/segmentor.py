@@ -72,16 +72,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     @drawn_apart(0)
     def _init_decode_head(self, decode_head: Any) -> None:
-        allowed = "'TimmViT'; mmseg's EncoderDecoder takes others"
-        known = isinstance(self.backbone, TimmViT)
-        check(known, 'model.backbone.type', type(self.backbone).__name__, allowed)
+        kind = type(self.backbone)
+        check(issubclass(kind, TimmViT), 'model.backbone.type', kind.__name__, "'TimmViT'")
         if self._neck is not None:
             width = self.backbone.model.embed_dim
             levels = [width] * len(self.backbone.out_indices)
             sizes = dict(in_channels=levels, out_channels=width, embed_dim=width)
             self.neck = MODELS.build(_completed(self._neck, **sizes))
-        allowed = 'one head, as there are no cascades here; others are model.auxiliary_head=[...]'
-        check(isinstance(decode_head, dict), 'model.decode_head', decode_head, allowed)
+        check(isinstance(decode_head, dict), 'model.decode_head', decode_head, 'one head')
         super()._init_decode_head(self._fitted(decode_head))
 
     @drawn_apart(2)
@@ -114,9 +112,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         heads = []
         for config in auxiliary_head if several else filter(None, [auxiliary_head]):
             heads.append(head := self._fitted(config, num_classes=self.num_classes))
-            own = head.get('num_classes', self.num_classes)
-            allowed = f'{self.num_classes}, as model.decode_head.num_classes'
-            check(own == self.num_classes, 'model.auxiliary_head.num_classes', own, allowed)
+            own, number = head.get('num_classes', self.num_classes), self.num_classes
+            check(own == number, 'model.auxiliary_head.num_classes', own, f'{number}, as all heads')
         super()._init_auxiliary_head(heads if several else next(iter(heads), None))
 
     def _fitted(self, head: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -166,9 +163,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         height, width = size or own
         known = self.known_normalization or normalization_of(self.data_preprocessor)
         converted = converts_channels(self.data_preprocessor)
-        about: dict[str, Any] = {'channels': 'RGB' if converted else 'BGR'}
-        if known is not None:
-            about |= {'mean': list(known.mean), 'std': list(known.std)}
+        numbers = {} if known is None else {k: list(v) for k, v in vars(known).items()}
+        about = {'channels': 'RGB' if converted else 'BGR', **numbers}
         graph = SegmentorGraph(self, (height, width))
         return Exportable(graph, (3, height, width), ('logits', 'labels'), about)
 
@@ -199,17 +195,15 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def _labelled_as_covered(self, data_samples: list) -> list:
         """Samples with label maps as large as what feature maps cover; what is new is ignored."""
-        found = []
-        for sample in data_samples:
+        found = [sample.clone() for sample in data_samples]
+        for sample in found:
             labels = sample.gt_sem_seg.data
             height, width = labels.shape[-2:]
             rows, columns = self._covered(height, width)
-            if (rows, columns) != (height, width):
-                sides = 0, columns - width, 0, rows - height
+            sides = 0, columns - width, 0, rows - height
+            if any(sides):
                 filled = F.pad(labels, sides, value=self.decode_head.ignore_index)
-                sample = sample.clone()
                 sample.gt_sem_seg = PixelData(data=filled)
-            found.append(sample)
         return found
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:

@@ -52,9 +52,8 @@ def source(
 ) -> Source:
     """What a survey of a segmentor looks at."""
     normalization = normalization_of(preprocessor)
-    allowed = "one of mmengine's kind, of which it is known how it normalises images"
     kind = type(preprocessor).__name__
-    check(normalization is not None, 'model.data_preprocessor.type', kind, allowed)
+    check(normalization is not None, 'model.data_preprocessor.type', kind, "one of mmengine's kind")
     assert normalization is not None
     if folder is not None:
         files = image_files(folder)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +75,18 @@ class OverlayHook(SegVisualizationHook):
         self._drawn: Counter[str] = Counter()
         self._load = LoadImage(backend_args=backend_args)
 
-    def before_val(self, runner: Runner) -> None:
-        """Reads images as the validation does."""
-        self._read_as(runner, 'val_dataloader')
-
     def before_test(self, runner: Runner) -> None:
         """A test begins to number its pictures, and reads their images as it does."""
         self._drawn.clear()
-        self._read_as(runner, 'test_dataloader')
+        self.before_val(runner, 'test_dataloader')
 
-    def _read_as(self, runner: Runner, loader: str) -> None:
+    def before_val(self, runner: Runner, loader: str = 'val_dataloader') -> None:
+        """Reads images as the validation does.
+
+        Args:
+            runner: Of the run.
+            loader: Field of the config, of its data loader.
+        """
         if self.draw and isinstance(config := runner.cfg.get(loader), dict):
             self._load = image_loader(config['dataset'], backend_args=self.backend_args)
 
@@ -94,13 +95,12 @@ class OverlayHook(SegVisualizationHook):
         runner: Runner,
         batch_idx: int,
         data_batch: Any = None,
-        outputs: Sequence[Any] | None = None,
+        outputs: Any = None,
     ) -> None:
         """Draws the first prediction of a batch, where it is its turn."""
         step = runner.iter + batch_idx
         if not self.draw or step % self.interval:
             return
-        assert outputs is not None
         self._draw(data_batch['inputs'][0], outputs[0], 'val_', step)
 
     def after_test_iter(
@@ -108,12 +108,11 @@ class OverlayHook(SegVisualizationHook):
         runner: Runner,
         batch_idx: int,
         data_batch: Any = None,
-        outputs: Sequence[Any] | None = None,
+        outputs: Any = None,
     ) -> None:
         """Draws every prediction of a batch."""
         if not self.draw:
             return
-        assert outputs is not None
         inputs = data_batch['inputs']
         if not isinstance(inputs[0], Tensor):
             inputs = inputs[0]  # an augmented test: the first version of each image
