@@ -97,7 +97,11 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
 
 def test_signs_that_latex_takes_for_others_and_unequal_compute(fill, says) -> None:
     # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
-    scores = {'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02], 'dear': [1.0, 2.0, 3.0]}
+    scores = {
+        'dense': [10.0, 20.0, 30.0],
+        'better': [20.0, 30.01, 40.02],
+        'dear': [11.0, 21.0, 31.0],
+    }
     says('table', fill(scores, better={'macs': 10_400_000}, dear={'macs': 10_600_000}))
     shown, tex = (TABLES / 'spec.md').read_text(), (TABLES / 'spec.tex').read_text()
     assert '| (<0.001) ' in shown and r' & (\textless{}0.001) & ' in tex

@@ -88,7 +88,8 @@ def backbone_of(path: str, config: Config, of_all_rows: Sequence[str] = ()) -> B
         check(size in SIZES, f'{path}: {field}.model_name', name, f'of a size of {[*SIZES]}')
     dense, blocks = size is None and moe is None, 2
     if not dense:
-        depth = parse_options(of_all_rows).get(f'{field}.depth', model.get('depth'))
+        given = parse_options([each for each in of_all_rows if each.startswith(f'{field}.depth=')])
+        depth = given.get(f'{field}.depth', model.get('depth'))
         depth = depth or (SIZES[size]['depth'] if size else _depth(name))
         blocks = len(resolve_moe_layers((moe or {}).get('moe_layers', MOE_LAYERS), depth))
     started = any(model.get(weights) for weights in STARTS)

@@ -156,7 +156,7 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
         source = read_comparison(words[0], (*within, path))
         choose(f'{path}: start: row', [words[1]], source.rows)
         given['start'] = source, *words[1:]
-    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     return Comparison(Path(path).stem, **fields)
 
 
