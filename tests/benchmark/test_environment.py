@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmark.environment import MALLOC
 
+TOOLS = Path(__file__).parents[2] / 'tools'
 PROGRAM = """
 import os
 from benchmark.environment import MALLOC, restart_prepared
@@ -25,3 +27,9 @@ def test_restarts_once_with_the_environment_it_needs() -> None:
     assert lines[1].startswith('3 ')
     if 'MALLOC_TOP_PAD_' in lines[0]:  # glibc
         assert lines[1] == ' '.join(['3', *MALLOC.values()])
+
+
+def test_the_program_finds_its_package_beside_it(tmp_path: Path) -> None:
+    """Both are called benchmark, and only the folder of the program is on the path."""
+    command = [sys.executable, TOOLS / 'benchmark.py', 'moe', '-h']
+    assert '--contenders' in subprocess.check_output(command, text=True, cwd=tmp_path)

@@ -71,7 +71,7 @@ def vit(width):
 @pytest.mark.parametrize(
     ('width', 'what'), [*zip(WIDTHS, ('ours', 'layer', 'network'), strict=True)]
 )
-def test_an_moe_is_held_to_its_share_over_dense(measured, tmp_path, width, what, form):
+def test_an_moe_is_held_to_its_share_over_dense(measured, tmp_path, capsys, width, what, form):
     smoe, dense = vit(width) if what == 'network' else (what, 'dense')
     # both forms, lest the compiled one be slower than the eager one
     at_most = OVER_DENSE[width]
@@ -83,29 +83,40 @@ def test_an_moe_is_held_to_its_share_over_dense(measured, tmp_path, width, what,
     (name,) = missed(run)
     assert name.startswith(f'{smoe}{form}') and f' over {dense}{form} at 128 x 197' in name
     assert status == 0  # a report, unless asked for
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('missed'))
+    assert line.split()[1:3] == [f'{at_most + 0.001:.2f}', f'{at_most:g}'] and name in line
     assert check(tmp_path, '--gate')[1] == 1
 
 
-def test_a_run_is_saved_after_each_part_and_goes_on_after_one_that_fails(
-    measured, monkeypatch, tmp_path
-):
+def test_a_run_is_saved_after_each_part(measured, monkeypatch, tmp_path):
     file, saved = tmp_path / 'row.json', []
+
+    def methods(settings):
+        saved.append(json.loads(file.read_text()))
+        return []
+
+    def layers(preset, settings):
+        raise WrongResultError('ours is off; not timed')
 
     def networks(preset, settings):
         saved.append(json.loads(file.read_text()))
         return timed(preset, settings)
 
-    def layers(preset, settings):
-        raise WrongResultError('ours is off; not timed')
-
     timed = gpu.run_networks
     monkeypatch.setattr(gpu, 'check_kernels', lambda settings: [WRONG])
+    monkeypatch.setattr(gpu, 'check_methods', methods)
     monkeypatch.setattr(gpu, 'run_layers', layers)
     monkeypatch.setattr(gpu, 'run_networks', networks)
     run, status = check(tmp_path)
     assert status == 1
-    parts = [row.get('step') for row in saved[0]['failed']]
+    assert saved[0]['kernels'] == saved[0]['failed'] == [WRONG] and 'methods' not in saved[0]
+    # each width of the layers fails, and the networks of each are timed and saved all the same
+    parts = [row.get('step') for row in saved[1]['failed']]
     assert parts == [None, *(f'layers of width {width}' for width in WIDTHS)]
-    assert 'WrongResultError: ours is off' in saved[0]['failed'][1]['result']
-    sizes = [{row['width'] for row in after['networks']} for after in (*saved[1:], run)]
+    assert 'WrongResultError: ours is off' in saved[1]['failed'][1]['result']
+    saves = (*saved[2:], run)
+    sizes = [{row['width'] for row in after['networks']} for after in saves]
     assert sizes == [{384}, {384, 768}, {384, 768, 1024}]
+    judged = [sum(row['result'] == 'met' for row in after['limits']) for after in saves]
+    assert judged == sorted(set(judged)) and judged[0] > 0
+    assert list(run['seconds'])[:3] == ['kernels', 'methods', 'configs']

@@ -14,6 +14,7 @@ from benchmark.inputs import Inputs, skewed_routing
         (8, 1, 5.0, 150),
         (8, 1, 1.0, 30),
         (8, 2, 4.0, 240),
+        (4, 2, 1.5, 180),
         (1, 1, 1.0, 240),
     ],
 )
@@ -26,8 +27,15 @@ def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest) ->
     assert counts.sum() == 240 * top_k
 
 
+def test_no_token_goes_to_an_expert_twice(cell: Cell) -> None:
+    indices = Inputs(cell).batch(0).indices
+    assert (indices[:, 0] != indices[:, 1]).all()
+
+
 def test_a_round_repeats_and_the_next_differs(cell: Cell) -> None:
-    first, again, second = (vars(Inputs(cell).batch(index)) for index in (0, 0, 1))
-    assert (first['indices'][:, 0] != first['indices'][:, 1]).all()
-    for name, value in first.items():
-        assert torch.equal(value, again[name]) and not torch.equal(value, second[name])
+    first, again, second = (Inputs(cell).batch(index) for index in (0, 0, 1))
+    for a, b, other in zip(
+        *(vars(batch).values() for batch in (first, again, second)), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, other)

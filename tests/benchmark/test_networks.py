@@ -21,7 +21,8 @@ def test_every_method_equals_its_loops(method: str) -> None:
     check_against_loops(network(method))
 
 
-def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('method', METHODS)
+def test_a_wrong_backend_is_not_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Experts.forward
 
     def wrong(self: Experts, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -29,4 +30,4 @@ def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Experts, 'forward', wrong)
     with pytest.raises(WrongResultError, match='differs from the plain loop; not timed'):
-        check_against_loops(network('smoe'))
+        check_against_loops(network(method))

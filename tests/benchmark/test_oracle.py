@@ -16,13 +16,24 @@ from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.routing import Routing
 
 
+def changed(**fields) -> Callable[[Cell], Cell]:
+    return lambda cell: dataclasses.replace(cell, **fields)
+
+
 @pytest.mark.parametrize('name', [name for name in OURS if name != 'loop'])
 @pytest.mark.parametrize('backward', [True, False])
 @pytest.mark.parametrize(
-    'change', [{'top_k': 1}, {'dtype': 'float64'}, {'dtype': 'bfloat16', 'amp': True}]
+    'change',
+    [
+        changed(),
+        changed(top_k=1),
+        changed(dtype='float64'),
+        changed(dtype='bfloat16'),
+        changed(dtype='bfloat16', amp=True),
+    ],
 )
 def test_ours_equals_the_loop(name: str, backward: bool, change, cell: Cell) -> None:
-    cell, settings = dataclasses.replace(cell, **change), Settings(backward=backward)
+    cell, settings = change(cell), Settings(backward=backward)
     inputs = Inputs(cell)
     try:
         (contender,) = OURS[name](cell, settings, inputs)
