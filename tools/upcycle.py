@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from vqmoe_vision.engine.upcycle import upcycle
+    from vqmoe_vision.engine.publish import upcycle
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; upcycling needs: pip install '.[train]'")
 

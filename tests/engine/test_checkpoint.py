@@ -13,7 +13,6 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
-from safetensors.torch import save_file
 
 from vqmoe_vision.engine import checkpoint, trained
 from vqmoe_vision.engine.checkpoint import read_state, start_from
@@ -216,16 +215,6 @@ def test_a_flipped_bit_is_found_whatever_follows_the_file(more: int, tmp_path: P
     path.write_bytes(content + bytes(more))  # torch reads on to the end; zipfile looks less far
     with pytest.raises(ValueError, match='is damaged'):
         read_state(str(path))
-
-
-def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:
-    state = {'w': torch.ones(2)}
-    write(tmp_path / 'run.pth')
-    torch.save(state, tmp_path / 'timm.pth')
-    save_file(state, tmp_path / 'timm.safetensors')
-    for name in ('run.pth', 'timm.pth', 'timm.safetensors'):
-        read = read_state(str(tmp_path / name))
-        assert read.keys() == {'w'} and torch.equal(read['w'], state['w']), name
 
 
 def built_by(field: str, path: str) -> dict[str, Any]:

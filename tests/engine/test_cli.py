@@ -1,28 +1,23 @@
 """The command line from end to end, on the embedded digits and a model of a few hundred weights."""
 
-import errno
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from vqmoe_vision.engine import NonFiniteError, cli, optim
+from vqmoe_vision.engine import cli, optim
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config, train
-from vqmoe_vision.engine.command import one_line
 from vqmoe_vision.engine.optim import use_amp
 
-from ..logs import reports
 from ..rows import CONFIGS
 
 DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
@@ -75,15 +70,6 @@ def test_training_leaves_last_and_best_checkpoint_and_logs(trained: Path) -> Non
     for part in ('train_epoch', 'val'):
         assert {f'{part}/{layer}/load_unused', f'{part}/{layer}/code_usage_perplexity'} <= names
     assert list(trained.glob('*/vis_data/events.out.tfevents*'))
-
-
-def test_log_shows_time_left_and_one_report_per_layer_and_epoch(trained: Path) -> None:
-    told = reports(trained)
-    steps = [report for report in told if 'Epoch(train)' in report]
-    assert steps and all('eta: ' in step and 'blocks.' not in step for step in steps)
-    assert not any('base_lr' in step for step in steps)  # as `lr`
-    assert len([r for r in told if re.search(r'train_epoch  blocks.1.mlp\s+load ', r)]) == 2
-    assert all(len(line) <= 100 for report in told for line in report.splitlines())
 
 
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
@@ -207,10 +193,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['model.moe.foo=1'], 'model.moe.foo=1 is not'),
         (['model.model_name=vit_tiny_vqmo'], "model.model_name='vit_tiny_vqmo' is not"),
         (['model.moe=None', 'model.moe.top_k=2'], '--cfg-options model.moe model.moe.top_k: '),
-        (['model.num_heads=5'], 'dim should be divisible by num_heads'),
         (['model.num_classes=7'], 'model.num_classes=7'),
-        (['model.number_experts=2'], 'number_experts'),
-        (['activation_checkpointing=model.blocks'], "activation_checkpointing='model.blocks'"),
         (["activation_checkpointing=['model.blocks.1.mlp.router']"], 'activation_checkpointing='),
         (['runner_type=Foo'], "runner_type='Foo' is not"),
         (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
@@ -220,10 +203,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
         (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
         (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not"),
-        (['train_cfg.max_epoch=1'], 'max_epoch'),
         (["custom_hooks=[{'type': 'EMAHook'}]"], "custom_hooks=['EMAHook'] is not"),
-        (['default_hooks.ema.type=EMA'], 'EMA is not in the'),
-        (['train_dataloader.dataset.dev_size=-1'], 'dev_size'),
     ],
 )
 def test_mistake_in_options_is_one_line(
@@ -273,42 +253,6 @@ def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path
     assert 'is (1, 9, 12), the model has (1, 9, 24)' in text and '\n' not in text
 
 
-STOCK = """
-default_scope = 'mmseg'
-model = dict(type='EncoderDecoder')
-test_dataloader = dict(dataset=dict(type='BaseSegDataset', pipeline=[]))
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='TestTimeAug', transforms=[[dict(type='LoadAnnotations')]]),
-]
-tta_model = dict(type='SegTTAModel')
-"""
-
-
-def test_an_augmented_test_reads_files_as_the_test_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Config] = []
-    monkeypatch.setattr(Runner, 'from_cfg', seen.append)
-    (path := tmp_path / 'stock.py').write_text(STOCK)
-    with pytest.raises(SystemExit):  # there is no runner
-        cli.test([str(path), str(path), '--tta', '--work-dir', str(tmp_path)])
-    image, augmented = seen[0].test_dataloader.dataset.pipeline
-    assert image.type == 'LoadImage' and augmented.transforms[0][0].type == 'LoadLabels'
-    assert seen[0].model.module.type == 'EncoderDecoder'
-
-
-def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Runner, 'from_cfg', lambda c: used.append(c.work_dir))
-    monkeypatch.setattr('sys.exit', lambda _: None)  # there is no runner to train
-    train([config])
-    train([config, '--cfg-options', 'work_dir=b'])
-    train([config, '--work-dir', 'c', '--cfg-options', 'work_dir=b'])
-    assert used == [str(Path('work_dirs/tiny')), 'b', 'c']
-
-
 @pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, 'float16')])
 def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
     config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str
@@ -338,35 +282,8 @@ def test_amp_on_a_cpu_takes_a_config_for_a_gpu(
     for each in (plain, settings):
         use_amp(each)
     assert settings.optim_wrapper == plain.optim_wrapper
-    said = "optim_wrapper.dtype='float16', optim_wrapper.loss_scale='dynamic' is for GPUs"
-    assert [said in line for line in lines] == [True] * bool(options)
+    assert len(lines) == 2 * bool(options) and all('is for GPUs' in line for line in lines)
     build_optim_wrapper(torch.nn.Linear(1, 1), settings.optim_wrapper)
-
-
-@pytest.mark.parametrize(
-    ('error', 'text'),
-    [
-        (NonFiniteError('x became nan'), 'x became nan'),
-        (
-            ValueError('class `A` in a/b.py: class `B` in c/d.py: top_k=3 is bad'),
-            'top_k=3 is bad',
-        ),
-        (
-            ValueError(
-                'Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most '
-                'recent call last):\n  File "x.py"\nValueError: a.png cannot be read'
-            ),
-            'a.png cannot be read',
-        ),
-        (TypeError('one\n  two'), 'TypeError: one two'),
-        (
-            OSError(errno.ENOSPC, 'No space left on device'),  # of a log, which names no file
-            'No space left on device: free some space; the checkpoints in the work dir are intact',
-        ),
-    ],
-)
-def test_one_line(error: Exception, text: str) -> None:
-    assert one_line(error) == text
 
 
 AVERAGES = ['default_hooks.ema.type=EMAHook', 'default_hooks.ema.momentum=0.001']

@@ -1,7 +1,6 @@
 """A tool whose output is a pipe."""
 
 import argparse
-import io
 import os
 import signal
 from collections.abc import Callable
@@ -23,10 +22,6 @@ def prints(length: int, _: argparse.Namespace) -> None:
     print('-' * length)
 
 
-def loses_another_pipe(_: argparse.Namespace) -> None:
-    raise BrokenPipeError(32, 'Broken pipe')
-
-
 def tool(_rank: int, action: Callable[[argparse.Namespace], None], errors: Path) -> None:
     """What it prints goes where nobody reads any more."""
     parser = argparse.ArgumentParser()
@@ -44,16 +39,6 @@ def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length: int, tmp_
         spawn(tool, (partial(prints, length), tmp_path / 'errors'), 1)
     assert ended.value.exit_code == -signal.SIGPIPE
     assert (tmp_path / 'errors').read_text() == ''
-
-
-@pytest.mark.usefixtures('capfd')  # whose output is a file, as a shell's may be
-@pytest.mark.parametrize('output', ['file', None, io.StringIO()], ids=['file', 'none', 'text'])
-def test_another_broken_pipe_is_an_error(output: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    if output != 'file':
-        monkeypatch.setattr('sys.stdout', output)
-    with pytest.raises(SystemExit) as ended:
-        run(argparse.ArgumentParser(), [], loses_another_pipe)
-    assert ended.value.code == 'error: BrokenPipeError: [Errno 32] Broken pipe'
 
 
 DIGITS = str(CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py')

@@ -11,7 +11,6 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
-from vqmoe_vision import config_path
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.config import (
@@ -23,7 +22,6 @@ from vqmoe_vision.engine.config import (
 )
 from vqmoe_vision.engine.trained import scope_of
 
-from ..rows import CONFIGS
 from .test_cli import DIGITS
 
 DOCUMENT = (Path(__file__).parents[2] / 'docs/commands.md').read_text().replace('\\\n', ' ')
@@ -111,14 +109,6 @@ def test_documented_options_are_read_and_make_an_optimizer(options: str) -> None
 
 CIFAR = 'classification/cifar10.py'
 NAME = f'vqmoe_vision::{CIFAR}'
-
-
-def test_a_config_of_the_package_by_name() -> None:
-    assert Path(config_path(CIFAR)) == CONFIGS / CIFAR
-    options = {'train_cfg.max_epochs': 3}
-    assert load_config(NAME, options).to_dict() == (
-        load_config(str(CONFIGS / CIFAR), options).to_dict()
-    )
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,6 @@ def test_a_work_dir_and_what_is_published_of_it(run: Path, tmp_path: Path) -> No
     assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
 
 
-def test_a_name_whose_weights_come_with_the_package(tmp_path: Path) -> None:
-    out = tmp_path / 'model.pt2'
-    export(['test_vit_vqmoe', str(out), '--batch', '2', '--cfg-options', 'form=discrete'])
-    model = timm.create_model('test_vit_vqmoe', pretrained=True, form='discrete').eval()
-    images = torch.randn(2, 3, 32, 32)
-    found = torch.export.load(out).module()(images)
-    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
-    assert about(out)['classes'][3] == 'cat'
-
-
 SIZES = {'img_size': 32, 'num_classes': 5}
 # of timm, ours with experts, one of timm's with experts, and one that is no vision transformer
 MODELS: dict[str, tuple[str, dict | None, dict[str, Any]]] = {
@@ -139,9 +129,7 @@ def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path: Path) -> Non
     [
         (['RUN', 'OUT.pb'], '^error: out='),
         (['RUN', 'OUT.pt2', '--opset', '20'], '^error: --opset=20'),
-        (['RUN', 'OUT.pt2', '--batch', '0'], '^error: batch=0'),
         (['RUN', 'OUT.pt2', '--size', '32', '32'], r'size=\(32, 32\)'),
-        (['RUN', '/proc/none/model.pt2'], 'folder /proc/none cannot be written'),
         (['RUN/run.py', 'OUT.pt2'], '^error: source='),
         (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
         ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model'),
@@ -149,10 +137,8 @@ def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path: Path) -> Non
         (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], '^error: checkpoint='),
         (['local-dir:RUN', 'OUT.pt2', *CHANGED, 'pretrained=True'], '^error: pretrained=True'),
         ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'], '^error: checkpoint_path='),
-        ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'model_name=x'], '^error: model_name='),
         # what would be random in the file
         (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
-        (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_heads=4'], 'num_heads=3'),
     ],
     ids=str,
 )

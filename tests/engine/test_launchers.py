@@ -36,11 +36,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, '_PATIENCE', 0.0)
 
 
-def test_a_launcher_that_did_not_start_the_process_is_named() -> None:
-    with pytest.raises(ValueError, match=r"--launcher='slurm' .*SLURM_PROCID"), together('slurm'):
-        pass
-
-
 def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
     monkeypatch.setenv('WORLD_SIZE', '8')
@@ -56,7 +51,7 @@ def test_a_rank_is_named_in_its_error(
 ) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RankError, match=r'^rank 3: mine$'), together('slurm'):
+    with pytest.raises(RankError, match=r"3, ValueError\('mine'\)"), together('slurm'):
         print('not of the first')
         assert [os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')] == ['3', '8', '1']
         raise ValueError('mine')

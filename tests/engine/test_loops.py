@@ -9,7 +9,7 @@ import timm
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.logging import MessageHub
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,9 +22,7 @@ from vqmoe_vision.engine.seeding import (
     SeededSampler,
     check_batches,
     keep_accumulated,
-    progress_of,
     restore_accumulated,
-    validation_was_cut_off,
 )
 
 
@@ -71,48 +69,6 @@ def test_a_batch_that_no_epoch_fills_is_refused_and_one_of_several_rounds_is_not
     else:
         check_batches(runner)
         assert len(next(iter(loader))) == 6
-
-
-class Epochs(EpochBasedTrainLoop):
-    def run_epoch(self) -> None:
-        self._epoch += 1
-
-
-class Iterations(IterBasedTrainLoop):
-    def run_iter(self, data_batch: Any) -> None:
-        self._iter += 1
-
-
-LOOPS = {'max_epochs': Epochs, 'max_iters': Iterations}
-
-
-@pytest.mark.parametrize('limit', LOOPS)
-def test_a_validation_is_owed_where_the_loop_validates(limit: str) -> None:
-    validated: list[int] = []
-    runner: Any = SimpleNamespace(
-        call_hook=lambda *_: None,
-        model=nn.Identity(),
-        message_hub=MessageHub(f'owed, {limit}'),
-        _resume=True,
-        iter=-1,
-        visualizer=SimpleNamespace(),
-        val_loop=SimpleNamespace(run=lambda: validated.append(progress_of(runner)[0])),
-    )
-
-    def loop() -> Any:
-        more = {'val_interval': 3, 'dynamic_intervals': [(6, 2)], limit: 11}
-        runner.train_loop = LOOPS[limit](runner, DataLoader(range(20)), **more)
-        return runner.train_loop
-
-    loop().run()
-    assert validated == [3, 6, 8, 10, 11]
-    owed = []
-    for done in range(12):
-        resumed = loop()
-        resumed._epoch = resumed._iter = done
-        if validation_was_cut_off(runner):
-            owed.append(done)
-    assert owed == validated
 
 
 @pytest.mark.parametrize(

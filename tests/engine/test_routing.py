@@ -9,8 +9,7 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.engine import RoutingStatistics
 from vqmoe_vision.engine.model import lines_of
-from vqmoe_vision.engine.routing_log import SAMPLED, _change, read_history
-from vqmoe_vision.engine.routing_log import _picked as picked
+from vqmoe_vision.engine.routing_log import _change, read_history
 from vqmoe_vision.engine.routing_log import _sample as sample
 from vqmoe_vision.moe import METHODS
 
@@ -127,30 +126,6 @@ def test_losses_and_weights_are_those_of_a_run_without(
     with_history = recorded.model.state_dict()
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, with_history[name]), name
-
-
-def test_change_by_hand() -> None:
-    # |(3, 4) - (0, 0)| / |(3, 4)| = 1; |(6, 8) - (3, 4)| / |(6, 8)| = 5 / 10
-    old, new = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
-    zero = torch.zeros(2)
-    before = {'router': zero, 'experts': old, 'gate': zero}
-    now = {'router': old, 'experts': new, 'gate': zero}
-    assert _change(before, now) == {'router': 1.0, 'experts': 0.5, 'gate': 0.0}
-
-
-def test_a_sample_stands_for_all_weights() -> None:
-    weights = torch.randn(40, SAMPLED)
-    # of n entries a squared norm is known to sqrt(2 / n) = 1.1 %, the norm to half of it
-    assert picked(weights).norm().item() == pytest.approx(weights.norm().item(), rel=0.03)
-    assert torch.equal(picked(weights), picked(weights))
-    state = torch.get_rng_state()
-    picked(weights)
-    assert torch.equal(torch.get_rng_state(), state)  # a run that does not reseed would differ
-    few = torch.randn(3, 5)
-    kept = picked(few)
-    assert torch.equal(kept, few.flatten())
-    few.zero_()
-    assert kept.norm() > 0  # a copy
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -138,10 +138,3 @@ def test_a_wrapper_keeps_the_seeds_of_samples(name: str, sampler: Any) -> None:
     assert drawn(1) == drawn(2) == first
     # the second round of a sample is no repetition of the first
     assert len(set(first)) == len(dataset)
-
-
-def test_numbers_of_numpy_keep_the_seed() -> None:
-    index = next(iter(SeededInfiniteSampler(Inner(), shuffle=False, seed=3)))
-    number = np.cumsum([2, 3])[0]
-    for found in (index + number, index - number, index % number, index // number):
-        assert found.parts == index.parts

@@ -117,8 +117,3 @@ def test_loss_that_is_not_finite_names_layer_component_and_iteration(value: floa
     losses = {'loss': value, 'a/vq_loss': 0.1, 'b/balance_loss': value, 'cross_entropy_loss': value}
     with pytest.raises(NonFiniteError, match=r'^b/balance became \w+ at .* 120 \(as did cross_ent'):
         check_losses(losses, 120)
-
-
-def test_finite_losses_whose_sum_overflows_are_refused() -> None:
-    with pytest.raises(NonFiniteError, match=r'^loss became inf'):
-        check_losses({'loss': float('inf'), 'a_loss': 3e38, 'b_loss': 3e38}, 1)

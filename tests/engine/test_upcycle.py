@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from vqmoe_vision.engine.upcycle import upcycle
+from vqmoe_vision.engine.publish import upcycle
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=5)
 MOE = dict(moe_layers='last1', num_experts=2, renormalize=True)

@@ -26,6 +26,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
 
 from vqmoe_vision.models.compat import StateDict, is_out_of_memory, refuse_without_values
 from vqmoe_vision.models.fitting import transfer
@@ -55,9 +56,6 @@ _FOLDER = re.compile(r'(?P<stem>[^/.][^/]*)\.\d+\.sharded')
 _FILE = re.compile(r'shard-[\w-]+\.safetensors')
 # In such a folder, and in the work dir: the run that has made it.
 RUN_FILE = '.run_id'
-_BLOCK = 1 << 20
-# Where mmengine looks for the text of a config, which it runs.
-_CONFIGS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
 # `torch.load` takes no file at all where both are set
 _FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 _ENVIRONMENT = threading.RLock()
@@ -117,9 +115,10 @@ class Parts:
         _require({path.name for path in folder.glob('*.safetensors')} == self.files.keys())
         reader = HuggingFaceStorageReader(str(folder))
         metadata = reader.read_metadata()
-        places = {name: place for name, *place in _words(content) if name.startswith(under)}
         tensors: dict[str, Any] = {}
-        for name in places:
+        for path, value in tree_flatten_with_path(content)[0]:
+            if not _is_word(value) or not (name := dotted(path)).startswith(under):
+                continue
             tensor: Any = metadata.state_dict_metadata[name]
             _require(sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel())
             tensors[name] = torch.zeros(tensor.size, dtype=tensor.properties.dtype)
@@ -128,20 +127,22 @@ class Parts:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(tensors, metadata, is_coordinator=True)
         reader.read_data(planner.create_local_plan(), planner).wait()
-        for name, (holder, key) in places.items():
-            holder[key] = tensors.pop(name).to(device)
         del content[PARTS]
-        return content
+
+        def put(path: Any, value: Any) -> Any:
+            found = _is_word(value) and dotted(path) in tensors
+            return tensors.pop(dotted(path)).to(device) if found else value
+
+        return tree_map_with_path(put, content)
 
 
-def _words(state: Any, name: str = '') -> Iterator[tuple[str, Any, Any]]:
-    """Where a state has a word in the place of a tensor: its name, what holds it, its key."""
-    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-        inside = f'{name}.{key}' if name else str(key)
-        if isinstance(value, dict | list):
-            yield from _words(value, inside)
-        elif isinstance(value, str) and value == IN_PARTS:
-            yield inside, state, key
+def dotted(path: Any) -> str:
+    """The name of a tensor in a checkpoint, by the keys and places that lead to it."""
+    return '.'.join(str(getattr(step, 'key', getattr(step, 'idx', ''))) for step in path)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value == IN_PARTS
 
 
 def _require(true: bool) -> None:
@@ -153,15 +154,14 @@ def checksum(path: Path) -> tuple[int, int]:
     """Size of a file in bytes, and its CRC-32."""
     size = crc = 0
     with path.open('rb') as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(1 << 20):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
 
 
 def owner_of(folder: str) -> str | None:
     """The checkpoint that a folder was written for; None if it is no folder of parts."""
-    match = _FOLDER.fullmatch(folder)
-    return f'{match["stem"]}.pth' if match else None
+    return f'{match["stem"]}.pth' if (match := _FOLDER.fullmatch(folder)) else None
 
 
 def run_of(folder: Path) -> str | None:
@@ -205,8 +205,7 @@ def start_from(model: Transformer, path: str) -> None:
 def log_weights(model: Any, arguments: dict[str, Any]) -> None:
     """Logs what became of the weights that a model was built with, if there are some."""
     if (report := getattr(model, 'weights_report', None)) is not None:
-        source = arguments.get('checkpoint_path') or source_of(model.pretrained_cfg)
-        _log(report.lines(), source)
+        _log(report.lines(), arguments.get('checkpoint_path') or source_of(model.pretrained_cfg))
 
 
 def _log(notes: Sequence[str], source: str) -> None:
@@ -263,16 +262,16 @@ def _in_one_piece(content: Any, file: str, under: str = '', device: Any = None) 
 
 def _check_tensors(content: Any, file: str, device: Any) -> None:
     """Refuses weights without values, or taken out of a checkpoint in parts without its parts."""
-    found = [content, *content.values()] if isinstance(content, dict) else []
-    states = [state for state in found if isinstance(state, dict)]
-    if device is None or torch.device(device).type != 'meta':  # none has any there, by wish
-        for state in states:
+    for state in [content, *content.values()] if isinstance(content, dict) else []:
+        if not isinstance(state, dict):
+            continue
+        if device is None or torch.device(device).type != 'meta':  # none has any there, by wish
             refuse_without_values(state, file)
-    if any(map(lacks_tensors, states)):
-        raise ValueError(
-            f'checkpoint {file!r} lacks tensors, and does not say which parts they are made of: '
-            'tools/publish.py makes one file of the checkpoint that it was taken from'
-        )
+        if lacks_tensors(state):
+            raise ValueError(
+                f'checkpoint {file!r} lacks tensors, and does not say which parts they are made '
+                'of: tools/publish.py makes one file of the checkpoint that it was taken from'
+            )
 
 
 @contextmanager
@@ -297,21 +296,16 @@ def load_from_local(filename: str, map_location: Any) -> Any:
     if not os.path.exists(path):
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')
     if os.path.isdir(path) or path.endswith('.safetensors') or describe(path).name:
-        return _of_timm(path)
+        state, config = read_state(path), describe(path).config
+        if {'mean', 'std'} <= config.keys():  # which timm keeps beside the weights
+            state[KEY] = Normalization.of(config).values()
+        return {'state_dict': state}
     with _reading(path):
         content = torch.load(path, map_location, weights_only=True)
     # what else torch takes for it says where a file's devices are, and parts were on the processor
     device = map_location if isinstance(map_location, str | torch.device) else None
     content = _in_one_piece(content, path, device=device)
     return _named_as_expected(_without_configs(content, path))
-
-
-def _of_timm(path: str) -> dict[str, Any]:
-    """The weights where mmengine looks for them, with the normalisation that timm keeps beside."""
-    state, config = read_state(path), describe(path).config
-    if {'mean', 'std'} <= config.keys():
-        state[KEY] = Normalization.of(config).values()
-    return {'state_dict': state}
 
 
 def _named_as_expected(content: dict) -> dict:
@@ -323,28 +317,29 @@ def _named_as_expected(content: dict) -> dict:
     return content
 
 
+@as_data()
 def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    with as_data():
-        return torch.load(file, map_location, weights_only=True)
+    return torch.load(file, map_location, weights_only=True)
 
 
 def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
     """A loader of mmengine, such as that of addresses, that reads data alone."""
 
+    @as_data()
     @wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
-        with as_data():
-            return _named_as_expected(_without_configs(loader(filename, *args, **kwargs), filename))
+        return _named_as_expected(_without_configs(loader(filename, *args, **kwargs), filename))
 
     return load
 
 
 def _without_configs(content: Any, path: str) -> dict:
-    """Takes out the texts that mmengine would run, whatever they say."""
+    """Takes out the texts of configs that mmengine would run, whatever they say."""
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {path!r} is a {type(content).__name__} and no dictionary')
     content = _plain(content)
-    for *holders, name in _CONFIGS:
+    places = [('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg')]
+    for *holders, name in places:
         holder = content
         for key in holders:
             if key not in holder:

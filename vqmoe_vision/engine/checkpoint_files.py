@@ -13,8 +13,6 @@ from uuid import uuid4
 
 from mmengine.fileio import LocalBackend, register_backend
 
-from vqmoe_vision.moe.config import check
-
 from .checkpoint import (
     RUN_FILE,
     Parts,
@@ -29,9 +27,6 @@ POINTER = 'last_checkpoint'
 BEST = 'best_'
 # In the message hub, the word of `identify`.
 RUN = 'run_id'
-_TEMPLATE = rf'(?!{BEST}|\.)[^/{{}}]*(\{{(:\w+)?\}}[^/{{}}]*)?\.pth'
-_LOCK = '.lock'
-_BEFORE = '.before_restarts'
 # of every checkpoint that a run can go on from
 _NEEDED = ('meta', 'state_dict', 'message_hub')
 
@@ -94,13 +89,6 @@ class AtomicBackend(LocalBackend):
         write_atomically(Path(filepath), obj)
 
 
-def check_template(name: Any) -> None:
-    """Refuses names of checkpoints by which no run would find them again."""
-    named = isinstance(name, str) and re.fullmatch(_TEMPLATE, name)
-    allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
-    check(bool(named), 'filename_tmpl', name, allowed)
-
-
 def last_checkpoint(folder: Path) -> Path:
     """The checkpoint that a run wrote last."""
     return folder / Path((folder / POINTER).read_text().strip()).name
@@ -109,7 +97,7 @@ def last_checkpoint(folder: Path) -> Path:
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Keeps a work dir for one training, until that ends or is killed."""
-    with (folder / _LOCK).open('a') as file:
+    with (folder / '.lock').open('a') as file:
         try:
             # one that ends with the process, and that no worker of its data loaders inherits
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,8 +116,8 @@ def identify(folder: Path, resumed: bool, stated: Any) -> str:
     file = folder / RUN_FILE
     if not resumed:
         stated = file.read_text(errors='replace') if file.is_file() else None
-    known = isinstance(stated, str) and re.fullmatch('[0-9a-f]{32}', stated)
-    run = stated if known else uuid4().hex
+    known = re.fullmatch('[0-9a-f]{32}', stated) if isinstance(stated, str) else None
+    run = known[0] if known else uuid4().hex
     write_atomically(file, run.encode())
     return run
 
@@ -157,27 +145,21 @@ def remove_partial(folder: Path, run: str) -> None:
 def remove_unnamed(folder: Path, run: str, of: Collection[str] | None = None) -> None:
     """Removes a run's folders of parts that no checkpoint beside them names."""
     found = [path for path in folder.glob('*.sharded') if run_of(path) == run]
-    owners = {path: owner for path in found if (owner := owner_of(path.name))}
-    suspects = [path for path, owner in owners.items() if of is None or owner in of]
-    if not suspects:
-        return
-    named: set[str] = set()
-    for file in filter(_may_name_parts, folder.iterdir()):
+    owners = {path.name: owner for path in found if (owner := owner_of(path.name))}
+    suspects = {name: owner for name, owner in owners.items() if of is None or owner in of}
+    for file in folder.iterdir() if suspects else ():
+        # a checkpoint under whatever name: torch's are zip archives
+        if not file.is_file() or (file.suffix != '.pth' and not zipfile.is_zipfile(file)):
+            continue
         try:
             parts = Parts.of(read_content(str(file), verify=False))
         except Exception:  # of another format, or damaged, and perhaps repaired: its folders stay
-            own = {path.name for path in suspects if owners[path] == file.name}
-            named |= own if file.suffix == '.pth' else {path.name for path in suspects}
+            of_file = file.name if file.suffix == '.pth' else None
+            suspects = {n: o for n, o in suspects.items() if of_file and o != of_file}
         else:
-            named |= {parts.folder} if parts is not None else set()
-    for path in suspects:
-        if path.name not in named:
-            delete_folder(path)
-
-
-def _may_name_parts(file: Path) -> bool:
-    """Whether it is a checkpoint, under whatever name: torch's are zip archives."""
-    return file.is_file() and (file.suffix == '.pth' or zipfile.is_zipfile(file))
+            suspects.pop(parts.folder if parts is not None else '', None)
+    for name in suspects:
+        delete_folder(folder / name)
 
 
 def delete(folder: Path, names: Iterable[str], run: str) -> None:
@@ -221,7 +203,8 @@ def newest_before(folder: Path) -> float | None:
 
     Of processes that are started again: each attempt has the same torchrun for its parent.
     """
-    torchrun, note, newest = str(os.getppid()), folder / _BEFORE, newest_time(folder)
+    torchrun, newest = str(os.getppid()), newest_time(folder)
+    note = folder / '.before_restarts'
     known = note.read_text().split() if note.is_file() else []
     if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) and known[1:] == [torchrun]:
         return before if (before := float(known[0])) < newest else None
@@ -235,22 +218,18 @@ def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[st
     found, wrong = [], []
     for path in candidates(folder):
         try:
-            found.append((_age(path), path))
+            content: Any = read_content(str(path), verify=False)
         except ValueError as error:
             wrong.append(str(error))
+            continue
+        parts = content if isinstance(content, dict) else {}
+        if not all(isinstance(parts.get(name), dict) for name in _NEEDED):
+            wrong.append(f'{str(path)!r} is no checkpoint of a run, which has {list(_NEEDED)}')
+        elif not all(type(parts['meta'].get(name)) is int for name in ('epoch', 'iter')):
+            wrong.append(f'{str(path)!r} does not say which epoch and iteration it is of')
+        else:  # its file knows better than the folder of a copy when it was written
+            saved_at = parts['meta'].get('saved_at', path.stat().st_mtime)
+            # of the largest number no later one would be newer
+            is_time = isinstance(saved_at, float) and isfinite(nextafter(saved_at, inf))
+            found.append(((saved_at if is_time else 0.0, parts['meta']['iter']), path))
     return found, wrong
-
-
-def _age(path: Path) -> tuple[float, int]:
-    """When a checkpoint was written, which its file knows better than the folder of a copy."""
-    content: Any = read_content(str(path), verify=False)
-    found = content if isinstance(content, dict) else {}
-    if not all(isinstance(found.get(name), dict) for name in _NEEDED):
-        raise ValueError(f'{str(path)!r} is no checkpoint of a run, which has {list(_NEEDED)}')
-    meta = content['meta']
-    if not all(type(meta.get(name)) is int for name in ('epoch', 'iter')):
-        raise ValueError(f'{str(path)!r} does not say which epoch and iteration it is of')
-    saved_at = meta.get('saved_at', path.stat().st_mtime)
-    # of the largest number no later one would be newer
-    is_time = isinstance(saved_at, float) and isfinite(nextafter(saved_at, inf))
-    return (saved_at if is_time else 0.0), meta['iter']

@@ -3,7 +3,7 @@
 import inspect
 import multiprocessing
 import os
-import shlex
+import re
 import signal
 import sys
 import threading
@@ -15,6 +15,8 @@ from functools import partial
 from math import inf, nextafter
 from multiprocessing.util import Finalize
 from pathlib import Path
+from shlex import join
+from traceback import walk_stack
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -33,7 +35,6 @@ from .checkpoint_files import (
     POINTER,
     RUN,
     candidates,
-    check_template,
     delete,
     identify,
     newest_checkpoint,
@@ -52,6 +53,8 @@ from .seeding import (
 )
 
 _OUTDATED = 'outdated_ckpts'
+# of names by which a run finds its checkpoints again
+_TEMPLATE = rf'(?!{BEST}|\.)[^/{{}}]*(\{{(:\w+)?\}}[^/{{}}]*)?\.pth'
 
 
 @HOOKS.register_module()
@@ -80,7 +83,10 @@ class AtomicCheckpointHook(CheckpointHook):
             allowed = 'left out: not known, or checkpoints would not be files in --work-dir'
             valid = name in known and (name not in others or value is None)
             check(valid, f'default_hooks.checkpoint.{name}', value, allowed)
-        check_template(options.get('filename_tmpl') or '{}.pth')
+        template = options.get('filename_tmpl') or '{}.pth'
+        named = isinstance(template, str) and re.fullmatch(_TEMPLATE, template)
+        allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
+        check(bool(named), 'filename_tmpl', template, allowed)
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
         self._saved_iter, self._saved_at = -1, 0.0
@@ -90,8 +96,8 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_run(self, runner: Runner) -> None:
         """Chooses the checkpoint of a run that resumes, for mmengine follows the pointer alone."""
         folder = Path(runner.work_dir)
-        follows = runner._resume and runner._load_from is None
-        if follows and (candidates(folder) or (folder / POINTER).is_file()):
+        begun = candidates(folder) or (folder / POINTER).is_file()
+        if begun and runner._resume and runner._load_from is None:
             runner._load_from = str(newest_checkpoint(folder, runner.logger.warning))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -331,8 +337,12 @@ class StopSignals:
     def _save_and_say(self, number: int) -> None:
         saved = self._save()
         if get_rank() == 0:
+            again = [] if '--resume' in sys.orig_argv else ['--resume']
+            # one of several processes does not know how it was launched
+            alone = self._group is None
+            how = join([*sys.orig_argv, *again]) if alone else 'the same command, --resume'
             name = signal.Signals(number).name
-            print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
+            print(f'{name}: saved iteration {saved}; go on with: {how}', file=sys.stderr)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
@@ -341,7 +351,8 @@ class StopSignals:
             return
         if self._received is not None:
             end_by(number)
-        if not _trains(frame):  # it has failed, and somebody caught that
+        # it has failed, and somebody caught that
+        if not any(one.f_code is Runner.train.__code__ for one, _ in walk_stack(frame)):
             self.release()
             signal.raise_signal(number)
             return
@@ -383,21 +394,6 @@ def _ignore_signals(own: Callable[[int], None] | None, worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if own is not None:
         own(worker_id)
-
-
-def _trains(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code is Runner.train.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _resume() -> str:
-    if get_world_size() > 1:  # this process does not know how it was launched
-        return 'the same command, --resume'
-    again = [] if '--resume' in sys.orig_argv else ['--resume']
-    return shlex.join([*sys.orig_argv, *again])
 
 
 def end_by(number: int) -> NoReturn:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -59,7 +59,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16, float16 on an older GPU'
     )
-    _run(parser, argv, _train)
+    run(parser, argv, _train)
 
 
 def test(argv: Sequence[str] | None = None) -> None:
@@ -71,7 +71,7 @@ def test(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--tta', action='store_true', help="augment the test as the config's tta_pipeline says"
     )
-    _run(parser, argv, _test)
+    run(parser, argv, _test)
 
 
 def load_config(
@@ -89,17 +89,10 @@ def make_folder(folder: Path) -> None:
     """Makes a folder, before the work whose results go there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / '.writable').open('w'):
-            pass
+        (folder / '.writable').touch()
         (folder / '.writable').unlink(missing_ok=True)  # others may try the same folder meanwhile
     except OSError as error:
         raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
-
-
-def show_predictions(config: Config, folder: str) -> None:
-    """Lets a config's visualization hook draw every prediction of a test."""
-    config.default_hooks.visualization.draw = True
-    config.visualizer.save_dir = folder
 
 
 def augment_test(config: Config) -> None:
@@ -126,20 +119,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    action: Callable[[argparse.Namespace], None],
-) -> None:
-    def alone_or_together(args: argparse.Namespace) -> None:
-        with together(args.launcher):
-            action(args)
-
-    run(parser, argv, alone_or_together)
-
-
 def _train(args: argparse.Namespace) -> None:
-    with ExitStack() as alone:
+    with together(args.launcher), ExitStack() as alone:
         config = _configure(args)
         told = take_ours(config)
         if args.amp:
@@ -154,8 +135,7 @@ def _train(args: argparse.Namespace) -> None:
             alone.enter_context(in_use(Path(config.work_dir)))
         of_first = [_latest(args, Path(config.work_dir)) if get_rank() == 0 else None]
         broadcast_object_list(of_first)
-        latest = of_first[0]
-        if latest is not None:
+        if (latest := of_first[0]) is not None:
             config.load_from, config.resume = latest, True
         runner = _runner_of(config, loads=latest is not None)
         follow(runner, args.log, told)
@@ -178,8 +158,7 @@ def _latest(args: argparse.Namespace, folder: Path) -> str | None:
     if args.resume:
         return str(newest_checkpoint(folder, say))
     # whatever torchrun has started again goes on from its own
-    before = newest_before(folder)
-    if before is None:
+    if (before := newest_before(folder)) is None:
         return None
     try:
         return str(newest_checkpoint(folder, say, before))
@@ -189,29 +168,32 @@ def _latest(args: argparse.Namespace, folder: Path) -> str | None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    config = _configure(args)
-    if args.tta:
-        augment_test(config)
-    told = take_ours(config)
-    if not Path(args.checkpoint).exists():
-        raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
-    join(args.launcher, config)
-    check_configs(config)
-    if args.out is not None and get_rank() == 0:  # before the work
-        check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
-        if not passed_on(args.out):
-            make_folder(args.out.parent)
-    config.load_from, config.resume = args.checkpoint, False
-    if args.show_dir is not None:
-        allowed = f'one process shows predictions: of {get_world_size()} each sees a part of them'
-        check(get_world_size() == 1, '--show-dir', args.show_dir, allowed)
-        show_predictions(config, args.show_dir)
-    runner = _runner_of(config, loads=True, tests=True)
-    follow(runner, args.log, told)
-    check_datasets(runner, ('test',))
-    metrics = runner.test()
-    if args.out is not None and get_rank() == 0:
-        write_numbers(args.out, metrics, unwrapped(runner))
+    with together(args.launcher):
+        config = _configure(args)
+        if args.tta:
+            augment_test(config)
+        told = take_ours(config)
+        if not Path(args.checkpoint).exists():
+            raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
+        join(args.launcher, config)
+        check_configs(config)
+        writes = args.out is not None and get_rank() == 0
+        if writes:  # before the work
+            check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
+            if not passed_on(args.out):
+                make_folder(args.out.parent)
+        config.load_from, config.resume = args.checkpoint, False
+        if args.show_dir is not None:
+            allowed = f'one process shows them: of {get_world_size()} each sees a part'
+            check(get_world_size() == 1, '--show-dir', args.show_dir, allowed)
+            config.default_hooks.visualization.draw = True
+            config.visualizer.save_dir = args.show_dir
+        runner = _runner_of(config, loads=True, tests=True)
+        follow(runner, args.log, told)
+        check_datasets(runner, ('test',))
+        metrics = runner.test()
+        if writes:
+            write_numbers(args.out, metrics, unwrapped(runner))
 
 
 def _configure(args: argparse.Namespace) -> Config:
@@ -234,10 +216,9 @@ def _configure(args: argparse.Namespace) -> Config:
 def _runner_of(config: Config, loads: bool, tests: bool = False) -> Runner:
     """The runner of a config, whose model gets the weights of its run and reads no others."""
     name, methods = config.get('runner_type', 'Runner'), dict[str, Any]()
-    found = RUNNERS.get(name)
     allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
-    check(found is not None, 'runner_type', name, allowed)
-    kind = quiet(with_wrapper(found))
+    check(RUNNERS.get(name) is not None, 'runner_type', name, allowed)
+    kind = quiet(with_wrapper(RUNNERS.get(name)))
     if loads:
         methods['build_model'] = lambda self, model: kind.build_model(self, without_sources(model))
     if tests:  # often in the work dir of the training, whose config stays as it is

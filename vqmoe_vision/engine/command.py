@@ -1,7 +1,6 @@
 """How every tool runs and what a terminal shows: a mistake is one line, a run has a bar."""
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -9,7 +8,9 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from errno import EDQUOT, EFBIG, ENOSPC
 from pickle import UnpicklingError
 from typing import Any
 
@@ -33,8 +34,6 @@ _USER_ERRORS = (
     SaveError,
     LostError,
 )
-# Of what cannot be written any more.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(
@@ -64,24 +63,20 @@ def run(
             _end_if_nobody_reads()
         if '--debug' in arguments:
             raise
-        where, cause = '', error
-        if isinstance(error, RankError):
-            where, cause = f'rank {error.rank}: ', error.error
+        where, cause = error.args if isinstance(error, RankError) else (None, error)
+        where = '' if where is None else f'rank {where}: '
         sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
 
 
 def _end_if_nobody_reads() -> None:
     """Ends like any program of a shell where `| head` has seen enough of what it prints."""
-    try:
-        number = sys.stdout.fileno()
-    except (AttributeError, OSError):  # there is none, or it is no file
-        return
-    poll = select.poll()
-    poll.register(number, 0)  # what ends a pipe is always told
-    if poll.poll(0):
-        # the interpreter would try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        end_by(signal.SIGPIPE)
+    with suppress(TypeError, OSError):  # there is none, or it is no file
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # what ends a pipe is always told
+        if poll.poll(0):
+            # the interpreter would try to write the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            end_by(signal.SIGPIPE)
 
 
 def as_typed(message: str, options: Mapping[str, Any]) -> str:
@@ -101,7 +96,8 @@ def one_line(error: BaseException) -> str:
         if not isinstance(hidden, ImportError):
             break
         error = hidden
-    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+    full = getattr(error, 'errno', None) in (ENOSPC, EDQUOT, EFBIG)
+    if isinstance(error, OSError) and full and error.filename is None:
         # of a log, which does not name its file; checkpoints do
         return f'{error.strerror}: free some space; the checkpoints in the work dir are intact'
     if isinstance(error, UnpicklingError):
@@ -204,21 +200,19 @@ class TerminalHook(Hook):
             text = f'{"█" * filled}{"░" * (_WIDTH - filled)} {done}/{end}'
             print('  '.join([_CLEAR + text, *filter(None, shown)]), end='\r', flush=True)
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         """Keeps the score by which the best checkpoint is chosen, or the first."""
-        found = metrics or {}
         saves = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
-        asked = getattr(saves, 'key_indicators', None) or [next(iter(found), None)]
-        self._score = '  '.join(f'{name} {found[name]:.2f}' for name in asked if name in found)
+        asked = getattr(saves, 'key_indicators', None) or [*metrics][:1]
+        self._score = '  '.join(f'{name} {metrics[name]:.2f}' for name in asked if name in metrics)
 
     def after_train(self, runner: Runner) -> None:
         """Says what came of it and where that lies."""
-        info = runner.message_hub.get_info
-        files = {'best': info('best_ckpt'), 'last': info('last_ckpt')}
-        told = [f'{name} {path}' for name, path in files.items() if path]
+        paths = {n: runner.message_hub.get_info(f'{n}_ckpt') for n in ('best', 'last')}
+        told = [f'{name} {path}' for name, path in paths.items() if path]
         self.say(', '.join(filter(None, ['Trained', self._score, *told])))
 
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         """Says the scores of the data set, without those of layers."""
-        scores = {n: v for n, v in (metrics or {}).items() if not n.startswith('blocks.')}
-        self.say('Tested  ' + '  '.join(f'{name} {value:.2f}' for name, value in scores.items()))
+        scores = (f'{n} {v:.2f}' for n, v in metrics.items() if not n.startswith('blocks.'))
+        self.say('  '.join(['Tested', *scores]))

@@ -63,18 +63,17 @@ def find_config(path: str) -> str:
 def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
     """The data sets of a config that are no wrappers of others, in order."""
     found = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
-    wrapped = [inner for inner in found if isinstance(inner, dict)]
-    if not wrapped:
+    if not any(isinstance(inner, dict) for inner in found):
         yield dataset
-    for inner in wrapped:
-        yield from innermost(inner)
+    for inner in found:
+        if isinstance(inner, dict):
+            yield from innermost(inner)
 
 
 def _base_path(base: str, filename: str) -> tuple[str, str | None]:
     """File and scope of a `_base_`, which may also be one that comes with the package."""
-    if base.startswith(_PREFIX):
-        return find_config(base), None
-    return _mmengine_base_path(base, filename)
+    named = base.startswith(_PREFIX)
+    return (find_config(base), None) if named else _mmengine_base_path(base, filename)
 
 
 _mmengine_base_path = Config._get_cfg_path
@@ -166,8 +165,7 @@ def check_fields(config: Config) -> None:
     for name in [name for name, hook in hooks.items() if hook is None and name not in _HOOKS]:
         hooks.pop(name)  # of any name but its own six mmengine wants a hook
     # of a CUDA graph, what is read for the log after some steps would be that of the last replay
-    compiled = config.get('compile')
-    mode = compiled.get('mode') if isinstance(compiled, dict) else None
+    mode = compiled.get('mode') if isinstance(compiled := config.get('compile'), dict) else None
     allowed = "one without CUDA graphs: 'default' or 'max-autotune-no-cudagraphs'"
     check(mode not in ('reduce-overhead', 'max-autotune'), 'compile.mode', mode, allowed)
 
@@ -235,7 +233,10 @@ def renamed(
     if not isinstance(node, dict):
         return node
     kind = node.get('type')
-    if 'pipeline' in node and _is_ours(datasets.get(kind) if isinstance(kind, str) else kind):
+    if 'pipeline' in node and any(
+        base.__module__.startswith('vqmoe_vision.')
+        for base in getattr(datasets.get(kind) if isinstance(kind, str) else kind, '__mro__', ())
+    ):
         names = {name: ours for name, ours in names.items() if name not in STOCK_LOADING}
     changed = {name: renamed(inner, names, found, datasets) for name, inner in node.items()}
     plain = re.sub(r'^(mmengine|mmseg)\.', '', kind) if isinstance(kind, str) else ''
@@ -243,7 +244,3 @@ def renamed(
         found.add(plain)
         changed['type'] = names[plain]
     return type(node)(changed)
-
-
-def _is_ours(kind: Any) -> bool:
-    return any(b.__module__.startswith('vqmoe_vision.') for b in getattr(kind, '__mro__', ()))

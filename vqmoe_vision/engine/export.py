@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,8 @@ from .config import add_config_options, as_arguments
 from .publish import chosen_checkpoint, config_of
 from .trained import load_trained
 
-_COMPARED = (1, 4)  # images
-_COMPARED_INT8 = (1, 32)  # of which some are predicted otherwise
-
-# Arguments that the command line gives itself.
-_SAID = ('model_name', 'pretrained', 'checkpoint_path')
-_SAID_BY_FOLDER = ('source', 'pretrained_cfg')
+# Arguments that the command line gives itself, of a name or a file, and of a folder.
+_SAID = {'model_name', 'pretrained', 'checkpoint_path'}
 
 
 def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None = None) -> None:
@@ -93,8 +88,8 @@ def _export(args: argparse.Namespace) -> None:
         save_program(model, out, args.batch)
     shape = ', '.join(map(str, (args.batch or 'B', *model.input_size)))
     print(f'wrote {out}: images ({shape}) float32 to {", ".join(model.outputs)}')
-    compared = _COMPARED_INT8 if args.int8 else _COMPARED
-    batches = compared if args.batch is None else (args.batch,)
+    # in int8 some of many are predicted otherwise
+    batches = (args.batch,) if args.batch is not None else (1, 32 if args.int8 else 4)
     print(*differences(model, load_exported(out), batches), sep='\n')
 
 
@@ -116,19 +111,20 @@ def _exportable(args: argparse.Namespace) -> Exportable:
             f'config {source!r} has a {type(model).__name__}: its model must be a Classifier or a '
             'MoeEncoderDecoder'
         )
-    found = model.exportable(size)
-    content = read_content(checkpoint, verify=False)
+    found, content = model.exportable(size), read_content(checkpoint, verify=False)
     meta = content.get('meta') if isinstance(content, dict) else None
-    classes = ((meta or {}).get('dataset_meta') or {}).get('classes')
-    return replace(found, about={**found.about, 'classes': list(classes)}) if classes else found
+    if classes := ((meta or {}).get('dataset_meta') or {}).get('classes'):
+        found.about['classes'] = list(classes)
+    return found
 
 
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
     model: Any
     folder = name.startswith(FOLDERS)
-    for option in (*_SAID, *(_SAID_BY_FOLDER if folder else ())):
+    said = _SAID | ({'source', 'pretrained_cfg'} if folder else set())
+    for option in sorted(said & options.keys()):
         allowed = f'left out, SOURCE and CHECKPOINT say which model and weights: {name}'
-        check(option not in options, option, options.get(option), allowed)
+        check(False, option, options[option], allowed)
     if folder:
         check(checkpoint is None, 'checkpoint', checkpoint, f'left out, {name} has its weights')
         model = create_saved(name, **options)

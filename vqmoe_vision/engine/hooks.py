@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -43,8 +43,7 @@ def _check_repeated(runner: Runner) -> None:
 
 
 def _fit_reader(runner: Runner) -> None:
-    reader = image_reader(unwrapped(runner).routed_model)
-    if reader is not None:
+    if (reader := image_reader(unwrapped(runner).routed_model)) is not None:
         reader.before_training(runner)
 
 
@@ -61,11 +60,9 @@ class MoeStateHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Teaches optimizers that look at a tensor as a whole, before their state is loaded."""
-        wrapper = runner.optim_wrapper
-        several = isinstance(wrapper, OptimWrapperDict)
-        for one in wrapper.optim_wrappers.values() if several else [wrapper]:
-            if isinstance(one, OptimWrapper) and mixes_experts(one.optimizer):
-                per_expert(one.optimizer, unwrapped(runner))
+        wrapper = runner.optim_wrapper  # a test has none
+        if isinstance(wrapper, OptimWrapper) and mixes_experts(wrapper.optimizer):
+            per_expert(wrapper.optimizer, unwrapped(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the routing of an epoch that a run resumes in its middle."""
@@ -98,29 +95,24 @@ class MoeStateHook(Hook):
         if runner.optim_wrapper.should_update():
             update_state(unwrapped(runner).routed_model)
 
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Reports the routing of the epoch."""
-        self._report(runner, 'train_epoch')
+    after_train_epoch = before_val_epoch
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         """Reports the routing of the validation pass and adds it to the metrics."""
-        assert metrics is not None
         metrics.update(self._report(runner, 'val'))
 
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         """Reports the routing of the test pass and adds it to the metrics."""
-        assert metrics is not None
         metrics.update(self._report(runner, 'test'))
 
     def _report(self, runner: Runner, mode: str) -> dict[str, float]:
-        statistics = unwrapped(runner).routing_statistics
-        means = statistics.means()
-        statistics.reset()
+        means = unwrapped(runner).routing_statistics.means()
+        unwrapped(runner).routing_statistics.reset()
         summary = summarize(means)
         for line in lines_of(means):
             runner.logger.info(wrapped(f'{mode}  {line}'))
-        scalars = {f'{mode}/{name}': value for name, value in summary.items()}
-        if scalars and mode != 'test':
+        if summary and mode != 'test':
+            scalars = {f'{mode}/{name}': value for name, value in summary.items()}
             runner.visualizer.add_scalars(scalars, step=runner.iter)
         return summary
 
@@ -161,15 +153,14 @@ class CheckpointFitHook(Hook):
         """Compares names and shapes, and experts with those that the checkpoint says it has."""
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         if runner._resume and ('ema_state_dict' in checkpoint) != averages:
-            what = 'has averages of its weights, and these options have no EMAHook'
-            if averages:
-                what = 'has no averages of its weights, and these options have an EMAHook'
-            raise ValueError(f'the run {what}: go on with the options that it began with')
-        loaded = checkpoint.get('state_dict', checkpoint)
+            has, have = ('no averages', 'an') if averages else ('averages', 'no')
+            raise ValueError(
+                f'the run has {has} of its weights, and these options have {have} EMAHook: go on '
+                'with the options that it began with'
+            )
         path = os.path.expanduser(str(runner._load_from))
         check_experts(unwrapped(runner).routed_model, path, checkpoint)
-        problem = unwrapped(runner).misfit(loaded)
-        if problem:
+        if problem := unwrapped(runner).misfit(checkpoint.get('state_dict', checkpoint)):
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -202,9 +193,10 @@ class CheckpointFitHook(Hook):
 
     @staticmethod
     def _normalize(runner: Runner, splits: Sequence[str]) -> None:
-        loaders = [f'{split}_dataloader' for split in splits]
-        datasets = {f'{name}.dataset': getattr(runner, name).dataset for name in loaders}
-        unwrapped(runner).normalize_inputs(datasets)
+        named = [f'{split}_dataloader' for split in splits]
+        unwrapped(runner).normalize_inputs(
+            {f'{name}.dataset': getattr(runner, name).dataset for name in named}
+        )
 
 
 @HOOKS.register_module()
@@ -215,19 +207,18 @@ class ClassCountHook(Hook):
         ValueError: Their number, names or order differ, or the label that they are counted from.
     """
 
-    def __init__(self) -> None:
-        self._content: dict[str, Any] = {}
-        self._resumed = False
+    _meta: Any = None
+    _resumed = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keeps what the checkpoint says of its classes."""
-        self._content, self._resumed = {'meta': checkpoint.get('meta')}, runner._resume
+        self._meta, self._resumed = checkpoint.get('meta'), runner._resume
 
     def before_train(self, runner: Runner) -> None:
         """Checks the training set, and that validation numbers the classes in the same way."""
         seen = self._check(runner, 'train')
         if not self._resumed:  # another task may start from the weights
-            self._content = {}
+            self._meta = None
         self._compare(runner, 'train', seen)
         if runner.val_loop is None:
             return
@@ -245,9 +236,8 @@ class ClassCountHook(Hook):
         self._compare(runner, 'test', self._check(runner, 'test'))
 
     def _compare(self, runner: Runner, split: str, classes: tuple[str, ...]) -> None:
-        check_class_names(self._content, classes, f'{split}_dataloader.dataset')
-        meta = self._content.get('meta')
-        trained = meta.get('dataset_meta') if isinstance(meta, dict) else None
+        check_class_names({'meta': self._meta}, classes, f'{split}_dataloader.dataset')
+        trained = self._meta.get('dataset_meta') if isinstance(self._meta, dict) else None
         check_zero_label(runner, split, trained, 'the training of the checkpoint')
 
     @staticmethod
@@ -272,9 +262,9 @@ def check_hooks(runner: Runner) -> None:
         return
     runtime = Config.fromfile(config_path(_RUNTIME), import_custom_modules=False)
     missing = [
-        name
-        for name in (hook['type'] for hook in runtime.custom_hooks)
-        if not any(isinstance(hook, HOOKS.get(name)) for hook in runner.hooks)
+        hook.type
+        for hook in runtime.custom_hooks
+        if not any(isinstance(own, HOOKS.get(hook.type)) for own in runner.hooks)
     ]
     listed = [hook['type'] for hook in runner.cfg.get('custom_hooks') or []]
     allowed = (
@@ -321,10 +311,10 @@ def _parts(dataset: Any) -> Iterator[TrainingPart]:
 
 def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
     """Compares names of classes, by which a label is a class, with those of a checkpoint."""
-    trained = stated_in(content).get('classes')
-    if not isinstance(trained, list | tuple):
-        return
-    for index, (before, now) in enumerate(zip_longest(map(str, trained), map(str, classes))):
+    trained: Any = stated_in(content).get('classes')
+    known = isinstance(trained, list | tuple)
+    pairs = zip_longest(map(str, trained), map(str, classes)) if known else ()
+    for index, (before, now) in enumerate(pairs):
         if before != now:
             raise ValueError(
                 f'the checkpoint was trained with other classes: its class {index} is {before!r}, '

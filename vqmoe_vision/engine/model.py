@@ -80,13 +80,9 @@ class RoutingStatistics:
             counts = torch.stack([state['counts'][name].to(device) for name in sums])
             self._totals[layout] = flat, counts
 
-    def add(self, stats: dict[str, torch.Tensor]) -> None:
-        """Takes the statistics of one batch, as `Collected.stats`."""
-        if stats:
-            self.add_batch(Batch(stats))
-
-    def add_batch(self, batch: Batch) -> None:
-        """As `add`, of what is joined already because others take it too."""
+    def add(self, stats: dict[str, torch.Tensor] | Batch) -> None:
+        """Takes the statistics of one batch, as `Collected.stats`, or joined for several."""
+        batch = stats if isinstance(stats, Batch) else Batch(stats)
         sums, counts = self._totals.get(batch.layout, (0.0, 0.0))
         self._totals[batch.layout] = sums + batch.values, counts + batch.finite
 
@@ -106,10 +102,9 @@ class RoutingStatistics:
 
         Every rank has to ask. Ranks may have seen different statistics, or none.
         """
-        shapes: dict[str, torch.Size] = {}
         own_sums, own_counts = self._by_name()
-        for of_rank in all_gather_object({name: v.shape for name, v in own_sums.items()}):
-            shapes |= of_rank
+        of_ranks = all_gather_object({name: v.shape for name, v in own_sums.items()})
+        shapes = {name: shape for of_rank in of_ranks for name, shape in of_rank.items()}
         if not shapes:
             return {}
         device = next((value.device for value in own_sums.values()), None)
@@ -118,12 +113,10 @@ class RoutingStatistics:
         # one reduction for all
         flat = torch.cat([value.double().reshape(-1) for value in (*sums, *counts)])
         all_reduce(flat)
-        parts = flat.split([value.numel() for value in (*sums, *counts)])
+        *totals, seen = flat.split([*(value.numel() for value in sums), len(counts)])
         return {
-            name: total.view(shape) / count.view(()).clamp(min=1)
-            for (name, shape), total, count in zip(
-                shapes.items(), parts[: len(sums)], parts[len(sums) :], strict=True
-            )
+            name: total.view(shape) / count.clamp(min=1)
+            for (name, shape), total, count in zip(shapes.items(), totals, seen, strict=True)
         }
 
     def summary(self) -> dict[str, float]:
@@ -297,11 +290,11 @@ class MoeTrainingMixin:
         if not collected.stats:
             return
         batch = Batch(collected.stats)
-        self.routing_statistics.add_batch(batch)
+        self.routing_statistics.add(batch)
         if self.training:  # type: ignore[attr-defined]
-            self.logged_statistics.add_batch(batch)
+            self.logged_statistics.add(batch)
             if self.recorded_statistics is not None:
-                self.recorded_statistics.add_batch(batch)
+                self.recorded_statistics.add(batch)
 
     def _tell_of_state(self) -> None:
         """Says once that nobody moves the state; a loop of one's own, without a runner, may."""

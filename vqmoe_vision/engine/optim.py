@@ -61,12 +61,9 @@ def use_amp(config: Config) -> None:
         return
     wrapper.type = 'CpuAmpOptimWrapper'
     of_gpus = inspect.signature(AmpOptimWrapper).parameters.keys() & wrapper.keys()
-    told = [f'optim_wrapper.{name}={wrapper.pop(name)!r}' for name in sorted(of_gpus)]
-    if told:
-        print_log(
-            f'--amp: {", ".join(told)} is for GPUs: bfloat16 without a loss scale on a CPU',
-            'current',
-        )
+    for name in sorted(of_gpus):
+        told = f'optim_wrapper.{name}={wrapper.pop(name)!r} is for GPUs: bfloat16 without a loss'
+        print_log(f'--amp: {told} scale on a CPU', 'current')
 
 
 def scales_loss(wrapper: OptimWrapper) -> bool:
@@ -108,15 +105,13 @@ class TimmOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the wrapper for a model, which may be wrapped for distributed training."""
-        wrapper_cfg = dict(self.optim_wrapper_cfg)
-        optimizer_cfg = dict(wrapper_cfg.pop('optimizer'))
-        groups = self._param_groups(model, optimizer_cfg.get('weight_decay', 0.0))
+        wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
+        options = wrapper.pop('optimizer')
+        groups = self._param_groups(model, options.get('weight_decay', 0.0))
         if self.custom_keys:
-            groups = _multiplied(groups, model, self.custom_keys, optimizer_cfg)
-        optimizer_cfg['params'] = groups
-        wrapper_cfg.setdefault('type', 'OptimWrapper')
-        optimizer = OPTIMIZERS.build(optimizer_cfg)
-        return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
+            groups = _multiplied(groups, model, self.custom_keys, options)
+        wrapper['optimizer'] = OPTIMIZERS.build({**options, 'params': groups})
+        return OPTIM_WRAPPERS.build(wrapper)
 
     def _param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Parameters that decay, with this weight decay, and those that do not."""
@@ -143,11 +138,9 @@ def _multiplied(
             )
     parts: list[dict[str, Any]] = []
     for group in groups:
-        by_key: dict[str | None, list[nn.Parameter]] = {}
-        for parameter in group['params']:
-            by_key.setdefault(key_of[id(parameter)], []).append(parameter)
-        for matched, parameters in by_key.items():
-            part = {**group, 'params': parameters}
+        # in the order of their first parameters
+        for matched in dict.fromkeys(key_of[id(p)] for p in group['params']):
+            part = {**group, 'params': [p for p in group['params'] if key_of[id(p)] == matched]}
             for factor, value in custom_keys.get(matched or '', {}).items():
                 field = _MULTIPLIERS[factor]
                 part[field] = part.get(field, optimizer[field]) * value
@@ -158,13 +151,10 @@ def _multiplied(
 def undecayed_parameters(model: nn.Module) -> set[str]:
     """Full names of the parameters that some submodule lists in its `no_weight_decay()`."""
     names = [name for name, _ in model.named_parameters()]
-    found: set[str] = set()
-    for prefix, module in model.named_modules():
-        if hasattr(module, 'no_weight_decay'):
-            for pattern in module.no_weight_decay():
-                full = f'{prefix}.{pattern}' if prefix else pattern
-                found.update(fnmatch.filter(names, full))
-    return found
+    modules = {p: m for p, m in model.named_modules() if hasattr(m, 'no_weight_decay')}
+    lists = {prefix: module.no_weight_decay() for prefix, module in modules.items()}
+    patterns = [f'{p}.{name}' if p else name for p, each in lists.items() for name in each]
+    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -202,11 +192,10 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
             no_weight_decay_list=undecayed_parameters(encoder),
             layer_decay=self.layer_decay,
         )
-        rate = self.optim_wrapper_cfg['optimizer']['lr']
         for group in groups:
-            group['lr'] = rate * group.pop('lr_scale')
+            group['lr'] = self.optim_wrapper_cfg['optimizer']['lr'] * group.pop('lr_scale')
         inside = {id(parameter) for parameter in encoder.parameters()}
-        heads = super()._param_groups(whole, weight_decay)
-        for group in heads:
-            group['params'] = [p for p in group['params'] if id(p) not in inside]
-        return groups + [group for group in heads if group['params']]
+        for group in super()._param_groups(whole, weight_decay):
+            if heads := [p for p in group['params'] if id(p) not in inside]:
+                groups.append({**group, 'params': heads})
+        return groups

@@ -42,10 +42,6 @@ LAUNCHERS = ('none', *_VARIABLES)
 _TORCHRUN = 'TORCHELASTIC_RUN_ID'
 # Seconds for which a rank lets the first one speak, which mostly has the same to say.
 _PATIENCE = 3.0
-# What gloo says where another process is gone, and where it has not answered in time.
-_GONE = re.compile(r'Connection (reset|closed) by peer|Connection refused|Broken pipe')
-_LATE = re.compile(r'Timed out waiting \d+ ?ms')
-_ADDRESS = re.compile(r' at 0x[0-9a-f]+')  # of a function in a config, in each process another one
 
 
 class LostError(Exception):
@@ -53,11 +49,7 @@ class LostError(Exception):
 
 
 class RankError(Exception):
-    """What a rank of several raised."""
-
-    def __init__(self, rank: int, error: Exception) -> None:
-        super().__init__(f'rank {rank}: {error}')
-        self.rank, self.error = rank, error
+    """What a rank of several raised: the rank, and the error."""
 
 
 @contextmanager
@@ -78,17 +70,16 @@ def together(launcher: str) -> Iterator[None]:
             yield
         dist.barrier()  # who ends first takes nobody's connection away
         dist.destroy_process_group()
-    except KeyboardInterrupt as error:
-        if rank:
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, Exception):
+            error = plain_error(error)
+            get_error_handler().record_exception(error)  # what torchrun shows in the end
+        if rank and isinstance(error, KeyboardInterrupt | LostError):
             raise SystemExit(1) from error
-        raise
-    except Exception as error:
-        reason = plain_error(error)
-        get_error_handler().record_exception(reason)  # what torchrun shows in the end
-        if rank and isinstance(reason, LostError):
-            raise SystemExit(1) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise
         time.sleep(_PATIENCE if rank else 0)
-        raise RankError(rank, reason) from error
+        raise RankError(rank, error) from error
 
 
 def _rank(launcher: str) -> int:
@@ -98,8 +89,7 @@ def _rank(launcher: str) -> int:
         allowed = f"'pytorch' makes the {size} processes that torchrun has started one run"
         check(size == '1', '--launcher', launcher, allowed)
         return 0
-    names = _VARIABLES[launcher]
-    for name, own in zip(_VARIABLES['pytorch'], names, strict=True):
+    for name, own in zip(_VARIABLES['pytorch'], _VARIABLES[launcher], strict=True):
         check(own in os.environ, '--launcher', launcher, f'{own} is not set, see docs/scaling.md')
         os.environ[name] = os.environ[own]
     return int(os.environ['RANK'])
@@ -121,9 +111,10 @@ def plain_error(error: Exception) -> Exception:
             'find_unused_parameters=False: some parameters got no gradient, and the processes wait '
             'for all of them unless it is True'
         )
-    if _GONE.search(said):
+    # what gloo says where another process is gone, and where it has not answered in time
+    if re.search('Connection (reset|closed) by peer|Connection refused|Broken pipe', said):
         return LostError('another process has ended: its own line says why, unless it was killed')
-    if _LATE.search(said):
+    if re.search(r'Timed out waiting \d+ ?ms', said):
         return LostError('another process has not answered within env_cfg.dist_cfg.timeout')
     return error
 
@@ -147,9 +138,8 @@ def join(launcher: str, config: Config) -> None:
     backend = options.pop('backend', 'gloo')
     if backend == 'nccl':  # every config of OpenMMLab says so
         print_log("env_cfg.dist_cfg.backend='nccl' needs GPUs: gloo on a CPU", 'current')
-        backend = 'gloo'
     options['timeout'] = timedelta(seconds=timeout_of(config))
-    dist.init_process_group(backend, **options)
+    dist.init_process_group('gloo' if backend == 'nccl' else backend, **options)
 
 
 def _of_attempt() -> dict[str, Any]:
@@ -159,11 +149,10 @@ def _of_attempt() -> dict[str, Any]:
         return {}
     # torch's own options lead to the addresses of processes of the attempt before
     store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
-    rank, size = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE'))
     return {
         'store': dist.PrefixStore(f'attempt {attempt}', store),
-        'rank': rank,
-        'world_size': size,
+        'rank': int(os.environ['RANK']),
+        'world_size': int(os.environ['WORLD_SIZE']),
     }
 
 
@@ -181,12 +170,10 @@ def check_batch(config: Config, options: Iterable[str]) -> None:
 
 def check_configs(config: Config) -> None:
     """Compares the configs of all processes."""
-    # a set is in each process in another order
-    fields = {
-        name: _ADDRESS.sub('', repr(sorted(map(repr, value)) if isinstance(value, set) else value))
-        for name, value in flat(config.to_dict()).items()
-    }
-    _check_alike('configs', fields)
+    # in each process a set is in another order, and a function at another address
+    found = flat(config.to_dict())
+    values = {n: sorted(map(repr, v)) if isinstance(v, set) else v for n, v in found.items()}
+    _check_alike('configs', {n: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for n, v in values.items()})
 
 
 def check_datasets(runner: Runner, splits: tuple[str, ...]) -> None:
@@ -218,12 +205,11 @@ def with_wrapper(kind: type[Runner]) -> type[Runner]:
 
     def wrap_model(self: Runner, wrapper: dict | None, model: nn.Module) -> nn.Module:
         """Leaves the config as it is, so that a next run has nothing to undo."""
-        if self.distributed:
-            unused = self.cfg.get('find_unused_parameters', False)
-            stated = {'find_unused_parameters': unused} if wrapper is None else wrapper
-            wrapper = {'type': 'OwnDataParallel', **stated}
-            if self.cfg.get('parallel') is not None:
-                wrapper = {'type': 'Unwrapped'}
+        if self.distributed and self.cfg.get('parallel') is not None:
+            wrapper = {'type': 'Unwrapped'}
+        elif self.distributed:
+            unused = {'find_unused_parameters': self.cfg.get('find_unused_parameters', False)}
+            wrapper = {'type': 'OwnDataParallel', **(unused if wrapper is None else wrapper)}
         return kind.wrap_model(self, wrapper, model)
 
     return type(kind.__name__, (kind,), {'wrap_model': wrap_model})
@@ -241,8 +227,8 @@ class OwnDataParallel(MMDistributedDataParallel):
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
-        parameters = inspect.signature(DistributedDataParallel).parameters
-        renamed = 'forward_sync_buffers' in parameters  # by torch 2.13
+        # by torch 2.13
+        renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
         options.setdefault('forward_sync_buffers' if renamed else 'broadcast_buffers', False)
         if next(module.parameters()).device.type == 'cpu':
             options['device_ids'] = None

@@ -1,6 +1,7 @@
-"""What `tools/publish.py` does: a run's model as timm's folder, or a checkpoint of ours."""
+"""What `tools/publish.py` and `tools/upcycle.py` do: models as folders that timm reads."""
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -10,13 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmengine.config import Config
+from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.models.compat import STATED
-from vqmoe_vision.models.saved import save
-from vqmoe_vision.models.weights import digest_of, is_file_name
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.hosts import method_of
+from vqmoe_vision.models.layers import moe_options
+from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.saved import preprocessing_of, save
+from vqmoe_vision.models.weights import digest_of, find_source, is_file_name
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed
@@ -25,15 +32,10 @@ from .checkpoint import read_content
 from .checkpoint_files import BEST, POINTER, SaveError, last_checkpoint, reason_of
 from .cli import load_config, make_folder
 from .command import run
+from .config import add_config_options, as_arguments
 from .record import read_numbers
-from .trained import load_trained
+from .trained import load_trained, weights_normalization
 
-# Of `meta`: what starting from the file and a reader want to know, and mmseg's functions elsewhere.
-_META = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
-# What mmengine logs beside the metrics of a validation.
-_NO_METRICS = ('data_time', 'time')
-# Of a config what is about the machine of the run.
-_OF_THE_MACHINE = ('work_dir', 'resume', 'launcher')
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
 _PACKAGES = ('vqmoe-vision', 'torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation')
 _LOADERS = {'training': 'train', 'validation': 'val', 'test': 'test'}
@@ -78,26 +80,25 @@ def _publish(args: argparse.Namespace) -> Path:
 def publish_checkpoint(checkpoint: str, out: str) -> Path:
     """Writes the weights, the config and the classes of a checkpoint."""
     target, content = Path(out), read_content(checkpoint)
-    meta = {k: v for k, v in _meta(content, checkpoint).items() if k in _META}
+    # what starting from the file and a reader want to know, and mmseg's functions elsewhere
+    kept = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
+    meta = {k: v for k, v in _meta(content, checkpoint).items() if k in kept}
     target.parent.mkdir(parents=True, exist_ok=True)
     unnamed = target.with_suffix('.part')
     try:
-        try:
-            torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
-        except RuntimeError as error:  # of torch's writer
-            raise SaveError(f'{target} could not be written ({reason_of(error)})') from error
-        named = target.with_name(f'{target.stem}-{digest_of(unnamed)[:8]}.pth')
-        os.replace(unnamed, named)
+        torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
+        return unnamed.replace(target.with_name(f'{target.stem}-{digest_of(unnamed)[:8]}.pth'))
+    except RuntimeError as error:  # of torch's writer
+        raise SaveError(f'{target} could not be written ({reason_of(error)})') from error
     finally:  # of a disk that is full
         unnamed.unlink(missing_ok=True)
-    return named
 
 
 def _meta(content: Any, checkpoint: str) -> dict[str, Any]:
     found = content.get('meta') if isinstance(content, dict) and 'state_dict' in content else None
-    if not isinstance(found, dict):
-        raise ValueError(f"checkpoint {checkpoint!r} has no 'state_dict' and 'meta' of a training")
-    return found
+    allowed = "one with 'state_dict' and 'meta' of a training"
+    check(isinstance(found, dict), 'checkpoint', checkpoint, allowed)
+    return dict(found or {})
 
 
 def publish_folder(
@@ -121,14 +122,22 @@ def publish_folder(
     meta = _meta(content, str(file))
     tested = read_numbers(numbers, model, file) if numbers else {}
     best = _validated(content) if file.name.startswith(BEST) else {}
+    layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
+    scores = [
+        {'use': use, 'metric': name, 'value': value}
+        for use, values in {'validation': best, 'test': tested}.items()
+        for name, value in values.items()
+        if not name.startswith(layers)
+    ]
     with written_whole(target) as folder:
         arguments = _write_model(model, config, meta, folder, license_id)
-        shared = Config({k: v for k, v in config.items() if k not in _OF_THE_MACHINE})
+        of_machine = ('work_dir', 'resume', 'launcher')
+        shared = Config({k: v for k, v in config.items() if k not in of_machine})
         shared.dump(folder / config_file.name)
         record = content.get('run_record') or [None, []]
         _write_card(
             folder, target.name, model.routed_model, config,
-            _scores(model, {'validation': best, 'test': tested}), license_id,
+            scores, license_id,
             arguments=json.dumps(arguments, indent=2), config_name=config_file.name, meta=meta,
             checkpoint=file.name, commits=[c for c in record[1] if c],
             chosen='validation' if best else None,
@@ -139,8 +148,8 @@ def publish_folder(
 def free_folder(out: str) -> Path:
     """Where a folder is to be written."""
     target = Path(out).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
+    free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    check(free, 'out', out, 'a folder that does not exist, as nothing is overwritten')
     return target
 
 
@@ -182,41 +191,27 @@ def _write_model(
 def config_of(run: Path) -> Path:
     """The config that a run left in its work dir."""
     found = sorted(run.glob('*.py'))
-    if len(found) != 1:
-        names = ', '.join(path.name for path in found) or 'none'
-        raise ValueError(
-            f'work dir {str(run)!r} must hold one config, as tools/train.py leaves it: it has '
-            f'{names}'
-        )
+    names = ', '.join(path.name for path in found) or 'none'
+    allowed = f'a work dir of one config, as tools/train.py leaves it: it has {names}'
+    check(len(found) == 1, 'source', str(run), allowed)
     return found[0]
 
 
 def chosen_checkpoint(run: Path, how: str = 'name one of them after the work dir') -> Path:
     """The best checkpoint of a work dir, or else the last."""
-    best = sorted(run.glob(f'{BEST}*.pth'))
-    if len(best) > 1:
-        names = ', '.join(path.name for path in best)
-        raise ValueError(f'work dir {str(run)!r} has {names}: {how}')
-    if not best and not ((run / POINTER).is_file() and last_checkpoint(run).is_file()):
-        raise ValueError(f'work dir {str(run)!r} has no checkpoint of a training')
-    return best[0] if best else last_checkpoint(run)
+    found = sorted(run.glob(f'{BEST}*.pth'))
+    if not found and (run / POINTER).is_file() and last_checkpoint(run).is_file():
+        found = [last_checkpoint(run)]
+    names = ', '.join(path.name for path in found) or 'no checkpoint of a training'
+    check(len(found) == 1, 'source', str(run), f'a work dir of one, and this has {names}: {how}')
+    return found[0]
 
 
 def _validated(content: dict[str, Any]) -> dict[str, float]:
     """Metrics of the validation after which the best checkpoint was written."""
     logged = (content.get('message_hub') or {}).get('log_scalars') or {}
     values = {n.removeprefix('val/'): v for n, v in logged.items() if n.startswith('val/')}
-    return {n: float(v.current()) for n, v in values.items() if n not in _NO_METRICS}
-
-
-def _scores(model: Any, measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
-    return [
-        {'use': use, 'metric': name, 'value': value}
-        for use, values in measured.items()
-        for name, value in values.items()
-        if not name.startswith(layers)
-    ]
+    return {n: float(v.current()) for n, v in values.items() if n not in ('data_time', 'time')}
 
 
 def _write_card(
@@ -257,7 +252,7 @@ def _write_card(
     )
     versions = {package: installed(package) for package in _PACKAGES}
     at = {'vqmoe-vision': f' (commit {now})'} if (now := commit()) else {}
-    card = ModelCard.from_template(
+    ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
         name=name,
@@ -271,8 +266,7 @@ def _write_card(
         license=license_id,
         versions=[f'{n} {version}{at.get(n, "")}' for n, version in versions.items() if version],
         **values,
-    )
-    card.save(folder / 'README.md')
+    ).save(folder / 'README.md')
 
 
 def _sources(config: Config) -> list[str]:
@@ -294,3 +288,74 @@ def _without_folder(source: str) -> str:
     scheme, colon, path = source.rpartition('local-dir:')
     of_files = colon or path[:1] in '/.~' or is_file_name(path) or Path(path).exists()
     return scheme + colon + (Path(path).name if of_files else path)
+
+
+def upcycle(argv: Sequence[str] | None = None) -> None:
+    """Writes a model with experts that are made of a dense one."""
+    parser = argparse.ArgumentParser(
+        description='Make a model with experts of a dense vision transformer, and write it as a '
+        'folder that timm reads, with a report of every tensor.'
+    )
+    parser.add_argument(
+        'source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights'
+    )
+    parser.add_argument('model', help='name of a model with experts, such as vit_small_vqmoe')
+    parser.add_argument('out', help='folder to write, which does not exist yet or is empty')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)'
+    )
+    add_config_options(
+        parser,
+        'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
+    )
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _upcycle)
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    method = method_of(args.model) if timm.is_model(args.model) else None
+    allowed = (
+        'a model with experts, such as vit_small_vqmoe; a model of timm gets them by '
+        'convert_to_moe, or in a config by model.moe.method'
+    )
+    check(method is not None, 'model', args.model, allowed)
+    source = find_source(args.source)[1]
+    # of what a folder of timm names beside its weights, what the model has
+    known = {*inspect.signature(VisionTransformer).parameters, *moe_options(str(method))}
+    options = {name: value for name, value in source.arguments.items() if name in known}
+    options |= {**as_arguments(args.cfg_options), 'upcycle': args.source}
+    with written_whole(free_folder(args.out)) as folder:
+        torch.manual_seed(args.seed)
+        model: Any = create_model(args.model, **options)
+        found, names = model.weights_report, source.config.get('label_names')
+        if 'head.weight' not in found.loaded or not isinstance(names, list):  # of its classes
+            names = []
+        save(model, folder, _preprocessing(model, options), names, source.config.get('license'))
+        report = '\n'.join(found.lines())
+        (folder / 'upcycling.txt').write_text('\n'.join([report, '', *found.listed(), '']))
+    print(report, f'wrote {args.out}', sep='\n')
+
+
+def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """How images are prepared for the weights, entries of timm's `pretrained_cfg`."""
+    channels = model.patch_embed.proj.in_channels
+    stated = options.get('pretrained_cfg_overlay') or {}
+    normalization = None
+    if channels == 3:  # which is what weights say of themselves
+        normalization = weights_normalization(model, None, options)
+    elif {'mean', 'std'} <= stated.keys():
+        normalization = Normalization.of(stated, channels=channels)
+    if normalization is None:
+        numbers = f'[{",".join(["0.5"] * channels)}]'
+        images = '' if channels == 3 else f' of {channels} channels'
+        raise ValueError(
+            f'source={options["upcycle"]!r} does not say how images{images} were normalised for '
+            f'it, which config.json has to: write --cfg-options '
+            f'pretrained_cfg_overlay.mean={numbers} pretrained_cfg_overlay.std={numbers}, with the '
+            'numbers of the weights'
+        )
+    return preprocessing_of(model.pretrained_cfg) | {
+        'input_size': (channels, *model.patch_embed.img_size),
+        'mean': normalization.mean,
+        'std': normalization.std,
+    }

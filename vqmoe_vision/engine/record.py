@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
 from os.path import relpath
@@ -36,7 +35,6 @@ from .step_values import read_now
 
 BEGUN = 'begun.json'
 FIRST_LOSSES = 20
-CURVE_POINTS = 60
 PACKAGES = ('torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation', 'vqmoe-vision')
 
 
@@ -66,9 +64,8 @@ class RunRecordHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the record of a run that is resumed."""
         self._resumed = runner._resume  # which a run that finds nothing to go on with has too
-        if not self._resumed or 'run_record' not in checkpoint:
-            return
-        self._before, self._commits, self._held_out, self._then = checkpoint['run_record']
+        if self._resumed and 'run_record' in checkpoint:
+            self._before, self._commits, self._held_out, self._then = checkpoint['run_record']
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves the record so far in the checkpoint."""
@@ -100,9 +97,8 @@ class RunRecordHook(Hook):
         if (at := commit()) not in self._commits:
             self._commits.append(at)
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         """Keeps a point of the learning curves."""
-        assert metrics is not None
         metrics.update({name: float(value) for name, value in metrics.items()})
         # no copy: hooks that come later add the routing of the pass to it
         self._held_out.append([runner.iter, metrics])
@@ -178,47 +174,37 @@ def _beginning(options: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 def _thinned(losses: np.ndarray) -> list[list[float]]:
     """Pairs of an iteration and the mean loss up to it since the pair before."""
-    ends = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
+    ends = np.linspace(0, len(losses), min(60, len(losses)) + 1).astype(int)
     return [[int(end), round(float(losses[start:end].mean()), 5)] for start, end in pairwise(ends)]
 
 
 def described(dataset: Any) -> dict[str, Any]:
     """The number of samples, and a digest of what they are called, in their order."""
-    names = _names(dataset)
+    names = getattr(dataset, 'names', None)
+    if isinstance(dataset, BaseDataset):
+        infos = map(dataset.get_data_info, range(len(dataset)))
+        places = [[i[kind] for kind in ('img_path', 'seg_map_path') if kind in i] for i in infos]
+        root = dataset.data_root or '.'
+        names = [' '.join(relpath(place, root) for place in of_one) for of_one in places]
     digest = None if names is None else sha256('\n'.join(names).encode()).hexdigest()[:16]
     return {'samples': len(dataset), 'digest': digest}
 
 
-def _names(dataset: Any) -> Iterable[str] | None:
-    if not isinstance(dataset, BaseDataset):
-        return getattr(dataset, 'names', None)
-    infos = map(dataset.get_data_info, range(len(dataset)))
-    root = dataset.data_root or '.'
-    kinds = ('img_path', 'seg_map_path')
-    return [' '.join(relpath(info[kind], root) for kind in kinds if kind in info) for info in infos]
-
-
 # Options of models, and of a `pretrained_cfg_overlay`, whose files are weights under any name.
 _NAME_WEIGHTS = ('checkpoint', 'checkpoint_path', 'features', 'file', 'load_from', 'upcycle')
-_FOLDER = 'local-dir:'  # before a folder of timm
 
 
 def starting_weights(model: ConfigDict, load_from: str | None = None) -> dict[str, str]:
     """Digests of all weights on this machine that the config of a run names."""
-    named = {**flat(model.to_dict(), 'model'), 'load_from': load_from}
-    return {name: digest_of(read_state(path)) for name, path in _weights(named)}
-
-
-def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in named.items():
-        if not isinstance(value, str):
-            continue
-        path = os.path.expanduser(value.removeprefix(_FOLDER))
+    found = {}
+    for name, value in {**flat(model.to_dict(), 'model'), 'load_from': load_from}.items():
+        path = os.path.expanduser(str(value).removeprefix('local-dir:'))
         # not any folder: an entry point may be called as one is
         meant = name.rpartition('.')[2] in _NAME_WEIGHTS or is_file_name(path)
         files = [*([path] if meant else []), *(os.path.join(path, file) for file in OF_TIMM)]
-        if any(map(os.path.isfile, files)):
-            yield name, path
+        if isinstance(value, str) and any(map(os.path.isfile, files)):
+            found[name] = digest_of(read_state(path))
+    return found
 
 
 def digest_of(state: StateDict) -> str:
@@ -268,4 +254,4 @@ def read_numbers(path: str, model: nn.Module, checkpoint: Path) -> dict[str, flo
         'again with --out, or name the checkpoint that was tested with --checkpoint'
     )
     check(tested == own, 'numbers', path, other)
-    return dict(values)
+    return values

@@ -70,9 +70,8 @@ class MoeLogProcessor(LogProcessor):
             summary = statistics.summary()
             statistics.reset()
             scalars |= summary
-            left_out = [v for n, v in summary.items() if n.endswith('/nonfinite_tokens')]
-            if any(left_out):
-                sums['nonfinite_tokens'] = sum(left_out)
+            if left_out := sum(v for n, v in summary.items() if n.endswith('/nonfinite_tokens')):
+                sums['nonfinite_tokens'] = left_out
         text += ''.join(f'  moe/{kind}: {value:.4f}' for kind, value in sums.items())
         return scalars, wrapped(text)
 
@@ -166,10 +165,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def _sample(layer: MoeLayer) -> dict[str, Tensor]:
     """By part of a layer: its weights (at most `SAMPLED` of a tensor), on the CPU."""
-    codebooks = {name: m for name, m in layer.named_modules() if isinstance(m, Codebook)}
+    codebooks = {f'{name}.': m for name, m in layer.named_modules() if isinstance(m, Codebook)}
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in layer.named_parameters():
-        if not any(name.startswith(f'{codebook}.') for codebook in codebooks):
+        if not name.startswith((*codebooks,)):
             parts.setdefault(name.partition('.')[0], []).append(whole(parameter.detach()))
     with torch.no_grad():
         for codebook in codebooks.values():
@@ -190,8 +189,6 @@ def _picked(weights: Tensor) -> Tensor:
 
 def _change(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
     """|new - old| / |new| by part; zero weights that have not moved give 0."""
-    changes = {}
-    for name, new in now.items():
-        moved = (new - before[name].to(new.device)).norm()
-        changes[name] = float(f'{(moved / new.norm().clamp(min=1e-12)).item():.4g}')
-    return changes
+    moved = {n: (new - before[n].to(new.device)).norm() for n, new in now.items()}
+    shares = {n: m / now[n].norm().clamp(min=1e-12) for n, m in moved.items()}
+    return {name: float(f'{share.item():.4g}') for name, share in shares.items()}

@@ -60,13 +60,12 @@ class ReseedHook(Hook):
 
     priority = 'VERY_HIGH'
 
-    def before_train_epoch(self, runner: Runner) -> None:
-        """Before the data loader starts: it draws its workers' seeds from torch's generator."""
-        seed_generators(runner.seed, runner.iter, get_rank())
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+    def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Before the forward pass."""
         seed_generators(runner.seed, runner.iter, get_rank())
+
+    # before the data loader starts: it draws its workers' seeds from torch's generator
+    before_train_epoch = before_train_iter
 
 
 _SAMPLES = 1  # tells the seeds of samples from those of iterations
@@ -77,27 +76,6 @@ class SeededIndex(int):
 
     parts: tuple[int, ...]
 
-    def __add__(self, other: Any) -> int:
-        return _computed(self, operator.add, other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> int:
-        return _computed(self, operator.sub, other)
-
-    def __mod__(self, other: Any) -> int:
-        return _computed(self, operator.mod, other)
-
-    def __floordiv__(self, other: Any) -> int:
-        return _computed(self, operator.floordiv, other)
-
-
-def _computed(index: SeededIndex, how: Callable[[int, int], int], other: Any) -> int:
-    if not hasattr(other, '__index__'):  # such as a float
-        return NotImplemented
-    # Python's integer in the place of NumPy's, which would compute itself and lose the seed
-    return with_seed_of(index, how(int(index), operator.index(other)))
-
 
 def _seeded(index: int, *parts: int) -> SeededIndex:
     seeded = SeededIndex(index)
@@ -107,9 +85,24 @@ def _seeded(index: int, *parts: int) -> SeededIndex:
 
 def with_seed_of(outer: int, inner: int) -> int:
     """What a wrapper of data sets that looks indices up hands on."""
-    if not isinstance(outer, SeededIndex):
-        return inner
-    return _seeded(inner, *outer.parts)
+    return _seeded(inner, *outer.parts) if isinstance(outer, SeededIndex) else inner
+
+
+def _keeps_seed(how: Callable[[int, int], int]) -> Callable[[SeededIndex, Any], int]:
+    """An operation of indices, as wrappers of data sets compute with them."""
+
+    def computed(index: SeededIndex, other: Any) -> int:
+        if not hasattr(other, '__index__'):  # such as a float
+            return NotImplemented
+        # Python's integer in the place of NumPy's, which would compute itself and lose the seed
+        return with_seed_of(index, how(int(index), operator.index(other)))
+
+    return computed
+
+
+for _name in ('add', 'sub', 'mod', 'floordiv'):
+    setattr(SeededIndex, f'__{_name}__', _keeps_seed(getattr(operator, _name)))
+SeededIndex.__radd__ = SeededIndex.__add__  # type: ignore[method-assign]
 
 
 def seed_sample(index: int) -> None:
@@ -164,8 +157,7 @@ class SeededInfiniteSampler(InfiniteSampler):
     def _indices_of_rank(self) -> Iterator[int]:
         # processes take turns with samples
         for position, index in enumerate(super()._indices_of_rank()):
-            place = position * self.world_size + self.rank
-            yield _seeded(index, self.seed, place, 0, _SAMPLES)
+            yield _seeded(index, self.seed, position * self.world_size + self.rank, 0, _SAMPLES)
 
 
 @FUNCTIONS.register_module()
@@ -272,15 +264,15 @@ def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
 
 def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
     """Adds gradients, and what layers have observed, that no step has used yet to a checkpoint."""
-    if runner.optim_wrapper.should_update() or get_world_size() > 1:  # of several they are lost
-        return
-    if 'optimizer' not in checkpoint:  # as in the best one, from which no training goes on
+    # of several processes they are lost; from the best one, without optimizer, no training goes on
+    lost = get_world_size() > 1 or 'optimizer' not in checkpoint
+    if lost or runner.optim_wrapper.should_update():
         return
     model = unwrapped(runner)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    observed = {name: layer.observed for name, layer in moe_layers(model).items()}
-    # as mmengine keeps all else
-    kept = {'gradients': gradients, 'observed': observed}
+    kept = {  # as mmengine keeps all else
+        'gradients': {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        'observed': {name: layer.observed for name, layer in moe_layers(model).items()},
+    }
     checkpoint[_ACCUMULATED] = apply_to(kept, lambda x: isinstance(x, Tensor), Tensor.cpu)
 
 

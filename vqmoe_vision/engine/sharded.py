@@ -4,12 +4,12 @@ Their files have whole tensors, or parts beside them: any number of processes go
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from copy import deepcopy
 from itertools import accumulate, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,14 @@ from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageW
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_map_only, tree_map_with_path
 
 from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.models.weights import IN_PARTS
-from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.optimizer import mixes_experts
 
-from .checkpoint import PARTS, RUN_FILE, checksum, delete_folder
+from .checkpoint import PARTS, RUN_FILE, checksum, delete_folder, dotted
 from .checkpoint_files import RUN, SaveError, reason_of, remove_unnamed, sync_folder
 from .model import RoutingStatistics
 from .optim import scales_loss
@@ -37,7 +38,6 @@ from .step_values import check_own_parts, check_weights
 
 FIELD = 'parallel'
 _OPTIONS = ('expert_processes', 'param_dtype', 'state_dict_type')
-_SAVES = ('full', 'sharded')  # the words of Composer and Lightning
 
 
 def check_parallel(config: Config) -> None:
@@ -100,13 +100,12 @@ class ShardingHook(Hook):
         param_dtype: str | None = None,
         state_dict_type: str = 'full',
     ) -> None:
-        dtypes = {None: None, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
         # float16 needs a loss scale
-        allowed = "'bfloat16', 'float32' or None"
-        check(param_dtype in list(dtypes), f'{FIELD}.param_dtype', param_dtype, allowed)
-        allowed = ' or '.join(map(repr, _SAVES))
-        check(state_dict_type in _SAVES, f'{FIELD}.state_dict_type', state_dict_type, allowed)
-        self.expert_processes, self.param_dtype = expert_processes, dtypes[param_dtype]
+        check_type(f'{FIELD}.param_dtype', Literal['bfloat16', 'float32'] | None, param_dtype)
+        # the words of Composer and Lightning
+        check_type(f'{FIELD}.state_dict_type', Literal['full', 'sharded'], state_dict_type)
+        self.expert_processes = expert_processes
+        self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
         self.in_parts = state_dict_type == 'sharded'
 
     def before_run(self, runner: Runner) -> None:
@@ -124,7 +123,7 @@ class ShardingHook(Hook):
         logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
         wrapper = runner.optim_wrapper
         check_optim_wrapper(wrapper)
-        optimizer = wrapper.optimizer
+        self._sharded = runner.model
         device = next(runner.model.parameters()).device
         self._whole = deepcopy(runner.model.cpu())  # no second model on a GPU
         runner.model.to(device)
@@ -133,10 +132,13 @@ class ShardingHook(Hook):
                 setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
         shard_model(runner.model, self.expert_processes, self.param_dtype, timeout_of(runner.cfg))
-        self._sharded = runner.model
-        _exchange(optimizer, before, dict(runner.model.named_parameters()))
-        if wrapper.clip_grad_kwargs:
-            _replace_clip(wrapper, clip_grad_norm)
+        _exchange(wrapper.optimizer, before, dict(runner.model.named_parameters()))
+        if wrapper.clip_grad_kwargs:  # inside of what keeps the norm from whoever would read it
+            keeper: Any = wrapper.clip_func
+            if hasattr(keeper, 'clip'):
+                keeper.clip = clip_grad_norm
+            else:
+                wrapper.clip_func = clip_grad_norm
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
         runner.save_checkpoint = JointSaves(runner, runner.model, self.in_parts)
 
@@ -172,23 +174,12 @@ def clip_grad_norm(
         if parameter.grad is not None:
             layout = parameter.device_mesh if isinstance(parameter, DTensor) else None
             layouts.setdefault(layout, []).append(parameter)
-    norms = []
-    for group in layouts.values():
-        gradients = [p.grad for p in group if p.grad is not None]
-        norms.append(whole(get_total_norm(gradients, norm_type, foreach=foreach)))
+    gradients = [[p.grad for p in group if p.grad is not None] for group in layouts.values()]
+    norms = [whole(get_total_norm(each, norm_type, foreach=foreach)) for each in gradients]
     total = get_total_norm(norms, norm_type, error_if_nonfinite)
     for group in layouts.values():
         clip_grads_with_norm_(group, max_norm, total, foreach)
     return total
-
-
-def _replace_clip(wrapper: Any, clip: Callable[..., Tensor]) -> None:
-    """Where the norm is kept from whoever would read it, inside of that."""
-    keeper = wrapper.clip_func if hasattr(wrapper.clip_func, 'clip') else None
-    if keeper is None:
-        wrapper.clip_func = clip
-    else:
-        keeper.clip = clip
 
 
 def _exchange(
@@ -201,9 +192,8 @@ def _exchange(
         # kernels for lists of tensors take one layout alone, and on CUDA torch takes them unasked
         group.update({name: False for name in KERNELS_FOR_LISTS if name in group})
     for p in [p for p in optimizer.state if p in parts]:
-        known = optimizer.state.pop(p)
         optimizer.state[parts[p]] = {
-            name: _part_of(value, parts[p]) for name, value in known.items()
+            name: _part_of(value, parts[p]) for name, value in optimizer.state.pop(p).items()
         }
 
 
@@ -215,8 +205,6 @@ def _part_of(value: Any, part: Tensor) -> Any:
 
 # Options of an optimizer for kernels that take lists of tensors of one layout.
 KERNELS_FOR_LISTS = ('foreach', 'fused')
-# Bytes of whole tensors, of which each process writes its part.
-_FILE_SIZE = 1 << 28
 
 
 def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -273,11 +261,23 @@ class JointSaves:
 def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     """Writes the folder of a checkpoint, before its file; all processes have to call it."""
     tensors: dict[str, Tensor] = {}
-    left = _take_parts(state, '', tensors)
-    name = [_make_folder(file, run) if is_main_process() else '']
-    broadcast_object_list(name)
-    partial, rank = file.with_name(f'.{name[0]}.part'), dist.get_rank()
-    writer = HuggingFaceStorageWriter(str(partial), _in_files(tensors), save_distributed=True)
+
+    def left(path: Any, value: Any) -> Any:
+        """A word in the place of each spread tensor."""
+        if isinstance(value, DTensor):
+            assert dotted(path) not in tensors
+            tensors[dotted(path)] = value.detach()
+            return IN_PARTS
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+
+    content = tree_map_with_path(left, state)
+    names = [_make_folder(file, run) if is_main_process() else '']
+    broadcast_object_list(names)
+    partial, rank = file.with_name(f'.{names[0]}.part'), dist.get_rank()
+    # of 256 MiB of whole tensors: torch has all that goes into a file in memory twice
+    ends = zip(tensors, accumulate(tensor.nbytes for tensor in tensors.values()), strict=True)
+    places = {name: 1 + end // (1 << 28) for name, end in ends}
+    writer = HuggingFaceStorageWriter(str(partial), places, save_distributed=True)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         save(tensors, storage_writer=writer, planner=planner)
@@ -286,7 +286,7 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
         if is_main_process():
             _check_seen(partial, by_rank)
             sync_folder(partial)
-            partial.rename(file.with_name(name[0]))
+            partial.rename(file.with_name(names[0]))
             sync_folder(file.parent)
     except (CheckpointException, OSError) as error:
         with suppress(OSError):  # others may be faster
@@ -299,25 +299,17 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
             'is intact'
         ) from error
     files = {name: list(numbers) for files in by_rank for name, numbers in files.items()}
-    return {**left, PARTS: {'folder': name[0], 'files': files}}
-
-
-def _in_files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number of the file for each tensor: torch has all that goes into one in memory twice."""
-    ends = accumulate(tensor.nbytes for tensor in tensors.values())
-    return {name: 1 + end // _FILE_SIZE for name, end in zip(tensors, ends, strict=True)}
+    return {**content, PARTS: {'folder': names[0], 'files': files}}
 
 
 def _make_folder(file: Path, run: str) -> str:
     """The name that a folder will have, and the folder under the name until then."""
-    for number in count(1):
-        name = f'{file.stem}.{number}.sharded'
-        partial = file.with_name(f'.{name}.part')
-        if not file.with_name(name).exists() and not partial.exists():
-            partial.mkdir()
-            (partial / RUN_FILE).write_text(run)
-            return name
-    raise AssertionError('numbers do not end')
+    names = (f'{file.stem}.{number}.sharded' for number in count(1))
+    taken = {path.name.removeprefix('.').removesuffix('.part') for path in file.parent.iterdir()}
+    name = next(name for name in names if name not in taken)
+    (partial := file.with_name(f'.{name}.part')).mkdir()
+    (partial / RUN_FILE).write_text(run)
+    return name
 
 
 def _check_seen(folder: Path, by_rank: list[dict[str, tuple[int, int]]]) -> None:
@@ -333,22 +325,6 @@ def _check_seen(folder: Path, by_rank: list[dict[str, tuple[int, int]]]) -> None
                 )
 
 
-def _take_parts(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A state with a word in the place of each spread tensor, which are collected by name."""
-    if isinstance(state, DTensor):
-        assert name not in tensors
-        tensors[name] = state.detach()
-        return IN_PARTS
-    if isinstance(state, Tensor):
-        return state.detach().cpu()
-    before = f'{name}.' if name else ''
-    if isinstance(state, dict):
-        return {k: _take_parts(v, f'{before}{k}', tensors) for k, v in state.items()}
-    if isinstance(state, list):
-        return [_take_parts(v, f'{before}{i}', tensors) for i, v in enumerate(state)]
-    return state
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in one piece, where it is spread over processes; all of them have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -356,10 +332,4 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_state(state: Any) -> Any:
     """Whole tensors, on the processor, of a state in which some are spread."""
-    if isinstance(state, Tensor):
-        return whole(state).detach().cpu()
-    if isinstance(state, dict):
-        return {key: whole_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole_state(value) for value in state]
-    return state
+    return tree_map_only(Tensor, lambda tensor: whole(tensor).detach().cpu(), state)

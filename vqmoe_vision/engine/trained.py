@@ -56,8 +56,8 @@ def weights_normalization(
 
 def has_weights(checkpoint: str | None, arguments: dict[str, Any]) -> bool:
     """Whether a training starts from weights."""
-    given = ('upcycle', 'pretrained', 'checkpoint_path')
-    return bool(checkpoint is not None or any(arguments.get(name) for name in given))
+    given = map(arguments.get, ('upcycle', 'pretrained', 'checkpoint_path'))
+    return checkpoint is not None or any(given)
 
 
 def _of_timms(model: Any, arguments: dict[str, Any]) -> Normalization | None:
