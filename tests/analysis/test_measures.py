@@ -25,18 +25,12 @@ tables = st.integers(2, 5).flatmap(
 )
 
 
-def identical_experts() -> Experts:
+def make_experts(identical: bool) -> Experts:
     experts = Experts(E, in_features=6, hidden_features=5)
     for p in experts.parameters():
         nn.init.normal_(p)
-        p.data[:] = p.data[0]
-    return experts
-
-
-def different_experts() -> Experts:
-    experts = Experts(E, in_features=6, hidden_features=5)
-    for p in experts.parameters():
-        nn.init.normal_(p)
+        if identical:
+            p.data[:] = p.data[0].clone()
     return experts
 
 
@@ -98,7 +92,8 @@ def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length()
 
 def test_identical_experts_are_wholly_similar_and_others_are_not() -> None:
     tokens = torch.randn(9, 6)
-    for experts, similar in ((identical_experts(), True), (different_experts(), False)):
+    for similar in (True, False):
+        experts = make_experts(similar)
         by_weights = measures.weight_similarity(experts)
         by_outputs = measures.output_similarity(measures.expert_outputs(experts, tokens))
         for similarity in (by_weights, by_outputs):

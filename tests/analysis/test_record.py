@@ -24,15 +24,6 @@ class GivenRouter(Router):
         return self.routing
 
 
-def decider_inputs(layer: MoeLayer, record: LayerRecord, decider: str) -> Tensor:
-    """What the experts of a decider are fed, (T, D)."""
-    tokens = record.inputs.flatten(0, 1)
-    if decider not in record.codes:
-        return tokens
-    quantizer = layer.get_submodule(decider.rpartition('.')[0])
-    return quantizer(tokens, tokens)[0]
-
-
 @torch.no_grad()
 def answer(layer: MoeLayer, record: LayerRecord) -> Tensor:
     """The layer's answer, computed anew from nothing but what was recorded."""
@@ -47,13 +38,15 @@ def answer(layer: MoeLayer, record: LayerRecord) -> Tensor:
         return torch.einsum('bnep,ebpd->bnd', record.combine, torch.stack(own))
     total = torch.zeros_like(record.inputs).flatten(0, 1)
     for decider, experts in record.experts.items():
-        outputs = measures.expert_outputs(layer.experts, decider_inputs(layer, record, decider))
+        inputs = record.inputs.flatten(0, 1)
+        if decider in record.codes:  # what the experts of a codebook are fed
+            inputs = layer.get_submodule(decider.rpartition('.')[0])(inputs, inputs)[0]
+        outputs = measures.expert_outputs(layer.experts, inputs)
         if decider in record.codes and getattr(layer, 'output_norm', None) is not None:
             outputs = layer.output_norm(outputs)
         weights = record.weights[decider]
-        for chosen, weight in zip(
-            experts.flatten(0, 1).t(), weights.flatten(0, 1).t(), strict=True
-        ):
+        both = experts.flatten(0, 1).t(), weights.flatten(0, 1).t()
+        for chosen, weight in zip(*both, strict=True):
             taken = outputs[chosen.clamp(min=0), torch.arange(len(chosen))]
             total += taken * weight[:, None]
     return total.view(record.inputs.shape)

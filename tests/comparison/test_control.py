@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vqmoe_vision.comparison import control
-from vqmoe_vision.comparison.control import Bed, Score, Source, Structure, all_rows, find_rows
+from vqmoe_vision.comparison.control import Source, all_rows, find_rows
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.routing import Router
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_clusters_stand_at_right_angles_and_each_has_its_own_labels() -> None:
-    source = Source(Structure(separation=2.0))
+    source = Source(2.0, 1)
     basis = torch.cat([source.directions, source.others])
     torch.testing.assert_close(basis @ basis.T, torch.eye(64), atol=1e-5, rtol=0)
     torch.testing.assert_close(source.matrices.mean(0), torch.zeros(4, 16), atol=1e-6, rtol=0)
@@ -37,7 +37,7 @@ def test_clusters_stand_at_right_angles_and_each_has_its_own_labels() -> None:
 
 
 def test_layers_that_read_the_image_find_the_tokens_in_it() -> None:
-    tokens = Source(Structure()).draw()[0]
+    tokens = Source(3.0, 1).draw()[0]
     images = control.as_images(tokens)
     assert images.shape == (64, 4, 16, 16)
     assert torch.equal(METHODS['stablemoe'].read_patches(images, (4, 4)), tokens)
@@ -60,34 +60,22 @@ def test_every_row_is_trained_and_tells_what_chooses(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(control, 'TESTED', 1)
     rows, state = all_rows(), torch.get_rng_state()
     for name, row in rows.items():
-        found = control.score(row, Structure(), steps=1)
-        assert 10 < found.accuracy < 50
+        found = control.score(row, 3.0, 1, steps=1)
+        assert 10 < found['accuracy'] < 50
+        information, deciders = found['information'], found['deciders']
         chooses = row.method != 'softmoe' and not name.startswith('dense')
-        assert (found.information is not None) == chooses == bool(found.deciders)
+        assert (information is not None) == chooses == bool(deciders)
         if row.method == 'vqmoe' and row.config.form == 'full':
-            assert found.deciders.keys() == {'router', 'quantizer.codebook'}
+            assert deciders.keys() == {'router', 'quantizer.codebook'}
         if name == 'oracle':
-            assert found.information == pytest.approx(math.log(8), abs=0.02)
+            assert information == pytest.approx(math.log(8), abs=0.02)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_oracle_sends_tokens_by_their_cluster() -> None:
-    tokens, clusters, _ = Source(Structure()).draw()
-    model = Bed(all_rows()['oracle'])
-    model((tokens, clusters))
-    chosen = model.layer.router(tokens.flatten(0, 1)).indices[:, 0]
-    assert torch.equal(chosen, clusters.flatten())
-
-
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(control, 'score', partial(control.score, steps=1))
     monkeypatch.setattr(control, 'TESTED', 1)
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.usefixtures('quickly')
-def test_the_command_leaves_a_table_a_figure_and_scores(says: Callable[..., str]) -> None:
     methods = 'vqmoe', 'smoe', 'dense_1x', 'position'
     said = says('control', '--quick', '--methods', *methods, '--out', 'made/here.json')
     first, _, *lines = said.splitlines()
@@ -101,14 +89,14 @@ def test_the_command_leaves_a_table_a_figure_and_scores(says: Callable[..., str]
     assert len(rows) == 8
     fields = {'row', 'separation', 'seed', 'accuracy', 'information', 'deciders'}
     assert all(row.keys() == fields for row in rows)
-    assert said.startswith(control.table_of([Score(**row) for row in rows]))
+    assert said.startswith(control.table_of(rows))
     for flags in (['--separation', 'inf'], ['--seeds', '-1'], ['--methods', 'smoo']):
         assert says('control', *flags).startswith(f'error: {flags[0]}=')
 
 
 def test_the_table_of_the_documents_is_that_of_the_scores() -> None:
     rows = json.loads((ROOT / 'docs/results/control.json').read_text())['rows']
-    table = control.table_of([Score(**row) for row in rows])
+    table = control.table_of(rows)
     assert table in (ROOT / 'docs/compare.md').read_text()
 
 
@@ -117,7 +105,7 @@ SEEDS = 1, 2
 
 def accuracy(name: str) -> float:
     (row,) = find_rows([name])
-    return sum(control.score(row, Structure(seed=seed)).accuracy for seed in SEEDS) / len(SEEDS)
+    return sum(control.score(row, 3.0, seed)['accuracy'] for seed in SEEDS) / len(SEEDS)
 
 
 @pytest.fixture(scope='module')
@@ -132,7 +120,7 @@ LEARNED = ('smoe', 'xmoe', 'vqmoe', 'vqmoe_discrete')
 @pytest.mark.timeout(1200)  # a minute of one core, on a machine that may be busy
 def test_learned_routers_find_clusters_that_stand_apart(bar: float) -> None:
     found = {name: accuracy(name) for name in LEARNED}
-    assert all(score > bar for score in found.values()), found
+    assert min(found.values()) > bar, found
     # codes reach it; of 32,768 tokens 98 % are right to within 0.1 points
     assert accuracy('oracle') > max(found.values()) - 0.3
 
@@ -183,4 +171,4 @@ def test_a_broken_router_falls_out(
 
     monkeypatch.setattr(control, 'Bed', Broken)
     (row,) = find_rows([name])
-    assert control.score(row, Structure(seed=1)).accuracy < bar
+    assert control.score(row, 3.0, 1)['accuracy'] < bar

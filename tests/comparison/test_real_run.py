@@ -38,7 +38,7 @@ def test_a_run_leaves_every_number(
     folders = ['--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]
     compare(['run', str(tmp_path / 'digits.py'), *folders])
     row = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())
-    assert row['seed'] == 3
+    assert row['seed'] == 3 and row['commit'] and row['versions']['torch']
     assert len(row['first_losses']) == 20
     # 1,257 images are 19 batches of 64
     assert [step for step, _ in row['held_out']] == [19, 38]
@@ -46,22 +46,17 @@ def test_a_run_leaves_every_number(
     # of the 360 test images, not of the 180 that validation sees
     right = row['test']['accuracy/top1'] * 3.6
     assert right == pytest.approx(round(right), abs=1e-3)
-    assert row['held_out'][-1][1] * 1.8 == pytest.approx(
-        round(row['held_out'][-1][1] * 1.8), abs=1e-3
-    )
-    assert row['test']['blocks.1.mlp/load_unused'] >= 0
+    bits = np.unpackbits(np.frombuffer(b64decode(row['correct']), np.uint8), count=360)
+    assert bits.sum() == round(right)
+    assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
     # what stage='dev' has for it
     record = json.loads(next((tmp_path / 'work').rglob('run.json')).read_text())
     assert record['held_out'][-1][1].keys() == row['test'].keys()
-    assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
     assert row['cpu_minutes'] > 0 and row['minutes'] > 0
     assert row['threads'] == 1 and row['device'] in ('cpu', 'cuda') and row['hardware']
     samples = {split: data['samples'] for split, data in row['data'].items()}
     assert samples == {'train': 1257, 'val': 180, 'test': 360}
-    assert row['commit'] and row['versions']['torch']
-    bits = np.unpackbits(np.frombuffer(b64decode(row['correct']), np.uint8), count=360)
-    assert bits.sum() == round(right)
 
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
     content = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())

@@ -79,12 +79,6 @@ def test_whatever_learns_to_route_meets_both_controls(path: Path, root: None) ->
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
-def test_controls_learn_nothing_of_where_tokens_go() -> None:
-    assert sorted(CONTROLS) == ['position', 'smoe_frozen']
-    assert not METHODS['hashmoe'].config.from_options(preset='matched').learns_routing
-    assert not METHODS['smoe'].config.from_options(preset='frozen').learns_routing
-
-
 @pytest.mark.parametrize('leaf', PAPER)
 def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     comparison = read_comparison(f'configs/{leaf}')
@@ -190,21 +184,6 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec) -> None:
         assert Run(comparison, row, 2, Path('work')).resolved['model']['features'] == str(file)
 
 
-def test_a_row_that_starts_from_two_runs_has_the_checkpoint_of_each(spec, says) -> None:
-    other = 'smoe-wide'  # a name as any other
-    Path('first.py').write_text(Path(spec(f"rows['{other}'] = 'smoe'")).read_text())
-    both = 'smoe model.features={start} model.checkpoint={start:smoe-wide}'
-    path = spec("start = 'first.py dense iter_2.pth'", both=both)
-    work, first = Path('work_dirs/comparisons'), read_comparison('first.py')
-    run = Run(read_comparison(path), 'both', 1, work)
-    dense, wide = (Run(first, row, 1, work).folder / 'iter_2.pth' for row in ('dense', other))
-    model = run.resolved['model']
-    assert (model['features'], model['checkpoint']) == (str(dense), str(wide))
-    said = says('run', path, '--rows', 'both', '--seeds', '1')
-    assert f'2 runs that others start from come first: first/dense-seed1, first/{other}' in said
-    assert Path('docs/results/rows/spec/both-seed1.json').is_file()
-
-
 def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(fill, says) -> None:
     first = Path(fill({'a': [1.0, 2.0], 'b': [1.0, 2.0]})).read_text()
     Path('first.py').write_text(first)
@@ -230,29 +209,23 @@ FROM = "start = 'first.py dense a.pth'\n"
         (f"{FROM}rows['a'] = 'smoe a={{start :dense}}'", 'rows.a='),
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe']"),
         ("all_methods = 'False'", 'all_methods='),
-        *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', "['1']", '[-1]', '[2**40]', '[1, 1]')),
+        *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', '[-1]', '[1, 1]')),
         ('seeds = 5', 'seeds='),
-        ("rows = ['dense']", 'rows='),
         ("rows['lr/2'] = 'smoe'", "row='lr/2'"),
-        ("rows['one'] = 'smoke'", "row 'smoke' does not exist"),
+        ("rows['one'] = 'smoke'", "row='smoke'"),
         ("rows['one'] = 'dense_1x a=\\'1'", 'rows.one='),
         ("rows['one'] = 'dense_1x optimiser.lr=3'", 'optimiser.lr=3'),
         ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
-        ("rows['one'] = 'vqmoe model.moe.ema_decay=2.0'", 'row one: model.moe.ema_decay=2.0'),
-        ("rows['one'] = 'smoe randomness.seed=3'", 'randomness.seed=3'),
         ("options = ['randomness.seed=3']", 'randomness.seed=3'),
         ("shifts = dict(fog='a.b=1')", 'shifts.fog='),
         ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
         ("stage = 'val'", 'stage='),
         ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
         ('metric = 3', 'metric='),
-        ("also = 'mAcc'", 'also='),
         ("contrasts = ['dense']", 'contrasts='),
         ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
         ('margin = -1.0', 'margin='),
-        ("reference = 'smoke'", 'row smoke does not exist'),
         ("budget = 'long'", "fields ['budget']"),
-        ("config = 'absent.py'", "'absent.py'"),
         ("config = 'first.py'", 'model.model_name=None'),
         ('rows = dict(', 'SyntaxError'),
     ],

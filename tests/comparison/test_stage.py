@@ -28,9 +28,6 @@ def test_the_score_is_that_of_the_last_validation(spec, says) -> None:
     shown = Path('docs/results/tables/spec.md').read_text()
     assert 'mIoU at the end of training on held-out data; no test data was seen.' in shown
     assert 'the same on held-out images' not in shown  # they are these
-    cells = [cell.strip() for cell in shown.split('\n| dense')[1].split('\n')[0].split('|')]
-    assert cells[1:4] == ['2.00', '0.00', '2'] and cells[-4] == '1'
-    assert 'on held-out data' in Path('docs/results/tables/spec.tex').read_text()
     assert '4 of 4 runs are there already' in says('run', path)
 
 
@@ -39,7 +36,7 @@ def test_a_training_that_does_not_end_with_a_validation(spec, says, repository, 
     (repository / 'tools/train.py').write_text(train.replace('iterations=2', 'iterations=3'))
     assert says('run', spec(DEV), '--seeds', '1') == 'error: 1 of 1 runs failed: dense-seed1'
     said = capsys.readouterr().out
-    assert 'dense-seed1 has no validation at its end, after 3 iterations' in said
+    assert 'dense-seed1: held_out=2 ' in said and 'after 3 iterations' in said
 
 
 def test_rows_of_one_stage_are_not_those_of_the_other(fill, says) -> None:

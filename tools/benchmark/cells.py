@@ -4,8 +4,6 @@ Legend: B images, N tokens per image, T = B * N, D width, H hidden width of an e
 K experts per token.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

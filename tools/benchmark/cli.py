@@ -1,7 +1,5 @@
 """What `tools/benchmark.py` does."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a contender is, and how to run one step of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field

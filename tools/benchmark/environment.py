@@ -1,7 +1,5 @@
 """What a run needs of its process, and what its result must say about the machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """Ratios that a run must not exceed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

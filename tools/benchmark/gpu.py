@@ -5,8 +5,6 @@ and segmenting, run with every wait for the host forbidden. Then layers and whol
 timed and held against limits. The result is one row, which can be sent in.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """`benchmark.py gpu`: whether kernels compute right on a card, in every dtype and case."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

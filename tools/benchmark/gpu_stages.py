@@ -1,7 +1,5 @@
 """`benchmark.py gpu`: its parts run one after another, whatever becomes of one, into one row."""
 
-from __future__ import annotations
-
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ Steps of every method, classifying and segmenting, run with every wait for the h
 a card has no kernel for groups, experts wait by design, and their steps may.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial

@@ -6,8 +6,6 @@ rows, a cost of real training that a fixed routing would hide.
 Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +25,7 @@ class Batch:
     weights: Tensor
     images: Tensor
 
-    def double(self) -> Batch:
+    def double(self) -> 'Batch':
         """The same in float64, new leaves."""
         x, weights = (t.detach().double().requires_grad_() for t in (self.x, self.weights))
         return Batch(x, self.indices, weights, self.images)

@@ -1,7 +1,5 @@
 """`benchmark.py moe`: one layer, all contenders side by side."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -6,8 +6,6 @@ computes something else is left out of the cell. So a new method needs nothing h
 Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`benchmark.py model`: whole networks, inference and training steps."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import gc
@@ -99,7 +97,7 @@ class Network:
         """Parameters and work of the model; refuses one whose work cannot be counted."""
         return complexity(self.model)
 
-    def compiled(self) -> Network:
+    def compiled(self) -> 'Network':
         """The same weights through torch.compile: a card may not have room for two sets."""
         twin = copy.copy(self)
         twin.call = torch.compile(self.model, fullgraph=True)

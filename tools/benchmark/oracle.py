@@ -1,7 +1,5 @@
 """Nothing of ours is timed before it equals the plain loop, in outputs and every gradient."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -4,8 +4,6 @@ Legend: B images, N tokens per image, T = B * N, D width, H hidden width, E expe
 token, C rows per expert.
 """
 
-from __future__ import annotations
-
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence

@@ -14,8 +14,6 @@ Legend: B images, N tokens per image, T = B * N, D width, H hidden width, E expe
 token, C capacity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Named sets of layers and of networks, with the ratios that they are held to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import compress, product
 from typing import Any

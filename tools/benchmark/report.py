@@ -1,7 +1,5 @@
 """Rows as text, and runs as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

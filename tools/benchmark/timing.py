@@ -1,7 +1,5 @@
 """Clocks, interleaved rounds, and peak memory."""
 
-from __future__ import annotations
-
 import gc
 import random
 import time

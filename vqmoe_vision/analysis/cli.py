@@ -16,7 +16,7 @@ from vqmoe_vision.engine.routing_log import FILE, read_history
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
 
-from .checkpoints import Change, Convergence, convergence, layer_states, routing_changes
+from .checkpoints import Change, convergence, layer_states, routing_changes
 from .report import write_report
 from .shifts import Shift
 from .source import Source, images_of, source_of
@@ -47,44 +47,39 @@ def analyze(argv: Sequence[str] | None = None) -> None:
 
 
 def _analyze(args: argparse.Namespace) -> None:
-    for name in ('num_images', 'batch_size'):
-        value, option = getattr(args, name), name.replace('_', '-')
-        check(value >= 1, f'--{option}', value, 'at least 1')
+    check(args.num_images >= 1, '--num-images', args.num_images, 'at least 1')
+    check(args.batch_size >= 1, '--batch-size', args.batch_size, 'at least 1')
     own = load_config(args.config, args.cfg_options)
     files = [(own, checkpoint) for checkpoint in args.checkpoints]
     files += [(load_config(config), checkpoint) for config, checkpoint in args.beside]
     names = [path for _, path in files]
     check(len(set(names)) == len(names), 'checkpoints', names, 'none of them twice')
     titles = ['/'.join(Path(path).with_suffix('').parts[-2:]) for path in names]
-    if len(set(titles)) < len(titles):
-        titles = names
-    trained = dict(zip(titles, files, strict=True))
+    trained = dict(zip(names if len({*titles}) < len(titles) else titles, files, strict=True))
     if len(args.checkpoints) > 1:
         _check_order(args.checkpoints)
     make_folder(args.out)
     surveys, changes, states = [], [], []
-    before: tuple[str, Any] | None = None
+    before: Any = None
     for number, (title, (config, path)) in enumerate(trained.items()):
         model = load_trained(config, path, args.device)
         source = source_of(model, config, args.num_images, args.images)
         surveys.append(_survey(title, model, source, args))
-        if before is not None and number < len(args.checkpoints):
-            images = map(images_of, _progress(source, 'changes', args))
-            shares = routing_changes(before[1].routed_model, model.routed_model, images)
-            changes.append(Change(before[0], title, shares))
-        before = title, model
         if number < len(args.checkpoints):
             states.append(layer_states(model.routed_model))
+            if number:
+                images = map(images_of, _progress(source, 'changes', args))
+                shares = routing_changes(before.routed_model, model.routed_model, images)
+                changes.append(Change(surveys[-2].title, title, shares))
+            before = model
     runs = {title: Path(path).parent / FILE for title, (_, path) in trained.items()}
     # the history of a run belongs to all of its checkpoints
     first = {file: title for title, file in reversed(runs.items()) if file.is_file()}
     history = {title: read_history(file) for file, title in first.items()}
-    converged = None
-    if len(states) > 2 and states[0]:  # of two, one is the start and one the end
-        parts = convergence(states, surveys[0].layers)
-        converged = Convergence([survey.title for survey in surveys[: len(states)]], parts)
-    page, *_ = write_report(surveys, args.out, history, changes, converged)
-    print(page)
+    # of two, one is the start and one the end
+    of_one_run = len(states) > 2 and states[0]
+    converged = convergence(states, surveys[0].layers) if of_one_run else None
+    print(write_report(surveys, args.out, history, changes, converged)[0])
 
 
 def _check_order(paths: Sequence[str]) -> None:

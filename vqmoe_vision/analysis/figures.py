@@ -3,6 +3,7 @@
 Legend: E experts, C classes, M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .checkpoints import Convergence
 from .drawing import WIDTH, Picture, heat_map, percent, short, styled
 from .measures import mean_similarity
 from .pictures import LEGEND, expert_colours, plot_experts, rows_of_pictures, with_legend
@@ -174,7 +174,10 @@ def code_maps(survey: Survey) -> list[Picture]:
 
 def _code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
     tokens, codes = codebook.tokens.double(), codebook.codes.double()
-    mean, plane, shares = _plane(tokens)
+    # not scikit-learn's PCA: tokens that are all the same have no variance to divide by
+    mean = tokens.mean(dim=0)
+    spread, axes_ = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
+    plane, shares = axes_[:, -2:].flip(1), spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
     colours = expert_colours(num_experts)
     figure = Figure(figsize=(WIDTH, 7), layout='constrained')
     axes = figure.subplots()
@@ -185,8 +188,8 @@ def _code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
     _draw_codes(axes, (codes - mean) @ plane, codebook.usage, of_codes)
     axes.set(
         title=f'{short(name)}: codes (large, x: unused) among tokens',
-        xlabel=f'first component, {percent(shares[0])} of the variance',
-        ylabel=f'second component, {percent(shares[1])}',
+        xlabel=f'first component, {percent(shares[-1].item())} of the variance',
+        ylabel=f'second component, {percent(shares[-2].item())}',
     )
     axes.grid(alpha=0.3)
     if num_experts <= LEGEND:
@@ -207,15 +210,6 @@ def _draw_codes(axes: Axes, places: Tensor, usage: Tensor, colours: Tensor) -> N
             axes.annotate(str(number), place, xytext=(7, 7), textcoords='offset points')
 
 
-def _plane(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    """Mean (D,), first two principal axes (D, 2) and their shares of the variance."""
-    # not scikit-learn's: tokens that are all the same have no variance to divide by
-    mean = tokens.mean(dim=0)
-    spread, axes = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
-    shares = spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
-    return mean, axes[:, -2:].flip(1), shares[-2:].flip(0).tolist()
-
-
 def training_curves(history: History) -> list[Picture]:
     """Load of each expert, use of each code, and movement of weights, over the iterations."""
     found = []
@@ -224,14 +218,14 @@ def training_curves(history: History) -> list[Picture]:
         ('code_usage', 'code', 'Share of tokens per code over training'),
         ('change', '', 'Movement of weights from one record to the next'),
     ):
-        layers: dict[str, Lines] = {}
+        layers: Any = defaultdict(lambda: defaultdict(lambda: ([], [])))
         for line in history:
             for name, recorded in line['layers'].items():
                 values = recorded.get(kind) or {}
                 if kind != 'change':
                     values = {f'{word} {i}': share for i, share in enumerate(values)}
                 for label, value in values.items():
-                    x, y = layers.setdefault(name, {}).setdefault(label, ([], []))
+                    x, y = layers[name][label]
                     x.append(line['iteration'])
                     # a part that is frozen has no place on an axis of logarithms
                     y.append(value if kind != 'change' or value > 0 else float('nan'))
@@ -240,13 +234,13 @@ def training_curves(history: History) -> list[Picture]:
     return found
 
 
-def convergence_curves(convergence: Convergence) -> list[Picture]:
+def convergence_curves(convergence: Mapping[str, Any]) -> list[Picture]:
     """What is left of the way to the last checkpoint, a panel per layer and a line per part."""
-    layers: dict[str, Lines] = {}
-    for name, measured in convergence.parts.items():
+    layers: dict[str, Lines] = defaultdict(dict)
+    for name, measured in convergence.items():
         layer, _, part = name.rpartition('.')
         left = measured['distance']
-        layers.setdefault(layer, {})[part] = [float(i + 1) for i in range(len(left))], left
+        layers[layer][part] = [float(i + 1) for i in range(len(left))], left
     title = 'Way that is left to the last checkpoint'
     return [_curves('convergence', title, 'checkpoint', layers)]
 

@@ -24,8 +24,7 @@ LEGEND = 20  # colours that can be told apart
 def expert_colours(num_experts: int) -> Tensor:
     """Gives every expert a colour: (E, 3), RGB in [0, 1]."""
     if num_experts <= LEGEND:  # lists of distinct colours, looked up by their index
-        listed = matplotlib.colormaps['tab10' if num_experts <= 10 else 'tab20']
-        rgba = listed(range(num_experts))
+        rgba = matplotlib.colormaps['tab10' if num_experts <= 10 else 'tab20'](range(num_experts))
     else:
         rgba = matplotlib.colormaps['hsv']([i / num_experts for i in range(num_experts)])
     return torch.as_tensor(rgba)[:, :3].float()
@@ -81,10 +80,13 @@ def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure
     canvas = torch.ones(3, len(rows) * step, columns * step)
     for row, pictures in enumerate(rows.values()):
         for column, picture in enumerate(pictures):
-            fitted = _fitted(picture.float().cpu())
-            (height, width), (y, x) = fitted.shape[-2:], (row * step, column * step)
-            y, x = y + (CELL - height) // 2, x + (CELL - width) // 2
-            canvas[:, y : y + height, x : x + width] = fitted.clamp(0, 1)
+            scale = CELL / max(picture.shape[-2:])
+            size = [max(round(scale * length), 1) for length in picture.shape[-2:]]
+            # the borders of patches are to be seen, so no smoothing
+            mode = 'area' if scale < 1 else 'nearest-exact'
+            fitted = F.interpolate(picture[None].float().cpu(), size, mode=mode)[0].clamp(0, 1)
+            y, x = row * step + (CELL - size[0]) // 2, column * step + (CELL - size[1]) // 2
+            canvas[:, y : y + size[0], x : x + size[1]] = fitted
     inches = (WIDTH - 1.6) / columns * len(rows) + 1.4
     figure = Figure(figsize=(WIDTH, inches), layout='constrained')
     figure.suptitle(title)
@@ -93,17 +95,9 @@ def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure
     # 'blocks.1.mlp.router' is too wide for one line
     names = [name.replace('.mlp.', '\n') for name in rows]
     axes.set_yticks([row * step + CELL / 2 for row in range(len(rows))], names)
-    axes.set_xticks([])
+    axes.set(xticks=[], frame_on=False)
     axes.tick_params(length=0)
-    axes.set_frame_on(False)
     return figure
-
-
-def _fitted(picture: Tensor) -> Tensor:
-    """As large as a cell has room; the borders of patches are to be seen, so no smoothing."""
-    scale = CELL / max(picture.shape[-2:])
-    size = [max(round(scale * length), 1) for length in picture.shape[-2:]]
-    return F.interpolate(picture[None], size, mode='area' if scale < 1 else 'nearest-exact')[0]
 
 
 def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:

@@ -8,22 +8,22 @@ import io
 import json
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vqmoe_vision.moe.config import check
 
 from . import figures
-from .checkpoints import Change, Convergence
+from .checkpoints import Change
 from .drawing import Picture, percent
 from .figures import History
 from .measures import kept_beyond_chance
 from .surveyed import Survey
 
-DPI = 110
 MOST_LETTERS = 100  # of a name; file systems end at 255
 BY_CHANCE = 'by chance'
 # In the order of the page: anchor, heading, and what draws a model's pictures.
@@ -37,18 +37,8 @@ PICTURES = (
 )
 
 
-class Shown(NamedTuple):
-    """A picture as the page and a file hold it."""
-
-    file: str
-    title: str
-    alt: str
-    png: bytes
-
-    @property
-    def uri(self) -> str:
-        """The picture as the address of an image."""
-        return 'data:image/png;base64,' + base64.b64encode(self.png).decode()
+# A picture as the page and a file hold it: file, title, alt, png, and uri, its address in the page.
+Shown = dict[str, Any]
 
 
 class Table(NamedTuple):
@@ -74,7 +64,7 @@ def write_report(
     out: Path,
     history: Mapping[str, History] | None = None,
     changes: Sequence[Change] = (),
-    convergence: Convergence | None = None,
+    convergence: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`."""
     titles = [survey.title for survey in surveys]
@@ -84,7 +74,6 @@ def write_report(
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob('*.png'):
         old.unlink()
-    written = [out / 'report.html', out / 'numbers.json']
     environment = Environment(
         loader=PackageLoader('vqmoe_vision.analysis'),
         autoescape=True,
@@ -93,25 +82,36 @@ def write_report(
         lstrip_blocks=True,
     )
     page = environment.get_template('report.html').render(surveys=surveys, sections=sections)
-    written[0].write_text(page)
     numbers = {
         'surveys': [survey.numbers() for survey in surveys],
         'history': {name: list(lines) for name, lines in (history or {}).items()},
         'changes': [vars(change) for change in changes],
-        'convergence': vars(convergence) if convergence is not None else None,
+        'convergence': convergence
+        and {
+            'checkpoints': titles[: _checkpoints(convergence)],
+            'parts': convergence,
+        },
     }
-    written[1].write_text(json.dumps(numbers, indent=1))
-    for picture in (p for s in sections for column in s.columns.values() for p in column):
-        written.append(pictures / picture.file)
-        written[-1].write_bytes(picture.png)
-    return written
+    shown = [p for s in sections for column in s.columns.values() for p in column]
+    files = {
+        out / 'report.html': page.encode(),
+        out / 'numbers.json': json.dumps(numbers, indent=1).encode(),
+        **{pictures / picture['file']: picture['png'] for picture in shown},
+    }
+    for path, content in files.items():
+        path.write_bytes(content)
+    return [*files]
+
+
+def _checkpoints(convergence: Mapping[str, Any]) -> int:
+    return len(next(iter(convergence.values()))['distance'])
 
 
 def _sections(
     surveys: Sequence[Survey],
     history: Mapping[str, History],
     changes: Sequence[Change],
-    convergence: Convergence | None,
+    convergence: Mapping[str, Any] | None,
 ) -> list[Section]:
     """All sections that have something to show, in the order of the page."""
     found = [
@@ -126,18 +126,18 @@ def _sections(
         Section('shifts', 'When the picture changes', {}, shifts),
         Section('changes', 'Changes between checkpoints', {}, changed),
     ]
-    if convergence is not None:
+    if convergence:
         title = 'On the way to the last checkpoint'
         curves = {title: _shown(figures.convergence_curves(convergence), 'checkpoints')}
         rows = {
-            name: {part: found['distance'][at] for part, found in convergence.parts.items()}
-            for at, name in enumerate(convergence.checkpoints)
+            survey.title: {part: found['distance'][at] for part, found in convergence.items()}
+            for at, survey in enumerate(surveys[: _checkpoints(convergence)])
         }
         table = _table('Share of the way that is left to the last', 'checkpoint', rows)
         found.append(Section('convergence', title, curves, [table]))
-    for section in found:
-        for title in [title for title, pictures in section.columns.items() if not pictures]:
-            del section.columns[title]
+    found = [
+        s._replace(columns={n: shown for n, shown in s.columns.items() if shown}) for s in found
+    ]
     return [section for section in found if section.columns or section.tables]
 
 
@@ -151,9 +151,11 @@ def _shown(pictures: Iterable[Picture], title: str) -> list[Shown]:
     for picture in pictures:
         data = io.BytesIO()
         # without the version of matplotlib: the same survey gives the same file
-        picture.figure.savefig(data, format='png', dpi=DPI, metadata={'Software': None})
-        shown = f'{name}-{picture.name}.png', picture.title, picture.alt, data.getvalue()
-        found.append(Shown(*shown))
+        picture.figure.savefig(data, format='png', dpi=110, metadata={'Software': None})
+        png = data.getvalue()
+        uri = f'data:image/png;base64,{base64.b64encode(png).decode()}'
+        names = {'file': f'{name}-{picture.name}.png', 'title': picture.title, 'alt': picture.alt}
+        found.append({**names, 'png': png, 'uri': uri})
     return found
 
 
@@ -172,21 +174,22 @@ def _table(
 
 def number_tables(surveys: Sequence[Survey]) -> list[Table]:
     """A table per layer: its numbers, a column for each model."""
-    layers: dict[str, dict[str, dict[str, float]]] = {}
+    layers: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for survey in surveys:
         for layer, seen in survey.layers.items():
             for name, value in seen.numbers.items():
-                layers.setdefault(layer, {}).setdefault(name, {})[survey.title] = value
+                layers[layer][name][survey.title] = value
     return [_table(layer, 'number', rows, '.4g') for layer, rows in layers.items()]
 
 
 def shift_tables(surveys: Sequence[Survey]) -> list[Table]:
     """By model, shift and decider: share of tokens whose expert changes, and what is kept."""
-    tables = []
-    for survey in surveys:
-        if any(survey.shifts.values()):  # SoftMoE has no expert that could change
-            tables += _changes(f'{survey.title}: ', 'shift', survey.shifts, _by_chance(survey))
-    return tables
+    return [
+        table
+        for survey in surveys
+        if any(survey.shifts.values())  # SoftMoE has no expert that could change
+        for table in _changes(f'{survey.title}: ', 'shift', survey.shifts, _by_chance(survey))
+    ]
 
 
 def change_tables(changes: Sequence[Change], surveys: Sequence[Survey]) -> list[Table]:
@@ -211,10 +214,8 @@ def _changes(
         }
         for name, shares in rows.items()
     }
-    if not any(kept.values()):
-        return [table]
     caption = f'{of}kept beyond chance: 1 is all, 0 as if drawn anew'
-    return [table, _table(caption, corner, kept, '.2f')]
+    return [table, *([_table(caption, corner, kept, '.2f')] if any(kept.values()) else [])]
 
 
 def _by_chance(survey: Survey) -> dict[str, float]:

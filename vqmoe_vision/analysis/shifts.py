@@ -20,12 +20,6 @@ from vqmoe_vision.moe.config import check
 from .measures import changed_share
 from .record import decided, on_patches
 
-Pair = tuple[Tensor, Tensor]
-
-
-def _in_place(before: Tensor, after: Tensor) -> Pair:
-    return before, after
-
 
 @dataclass(frozen=True)
 class Shift:
@@ -35,7 +29,7 @@ class Shift:
     # pixels (B, C, H, W) in [0, 1], the index of the first image, and the size of a patch
     change: Callable[[Tensor, int, tuple[int, int]], Tensor]
     # maps (B, rows, columns) before and after, to what is the same patch in both
-    align: Callable[[Tensor, Tensor], Pair] = _in_place
+    align: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda before, after: (before, after)
 
 
 def flip() -> Shift:
@@ -62,10 +56,9 @@ def noise(std: float) -> Shift:
     """Normal noise on every pixel; the weakest of ImageNet-C has a deviation of 0.08."""
 
     def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
-        drawn = []
-        for i in range(len(pixels)):  # each its own, whatever batch it is in
-            generator = torch.Generator().manual_seed(first + i)
-            drawn.append(torch.randn(pixels.shape[1:], generator=generator))
+        # each its own, whatever batch it is in
+        own = [torch.Generator().manual_seed(first + i) for i in range(len(pixels))]
+        drawn = [torch.randn(pixels.shape[1:], generator=generator) for generator in own]
         return (pixels + std * torch.stack(drawn)).clamp(0, 1)
 
     return Shift(f'noise {std}', change)

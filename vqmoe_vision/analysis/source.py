@@ -4,7 +4,7 @@ Legend: B images, H, W height and width.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +41,13 @@ class Source:
         own = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self.samples), generator=own)[:count].tolist()
         samples: Any = Subset(self.samples, chosen)  # type: ignore[arg-type]  # needs no Dataset
-        names = [self.names[i] for i in chosen]
-        return Source(samples, names, self.classes, self.normalization)
+        return replace(self, samples=samples, names=[self.names[i] for i in chosen])
 
     def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Neighbours of one size together, as `survey` takes them."""
         for start in range(0, len(self.samples), batch_size):
             stop = min(start + batch_size, len(self.samples))
-            found = [self.samples[i] for i in range(start, stop)]
+            found = (self.samples[i] for i in range(start, stop))
             for _, group in groupby(found, key=lambda sample: sample.image.shape):
                 images, labels = zip(*group, strict=True)
                 batch = torch.stack(images)

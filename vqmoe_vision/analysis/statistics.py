@@ -3,13 +3,15 @@
 Legend: B images, N tokens per image, E experts, K experts per token.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe.config import check
 
 from .record import decided, evaluating, on_patches
 
@@ -28,17 +30,16 @@ def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Te
     Raises:
         ValueError: If there is no batch.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Any] = defaultdict(int)
     count = 0
     with evaluating(model):
         for images in batches:
             with collect_losses(model, update_state=False) as collected:
                 model(images)
             for name, value in collected.stats.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(images)
+                sums[name] += value * len(images)
             count += len(images)
-    if not count:
-        raise ValueError('batches: empty, there is nothing to average over')
+    check(count > 0, 'batches', count, 'at least one image to average over')
     return {name: value / count for name, value in sums.items()}
 
 

@@ -16,10 +16,8 @@ from vqmoe_vision.moe.config import check
 
 from .record import LayerRecord, evaluating, on_patches, recorded
 from .shifts import Shift, ShiftTally, in_colour
-from .surveyed import Codes, Example, LayerSurvey, Patch, Survey
+from .surveyed import Example, Survey
 from .tally import LayerTally, Seen
-
-__all__ = ['Codes', 'Example', 'LayerSurvey', 'Patch', 'Survey', 'survey']
 
 IGNORED = 255  # the class of pixels that have none, as in mmsegmentation
 Batch = Tensor | tuple[Tensor, Tensor]
@@ -56,11 +54,10 @@ def survey(
         ValueError: If the model is dense or no vision transformer, there is no image, or labels do
             not fit.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f'model: {type(model).__name__} is dense, it has no layer of experts')
+    layers, kind = moe_layers(model), type(model).__name__
+    check(bool(layers), 'model', kind, 'one with layers of experts, this is dense')
     if not isinstance(model, Transformer):
-        raise ValueError(f'model: {type(model).__name__} is no VisionTransformer or Eva of timm')
+        raise ValueError(f'model: {kind} is no VisionTransformer or Eva of timm')
     tallies = {name: LayerTally(name, each, len(classes or ())) for name, each in layers.items()}
     shifted = ShiftTally(model, normalization, shifts)
     examples: list[Example] = []

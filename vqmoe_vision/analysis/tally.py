@@ -4,14 +4,14 @@ Legend: B images, N tokens per image, T tokens, D width, E experts, K experts pe
 M codes, P slots per expert, S sampled tokens.
 """
 
-from typing import NamedTuple
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.moe.codebooks.codebook import Codebook
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.moe.routing import perplexities
 
@@ -34,50 +34,6 @@ class Seen(NamedTuple):
     first_image: int  # its index in the data set
 
 
-class TokenMoments:
-    """Sums over tokens from which their energy and their spectrum follow."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = torch.zeros(())  # (D,) float64
-        self.gram = torch.zeros(())  # X^T X, (D, D) float64
-
-    def add(self, tokens: Tensor) -> None:
-        """Take further tokens (T, D)."""
-        tokens = tokens.double()
-        self.count += len(tokens)
-        self.total = self.total + tokens.sum(dim=0)
-        self.gram = self.gram + tokens.t() @ tokens
-
-    @property
-    def energy(self) -> float:
-        """`sum |x|^2`."""
-        return self.gram.trace().item()
-
-    @property
-    def energy_around_mean(self) -> float:
-        """`sum |x - mean|^2`."""
-        return self.energy - (self.total.square().sum() / self.count).item()
-
-
-class TokenSample:
-    """A uniform sample: the S tokens with the smallest of independent random keys."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._keys = torch.empty(0)
-        self.tokens = torch.empty(0)
-        self.indices = torch.empty(0, dtype=torch.int64)
-
-    def add(self, tokens: Tensor, indices: Tensor) -> None:
-        """Take further tokens (T, D) into consideration, and a number (T,) for each."""
-        keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
-        chosen = keys.argsort()[:MOST_TOKENS]
-        self._keys = keys[chosen]
-        self.tokens = torch.cat([self.tokens.view(-1, tokens.shape[1]), tokens])[chosen]
-        self.indices = torch.cat([self.indices, indices])[chosen]
-
-
 class ExpertTally:
     """How one decider uses the experts, or the slots of SoftMoE: a token has a share of each."""
 
@@ -88,7 +44,7 @@ class ExpertTally:
         # of no expert, and of each
         self.first = torch.zeros(num_experts + 1, dtype=torch.float64)
         self.images = 0
-        self.mixed: dict[str, float] = {}  # of slots, summed over images
+        self.mixed: dict[str, float] = defaultdict(float)  # of slots, summed over images
         # of the surest patches, at most `MOST_PATCHES` of each expert: score, weight, image, pixels
         self._surest: list[Tensor] = []
 
@@ -96,13 +52,13 @@ class ExpertTally:
         """Take experts, their weights, and how sure each choice is, all (B, N, K)."""
         size = self.num_experts + 1  # index 0 is that of no expert
         first = F.one_hot(experts[..., 0] + 1, size)
-        assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
         self.first += first.sum((0, 1))
         shape = (*experts.shape[:2], size)
         of_expert, weight = (
             torch.full(shape, nothing).scatter(-1, experts + 1, value)[..., 1:]
             for value, nothing in ((scores, -torch.inf), (weights, 0.0))
         )
+        assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
         self._add(assigned, first[..., 1:], of_expert, weight, seen)
 
     def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
@@ -113,8 +69,7 @@ class ExpertTally:
             'mixed_tokens': perplexities(dispatch, dim=1),
             'mixed_slots': perplexities(combine.flatten(2), dim=2),
         }.items():
-            of_images = found.flatten(1).mean(dim=1).sum().item()
-            self.mixed[name] = self.mixed.get(name, 0.0) + of_images
+            self.mixed[name] += found.flatten(1).mean(dim=1).sum().item()
 
     def _add(
         self, assigned: Tensor, first: Tensor, scores: Tensor, weights: Tensor, seen: Seen
@@ -132,11 +87,10 @@ class ExpertTally:
         images = seen.first_image + places // (seen.patches.shape[1] * seen.patches.shape[2])
         pixels = seen.patches.flatten(0, 2)[places]
         found = [scores.gather(1, places), weights.gather(1, places), images, pixels]
-        if self._surest:
-            found = [torch.cat(both, dim=1) for both in zip(self._surest, found, strict=True)]
+        both = zip(self._surest or [each[:, :0] for each in found], found, strict=True)
+        found = [torch.cat(each, dim=1) for each in both]
         best = found[0].argsort(dim=1, descending=True, stable=True)[:, :MOST_PATCHES]
-        rows = torch.arange(self.num_experts)[:, None]
-        self._surest = [values[rows, best] for values in found]
+        self._surest = [values[torch.arange(self.num_experts)[:, None], best] for values in found]
 
     def surest(self) -> list[list[Patch]]:
         """The patches that each expert takes with the highest scores, these first."""
@@ -166,8 +120,8 @@ class ExpertTally:
             numbers['changed_by_chance'] = measures.chance_of_change(self.first)
         if self.by_class.any():
             numbers['mutual_information'] = measures.mutual_information(self.by_class)
-            normalized = measures.normalized_mutual_information(self.by_class)
-            numbers['normalized_mutual_information'] = normalized
+            shared = measures.normalized_mutual_information(self.by_class)
+            numbers['normalized_mutual_information'] = shared
         return numbers | {name: total / self.images for name, total in self.mixed.items()}
 
 
@@ -176,41 +130,47 @@ class LayerTally:
 
     def __init__(self, name: str, layer: MoeLayer, num_classes: int) -> None:
         self.name, self.layer = name, layer
-        self._sizes = layer.experts.num_experts, num_classes
-        self.experts: dict[str, ExpertTally] = {}
-        self.before, self.after = TokenMoments(), TokenMoments()
-        self.sample = TokenSample()
-        self.gates: Tensor | None = None
+        sizes = layer.experts.num_experts, num_classes
+        self.experts: dict[str, ExpertTally] = defaultdict(lambda: ExpertTally(*sizes))
+        self.count, self.total = 0, torch.zeros(())  # of tokens, and their sum (D,), float64
+        # X^T X of the tokens and of the answers, (D, D) float64
+        self.before, self.after = torch.zeros(()), torch.zeros(())
+        # a uniform sample: the S tokens with the smallest of random keys, and a code of each
+        self._generator = torch.Generator().manual_seed(0)
+        self._keys, self.tokens = torch.empty(0), torch.empty(0)
+        self.indices = torch.empty(0, dtype=torch.int64)
+        self.gates = torch.zeros(2, dtype=torch.float64)
         # of the codebook, if the layer has one
-        self.codebook = ''
-        self.usage = torch.zeros(())
-        self.squared_distance = 0.0
+        self.codebook, self.usage, self.squared_distance = '', torch.zeros(()), 0.0
 
     def add(self, record: LayerRecord, seen: Seen) -> None:
         """Take a batch."""
         tokens = record.inputs.flatten(0, 1)
-        self.before.add(tokens)
-        self.after.add(record.outputs.flatten(0, 1))
+        inputs, outputs = tokens.double(), record.outputs.flatten(0, 1).double()
+        self.count, self.total = self.count + len(tokens), self.total + inputs.sum(dim=0)
+        self.before, self.after = (
+            self.before + inputs.t() @ inputs,
+            self.after + outputs.t() @ outputs,
+        )
         scores = dict(record.weights)
         for name, codes in record.codes.items():
             # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
             scores[name] = -self._add_codes(name, record.inputs, codes)[..., None]
         for name, experts in record.experts.items():
-            self._of(name).add(experts, record.weights[name], scores[name], seen)
+            self.experts[name].add(experts, record.weights[name], scores[name], seen)
         if record.dispatch is not None and record.combine is not None:
-            self._of('slots').add_slots(record.dispatch, record.combine, seen)
+            self.experts['slots'].add_slots(record.dispatch, record.combine, seen)
         if record.gates is not None:
-            gates = record.gates.double().sum((0, 1))
-            self.gates = gates if self.gates is None else self.gates + gates
+            self.gates += record.gates.double().sum((0, 1))
         codes = next(iter(record.codes.values()), torch.full(record.inputs.shape[:2], -1))
-        self.sample.add(tokens, codes.flatten())
+        keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
+        chosen = keys.argsort()[:MOST_TOKENS]
+        self._keys = keys[chosen]
+        self.tokens = torch.cat([self.tokens.view(-1, tokens.shape[1]), tokens])[chosen]
+        self.indices = torch.cat([self.indices, codes.flatten()])[chosen]
 
-    def _of(self, name: str) -> ExpertTally:
-        return self.experts.setdefault(name, ExpertTally(*self._sizes))
-
-    def _codebook(self) -> tuple[Codebook, Tensor]:
-        codebook = self.layer.get_submodule(self.codebook)
-        assert isinstance(codebook, Codebook)
+    def _codebook(self) -> tuple[Any, Tensor]:
+        codebook: Any = self.layer.get_submodule(self.codebook)
         return codebook, codebook.codes().detach().float().cpu()
 
     def _add_codes(self, name: str, tokens: Tensor, chosen: Tensor) -> Tensor:
@@ -224,20 +184,20 @@ class LayerTally:
 
     def survey(self) -> LayerSurvey:
         """Everything seen so far."""
-        if not (self.before.gram.isfinite().all() and self.after.gram.isfinite().all()):
+        if not (self.before.isfinite().all() and self.after.isfinite().all()):
             raise ValueError(f'{self.name}: tokens are nan or infinite, the weights are of no use')
         experts = self.layer.experts
-        outputs = measures.expert_outputs(experts, self.sample.tokens[:COMPARED_TOKENS])
+        outputs = measures.expert_outputs(experts, self.tokens[:COMPARED_TOKENS])
         similarity = {
             'weights': measures.weight_similarity(experts),
             'outputs': measures.output_similarity(outputs.float().cpu()),
         }
         numbers = {
-            'effective_rank_before': measures.effective_rank(self.before.gram),
-            'effective_rank_after': measures.effective_rank(self.after.gram),
+            'effective_rank_before': measures.effective_rank(self.before),
+            'effective_rank_after': measures.effective_rank(self.after),
             **{f'similarity_{n}': measures.mean_similarity(s) for n, s in similarity.items()},
         }
-        if self.gates is not None:
+        if self.gates.any():
             numbers['gate_continuous'] = (self.gates[0] / self.gates.sum()).item()
         for name, tally in self.experts.items():
             numbers |= {f'{name}/{measure}': v for measure, v in tally.numbers().items()}
@@ -257,9 +217,10 @@ class LayerTally:
         """Measures of the codebook, errors relative to the tokens that came with its codes."""
         if not self.codebook:
             return {}, None
+        energy = self.before.trace().item()  # `sum |x|^2`
+        spread = energy - (self.total.square().sum() / self.count).item()  # `sum |x - mean|^2`
         error, around_mean = (
-            measures.quantization_error(self.squared_distance, energy)
-            for energy in (self.before.energy, self.before.energy_around_mean)
+            measures.quantization_error(self.squared_distance, of) for of in (energy, spread)
         )
         numbers = {
             f'{self.codebook}/code_perplexity': measures.usage_perplexity(self.usage),
@@ -268,5 +229,5 @@ class LayerTally:
             f'{self.codebook}/quantization_error_around_mean': around_mean,
         }
         codebook, codes = self._codebook()
-        tokens, usage = codebook.compared(self.sample.tokens), self.usage / self.usage.sum()
-        return numbers, Codes(codes, usage.float(), tokens, self.sample.indices)
+        tokens, usage = codebook.compared(self.tokens), self.usage / self.usage.sum()
+        return numbers, Codes(codes, usage.float(), tokens, self.indices)

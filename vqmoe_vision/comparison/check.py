@@ -1,8 +1,5 @@
 """Repeats the first losses of runs: whether rows still say what today's code does."""
 
-from __future__ import annotations
-
-import json
 import math
 import os
 import subprocess
@@ -15,41 +12,37 @@ from typing import Any
 from vqmoe_vision.provenance import commit
 
 from .runs import ONE_THREAD, Run
+from .store import load
 
 TOLERANCE = 1e-3  # relative: another processor rounds differently
 
 
 def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
     """Trains for as many iterations as a row keeps losses of, and compares them."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        command = run.train(folder, 'default_hooks.record.only_first=True')
+    with tempfile.TemporaryDirectory() as folder:
+        command = run.train(Path(folder), 'default_hooks.record.only_first=True')[1:]
         environment = {**os.environ, **ONE_THREAD}
         done = subprocess.run(
-            [sys.executable, *command[1:]], capture_output=True, text=True, env=environment
+            [sys.executable, *command], capture_output=True, text=True, env=environment
         )
         if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ValueError(f'{run.name} cannot be repeated: {lines[-1] if lines else "killed"}')
-        record = json.loads((folder / 'run.json').read_text())
+            last = (done.stderr.strip() or 'killed').splitlines()[-1]
+            raise ValueError(f'{run.name} cannot be repeated: {last}')
+        record = load(Path(folder) / 'run.json')
     weights = record['starting_weights']
     if content.get('starting_weights', weights) != weights:
         there = ', '.join(f'{name} ({digest})' for name, digest in weights.items())
         raise ValueError(f'{run.name} cannot be repeated: it began with other weights than {there}')
-    found = compared(record['first_losses'], content['first_losses'], run.name)
-    return {'commit': commit(), **found}
+    return {'commit': commit(), **compared(record['first_losses'], content['first_losses'])}
 
 
-def compared(losses: Sequence[float], kept: Sequence[float], name: str) -> dict[str, Any]:
+def compared(losses: Sequence[float], kept: Sequence[float]) -> dict[str, Any]:
     """Whether losses came out again; those that are no number never did."""
-    if len(losses) != len(kept):
-        raise ValueError(f'{name}: its row has {len(kept)} first losses, today has {len(losses)}')
-    pairs = zip(losses, kept, strict=True)
-    off = [abs(now - then) / (abs(then) or 1) for now, then in pairs]
+    off = [abs(now - then) / (abs(then) or 1) for now, then in zip(losses, kept, strict=True)]
     off = [math.inf if math.isnan(distance) else distance for distance in off]
     worst = off.index(max(off))
     return {
-        'equal': max(off) <= TOLERANCE,
+        'equal': off[worst] <= TOLERANCE,
         'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
-        'largest_relative_difference': max(off) if math.isfinite(max(off)) else None,
+        'largest_relative_difference': off[worst] if math.isfinite(off[worst]) else None,
     }

@@ -1,14 +1,11 @@
 """What `tools/compare.py` does."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,9 +29,6 @@ from .runs import WORK_DIR, Run
 from .spec import read_comparison
 from .store import Results, Store, Usable, leave_out_other_inputs, noise_of, save
 
-FOREST = Path('work_dirs/comparisons/forest.png')
-FIGURE = Path('work_dirs/control/control.png')
-
 
 def compare(argv: Sequence[str] | None = None) -> None:
     """Compares rows of options over seeds."""
@@ -47,7 +41,6 @@ def compare(argv: Sequence[str] | None = None) -> None:
         for name, of, options in _ARGUMENTS:
             if action in of.split():
                 one.add_argument(name, **options)
-        one.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, lambda args: args.function(args))
 
 
@@ -68,29 +61,25 @@ class Work:
         self.folder = args.work_dir / self.comparison.name
         self._rows = args.results / 'rows'
         self.store = Store(self._rows / self.comparison.name)
-        start = self.comparison.start
-        self._others = [] if start is None else [Store(self._rows / start.comparison.name)]
 
     def read(self) -> Results:
         """What is there of the whole comparison, with a line for all that is left out."""
         results = self.store.read(self._all)
-        if others := self.store.unnamed(self._all):
-            results.left_out[', '.join(others)] = 'the comparison names no such row or seed'
+        there = {*self.store.folder.glob('*-seed*.json')} - {*map(self.store.path, self._all)}
+        if there:
+            names = ', '.join(sorted(path.name for path in there))
+            results.left_out[names] = 'the comparison names no such row or seed'
         # what was trained in the same way for the comparison that rows start from counts here too
-        for other in self._others:
+        if self.comparison.start is not None:
+            other = Store(self._rows / self.comparison.start[0].name)
             results.usable.update(other.read(results.missing).usable)
-        self._stored = set(results.usable)  # one of other inputs would end as it did
+        results.stored = {*results.usable}  # one of other inputs would end as it did
         leave_out_other_inputs(results, self._all)
         for name, reason in results.left_out.items():
             print(f'left out: {name}: {reason}', file=sys.stderr)
-        results.missing = [r for r in results.missing if (r.row, r.seed) not in self._stored]
+        results.missing = [r for r in results.missing if (r.row, r.seed) not in results.stored]
         results.noise = noise_of(self._rows, results.usable)
         return results
-
-    def unfinished(self) -> list[Run]:
-        """The chosen runs without results."""
-        self.read()
-        return [run for run in self.runs if (run.row, run.seed) not in self._stored]
 
     def own(self, what: str, refuted: bool = False) -> Usable:
         """What counts of its own rows, which is to be done something with."""
@@ -105,7 +94,8 @@ class Work:
 def _run(args: argparse.Namespace) -> None:
     check(args.jobs is None or args.jobs > 0, '--jobs', args.jobs, 'at least 1')
     work = Work(args)
-    waiting = work.unfinished()
+    stored = work.read().stored
+    waiting = [one for one in work.runs if (one.row, one.seed) not in stored]
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
     tasks = tasks_of(waiting, work.store)
     # the model of each row is built before the first run
@@ -128,19 +118,16 @@ def _run(args: argparse.Namespace) -> None:
 
 def _table(args: argparse.Namespace) -> None:
     work = Work(args)
-    made = work.comparison, work.read()
-    folder = args.results / 'tables'
-    written = write_tables(*made, folder) + draw_figures(*made, folder, args.images)
-    print(*written, sep='\n')
+    made = work.comparison, work.read(), args.results / 'tables'
+    print(*write_tables(*made), *draw_figures(*made, args.images), sep='\n')
 
 
 def _forest(args: argparse.Namespace) -> None:
     found, margins = {}, set()
     for spec in args.specs:
-        work = Work(argparse.Namespace(**{**vars(args), 'spec': spec}))
-        results = work.read()
-        values = tidy(work.comparison, results)
-        found[work.comparison.name] = contrasts(work.comparison, results, values)
+        work = Work(argparse.Namespace(**vars(args), spec=spec))
+        made = work.comparison, work.read()
+        found[work.comparison.name] = contrasts(*made, tidy(*made))
         margins.add(work.comparison.margin)
     frame = forest(found)
     if frame.empty:
@@ -171,24 +158,23 @@ def _check(args: argparse.Namespace) -> None:
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
-    wrong, unknown = [], []
+    failed: dict[str, list[str]] = {'are stale': [], 'cannot be repeated': []}
     for one in tqdm(runs, unit='row', disable=None):
         try:
             finding = repeat(one, usable[one.row, one.seed])
         except ValueError as error:
-            unknown.append(one.name)
+            failed['cannot be repeated'].append(one.name)
             tqdm.write(str(error))
             continue
         work.store.add(one, checked=finding)
         if not finding['equal']:
-            wrong.append(one.name)
+            failed['are stale'].append(one.name)
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')
-    came = len(runs) - len(wrong) - len(unknown)
+    came = len(runs) - sum(map(len, failed.values()))
     print(f'the first losses of {came} of {len(runs)} rows came out again')
-    if wrong:
-        raise ValueError(f'{len(wrong)} rows are stale: {", ".join(wrong)}')
-    if unknown:
-        raise ValueError(f'{len(unknown)} rows cannot be repeated: {", ".join(unknown)}')
+    for what, names in failed.items():
+        if names:
+            raise ValueError(f'{len(names)} rows {what}: {", ".join(names)}')
 
 
 def _control(args: argparse.Namespace) -> None:
@@ -197,20 +183,17 @@ def _control(args: argparse.Namespace) -> None:
     valid = all(0 < separation < math.inf for separation in separations)
     check(valid, '--separation', separations, 'above 0 and finite')
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
-    rows, out = control.find_rows(args.methods), args.out or FIGURE
+    rows, out = control.find_rows(args.methods), args.out or Path('work_dirs/control/control.json')
     make_folder(out.parent)  # before the work
     torch.set_num_threads(1)  # more would wait for one another in layers of this size
     runs = list(product(rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
-    scores = [
-        control.score(row, control.Structure(separation, seed=seed))
-        for row, separation, seed in tqdm(runs, unit='run', disable=None)
-    ]
+    scores = [control.score(*one) for one in tqdm(runs, unit='run', disable=None)]
     print(control.table_of(scores))
     control.plot_control(scores).savefig(out.with_suffix('.png'), dpi=100)
     print(out.with_suffix('.png'))
     if args.out is not None:
         made = {'commit': commit(), 'processor': processor(), 'core_seconds': time.process_time()}
-        save(out, {**made, 'rows': [asdict(one) for one in scores]})
+        save(out, {**made, 'rows': scores})
 
 
 _ACTIONS = {
@@ -222,8 +205,6 @@ _ACTIONS = {
     'forest': (_forest, 'draw contrasts of several comparisons, and what they say together'),
     'control': (_control, 'see which router finds which structure, in tokens of known clusters'),
 }
-_RUNS: Any = {'type': Path, 'default': WORK_DIR, 'help': 'for runs'}
-_RESULTS: Any = {'type': Path, 'default': Path('docs/results'), 'help': 'for rows and tables'}
 # arguments, the actions that take them, and what argparse is told
 _ARGUMENTS: list[tuple[str, str, Any]] = [
     (
@@ -237,11 +218,28 @@ _ARGUMENTS: list[tuple[str, str, Any]] = [
     ('--seeds', 'run shifts routing check control', {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
     ('--methods', 'control', {'nargs': '+', 'default': [], 'metavar': 'ROW', 'help': 'only these'}),
     ('--quick', 'control', {'action': 'store_true', 'help': 'two separations and one seed'}),
-    ('--work-dir', 'run table shifts routing check', _RUNS),
-    ('--results', 'run table shifts routing check forest', _RESULTS),
+    (
+        '--work-dir',
+        'run table shifts routing check',
+        {'type': Path, 'default': WORK_DIR, 'help': 'for runs'},
+    ),
+    (
+        '--results',
+        'run table shifts routing check forest',
+        {'type': Path, 'default': Path('docs/results'), 'help': 'for rows and tables'},
+    ),
     ('--jobs', 'run', {'type': int, 'help': 'at a time (default: one, or one per GPU)'}),
     ('--images', 'table', {'type': Path, 'help': 'folder for what documents show of it'}),
     ('--sample', 'check', {'type': int, 'metavar': 'N', 'help': 'only N rows, drawn at random'}),
-    ('--out', 'forest', {'type': Path, 'default': FOREST, 'metavar': 'FILE.png'}),
+    (
+        '--out',
+        'forest',
+        {'type': Path, 'default': Path(WORK_DIR, 'forest.png'), 'metavar': 'FILE.png'},
+    ),
     ('--out', 'control', {'type': Path, 'metavar': 'FILE.json', 'help': 'scores; a figure beside'}),
+    (
+        '--debug',
+        ' '.join(_ACTIONS),
+        {'action': 'store_true', 'help': 'show the full trace of an error'},
+    ),
 ]

@@ -8,13 +8,11 @@ function that all clusters share serves.
 Legend: B images, N tokens per image, D width, C clusters, L labels.
 """
 
-from __future__ import annotations
-
 import math
 from collections import ChainMap, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -50,20 +48,14 @@ SEPARATIONS, SEEDS = ((0.5, 1.0, 1.5, 2.0, 3.0), (1.0, 3.0)), ((1, 2, 3), (1,)) 
 _LINES = ('-', '--', ':', '-.', (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What there is to find in tokens."""
-
-    separation: float = 3.0  # s, over the deviation of the nuisance
-    seed: int = 1  # of everything that is drawn
-
-
 class Source:
-    """Draws batches of a structure, the same for all rows, whatever these draw."""
+    """Draws batches of a structure, the same for all rows, whatever these draw.
 
-    def __init__(self, structure: Structure) -> None:
-        self.structure = structure
-        self.generator = torch.Generator().manual_seed(structure.seed)
+    The separation s is over the deviation of the nuisance, the seed of everything that is drawn.
+    """
+
+    def __init__(self, separation: float, seed: int) -> None:
+        self.separation, self.generator = separation, torch.Generator().manual_seed(seed)
         self.normal = partial(torch.randn, generator=self.generator)
         basis = torch.linalg.qr(self.normal(WIDTH, WIDTH))[0].t()
         self.directions, self.others = basis[:CLUSTERS], basis[CLUSTERS:]  # (C, D), (D - C, D)
@@ -76,7 +68,7 @@ class Source:
         # not used since all tokens of an image are of clusters of their own, but scores are of it
         self._clusters(1), torch.rand(clusters.shape, generator=self.generator)
         nuisance = self.normal(IMAGES, TOKENS, len(self.others))
-        tokens = self.structure.separation * self.directions[clusters] + nuisance @ self.others
+        tokens = self.separation * self.directions[clusters] + nuisance @ self.others
         # what each cluster would answer, (B, N, C, L): cheaper than a matrix for each token
         answers = torch.einsum('bni,kli->bnkl', nuisance[..., :INFORMATIVE], self.matrices)
         labels = answers.argmax(dim=-1).gather(2, clusters[..., None]).squeeze(2)
@@ -102,18 +94,6 @@ class Row:
         return _TABLE[self.method].config.from_options(**self.options)
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a row is worth at one separation and seed."""
-
-    row: str
-    separation: float
-    seed: int
-    accuracy: float  # in percent, on tokens that it has not seen
-    information: float | None  # the largest of the deciders; None where nothing chooses for a token
-    deciders: dict[str, float]  # mutual information of first expert and cluster, nats, by who chose
-
-
 def all_rows() -> dict[str, Row]:
     """By name: every method in its usual form, its discrete one and its presets; and controls."""
     found, controls = {'oracle': Row('oracle', 'oracle')}, dict[str, Row]()
@@ -122,16 +102,17 @@ def all_rows() -> dict[str, Row]:
             found[row.name] = row
             continue
         name = 'frozen' if Bed(row).layer.permutation_equivariant else 'position'
-        row = replace(row, name=row.name if name in controls else name)
-        controls[row.name] = replace(row, kind='form' if row.name != name else 'control')
+        first = name not in controls
+        row = replace(row, name=name if first else row.name, kind='control' if first else 'form')
+        controls[row.name] = row
     return found | controls | {name: Row(name, name) for name in _CONTROLS}
 
 
 def find_rows(names: Sequence[str]) -> list[Row]:
     """Rows by their names; all of them if there is no name."""
     rows = all_rows()
-    for name in names:
-        check(name in rows, '--methods', name, f'one of {", ".join(rows)}')
+    unknown = [name for name in names if name not in rows]
+    check(not unknown, '--methods', unknown, f'of {", ".join(rows)}')
     return [rows[name] for name in dict.fromkeys(names or rows)]
 
 
@@ -224,14 +205,18 @@ _CONTROLS = {
 _TABLE = ChainMap(METHODS, _CONTROLS)
 
 
-def score(row: Row, structure: Structure, steps: int = STEPS) -> Score:
-    """Trains a row as a user's own loop would, and tests it on tokens that it has not seen."""
+def score(row: Row, separation: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
+    """Trains a row as a user's own loop would, and tests it on tokens that it has not seen.
+
+    Accuracy is in percent. Deciders have the mutual information of first expert and cluster in
+    nats, by who chose; the information is the largest, None where nothing chooses for a token.
+    """
     right, counts = 0.0, dict[str, Tensor]()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(structure.seed)
-        source, model = Source(structure), Bed(row)
+        torch.manual_seed(seed)
+        source, model = Source(separation, seed), Bed(row)
         if isinstance(model.reader, ImageReader):
-            seen = Source(structure)  # what it is trained on
+            seen = Source(separation, seed)  # what it is trained on
             images = torch.cat([as_images(seen.draw()[0]) for _ in range(TESTED)])
             model.reader.fit(model.reader.features(images))
         optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
@@ -253,18 +238,23 @@ def score(row: Row, structure: Structure, steps: int = STEPS) -> Score:
             for record in records.values():
                 for name, experts in record.experts.items():
                     # -1, of no expert, is the last row, which does not count
-                    met = torch.zeros(record.num_experts + 1, CLUSTERS)
-                    places, one = (experts[..., 0], clusters), torch.ones(())
-                    counts[name] = counts.get(name, 0) + met.index_put_(places, one, True)
+                    met = counts.setdefault(name, torch.zeros(record.num_experts + 1, CLUSTERS))
+                    met.index_put_((experts[..., 0], clusters), torch.ones(()), True)
     deciders = {name: mutual_information(met[:-1]) for name, met in counts.items()}
-    most, accuracy = max(deciders.values(), default=None), 100 * right / TESTED
-    return Score(row.name, structure.separation, structure.seed, accuracy, most, deciders)
+    return {
+        'row': row.name,
+        'separation': separation,
+        'seed': seed,
+        'accuracy': 100 * right / TESTED,
+        'information': max(deciders.values(), default=None),
+        'deciders': deciders,
+    }
 
 
-def table_of(scores: Sequence[Score]) -> str:
+def table_of(scores: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown: accuracy in percent by separation, with its deviation over seeds, and nats."""
     lines = []
-    for row, of_row in pd.DataFrame(map(asdict, scores)).groupby('row', sort=False):
+    for row, of_row in pd.DataFrame(scores).groupby('row', sort=False):
         deciders = ' / '.join(of_row.deciders.iloc[0])
         accuracy, nats = {'row': f'{row} ({deciders})' if ' / ' in deciders else row}, {}
         for s, at in of_row.groupby('separation'):
@@ -277,33 +267,33 @@ def table_of(scores: Sequence[Score]) -> str:
 
 
 @styled
-def plot_control(scores: Sequence[Score]) -> Figure:
+def plot_control(scores: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws accuracy and information over separation; what is no usual form is grey."""
-    frame = pd.DataFrame(map(asdict, scores)).astype({'information': float})
+    frame = pd.DataFrame(scores).astype({'information': float})
     means = frame.groupby(['row', 'separation'])[['accuracy', 'information']].mean()
     figure = Figure(figsize=(8.6, 12), layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     rows, places = all_rows(), defaultdict[str, Any](count)
     for name in dict.fromkeys(frame.row):
-        kind = rows[name].kind
-        place, style = next(places[kind]), dict[str, Any](label=name)
+        place, style = next(places[kind := rows[name].kind]), dict[str, Any](label=name)
         if kind == 'control':
             style |= {'color': 'black', 'linestyle': _LINES[place % 6]}
         elif kind == 'form':
             style |= {'color': '0.8', 'label': '_', 'zorder': 1}
         else:  # the eighth colour is grey
             style |= {'color': colour_of(place + place // 7), 'marker': marker_of(place)}
-        of_row = means.loc[name]
-        upper.plot(of_row.index, of_row.accuracy, **style)
-        lower.plot(of_row.index, of_row.information, **style)
+        for axes, number in ((upper, 'accuracy'), (lower, 'information')):
+            axes.plot(means.loc[name].index, means.loc[name][number], **style)
     upper.axhline(100 / LABELS, label='chance', color='0.5', linewidth=1)
     lower.axhline(math.log(CLUSTERS), color='0.5', linewidth=1)
     upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(20, 100))
-    lower.set(title='what a choice tells of the cluster, nats (line: all there is)')
-    lower.set(xlabel='separation of clusters, over the deviation of the nuisance')
-    lower.set_xticks(frame.separation.unique())
+    lower.set(
+        title='what a choice tells of the cluster, nats (line: all there is)',
+        xlabel='separation of clusters, over the deviation of the nuisance',
+        xticks=frame.separation.unique(),
+    )
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    handles, labels = upper.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
+    lines = upper.get_legend_handles_labels()
+    figure.legend(*lines, loc='outside lower center', ncols=2, frameon=False)
     return figure

@@ -1,8 +1,6 @@
 """Figures of comparisons: differences with their intervals, learning curves, and a forest."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from .statistics import Difference
 from .store import Usable
 
 TOGETHER = 'together'  # in place of a comparison's name
-Curve = list[list[float]]  # abscissa and value
 # Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
 _STYLES = (
     ('-', '--'),
@@ -46,12 +43,11 @@ def plot_differences(
     comparison: Comparison, tests: Mapping[str, Mapping[str, Difference]]
 ) -> Figure | None:
     """Draws each row's differences to the reference: a point per seed, and the mean's interval."""
-    found = {row for differences in tests.values() for row, d in differences.items() if d.pairs}
-    rows = [row for row in comparison.rows if row in found]
+    told = {row for differences in tests.values() for row, d in differences.items() if d.pairs}
+    rows = [row for row in comparison.rows if row in told]
     if not rows:
         return None
-    columns = min(len(tests), 2)
-    lines = -(-len(tests) // columns)
+    columns, lines = min(len(tests), 2), -(-len(tests) // 2)
     size = 4 + 4 * columns, lines * (1.6 + 0.45 * len(rows))
     figure = Figure(figsize=size, layout='constrained')
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
@@ -59,8 +55,12 @@ def plot_differences(
         axes.axvline(0, color='black', linewidth=0.8)
         axes.grid(alpha=0.3)
         for place, row in enumerate(rows):
-            if row in differences:
-                _difference(axes, place, differences[row])
+            if found := differences.get(row):
+                points = list(found.each.values())
+                axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
+            if found and found.freedom > 1:  # the interval of two alone hides everything else
+                ends = [[found.mean - found.low], [found.high - found.mean]]
+                axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)
         axes.set(title=title, xlabel=f'{comparison.metric}, difference to {comparison.reference}')
     for axes in figure.axes[len(tests) :]:
         axes.set_visible(False)
@@ -68,14 +68,6 @@ def plot_differences(
     figure.axes[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     figure.suptitle(f'{comparison.name}: a point per seed; bars are 95 % intervals of the mean')
     return figure
-
-
-def _difference(axes: Axes, place: int, found: Difference) -> None:
-    points = list(found.each.values())
-    axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
-    if found.freedom > 1:  # the interval of two alone hides everything else
-        ends = [[found.mean - found.low], [found.high - found.mean]]
-        axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)
 
 
 def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
@@ -87,17 +79,20 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     styles = curve_styles(comparison)
     finished = {row for row, _ in usable}
     others = [row for row in comparison.rows if row in finished and row not in styles]
-    for row in (*others, *styles):
-        contents = [content for (name, _), content in usable.items() if name == row]
-        compute = [c['macs'] * c['images'] / c['iterations'] / 1e12 for c in contents]
-        curves = [c['held_out'] for c in contents]
-        if not any(curves):
-            continue
-        _draw(over_iterations, row, styles.get(row), curves)
-        scaled = [[[s * x, y] for x, y in c] for c, s in zip(curves, compute, strict=True)]
-        _draw(over_compute, row, styles.get(row), scaled)
-    for axes in (over_iterations, over_compute):
+    scales = {
+        over_iterations: lambda content: 1,
+        over_compute: lambda c: c['macs'] * c['images'] / c['iterations'] / 1e12,
+    }
+    for axes, scale in scales.items():
         axes.grid(alpha=0.3)
+        for row in (*others, *styles):
+            curves = [  # a resumed run may have recorded a step twice
+                {scale(content) * step: value for step, value in content['held_out']}
+                for (name, _), content in usable.items()
+                if name == row
+            ]
+            if any(curves):
+                _draw(axes, row, styles.get(row), curves)
     handles, labels = over_iterations.get_legend_handles_labels()
     if others:
         handles.append(Line2D([], [], **_OTHERS))
@@ -115,26 +110,25 @@ def curve_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     styles = {}
     for row in comparison.highlighted or comparison.rows:
         number = names.setdefault(row.removesuffix(STARTED), len(names))
-        of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
         named = {option.partition('=')[0].rpartition('.')[2] for option in comparison.rows[row]}
+        of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
         style = of_ten[not named.isdisjoint(STARTS)]
         styles[row] = {'color': colour_of(number), 'linestyle': style}
     return styles
 
 
-def _draw(axes: Axes, row: str, style: dict[str, Any] | None, curves: Iterable[Curve]) -> None:
-    points: dict[float, list[float]] = {}
-    for curve in curves:  # a resumed run may have recorded a step twice
-        for step, value in {step: value for step, value in curve}.items():
-            points.setdefault(step, []).append(value)
-    steps = sorted(points)
-    mean = np.array([np.mean(points[step]) for step in steps])
-    deviation = np.array([np.std(of, ddof=1) if len(of := points[s]) > 1 else 0 for s in steps])
+def _draw(
+    axes: Axes, row: str, style: dict[str, Any] | None, curves: Sequence[Mapping[float, float]]
+) -> None:
+    steps = sorted({step for curve in curves for step in curve})
+    values = [[curve[step] for curve in curves if step in curve] for step in steps]
+    mean = np.array([np.mean(each) for each in values])
+    deviation = np.array([np.std(each, ddof=1) if len(each) > 1 else 0 for each in values])
     marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
     if style is None:  # matplotlib's legend leaves out what begins with an underscore
         axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **_OTHERS)
         return
-    label = f'{row} ({len(points[steps[-1]])})'
+    label = f'{row} ({len(values[-1])})'
     axes.plot(steps, mean, label=label, marker=marker, markersize=3, **style)
     band = {'color': style['color'], 'alpha': 0.15, 'lw': 0}
     axes.fill_between(steps, mean - deviation, mean + deviation, **band)
@@ -151,17 +145,15 @@ def plot_forest(frame: pd.DataFrame, margin: float | None) -> Figure:
         axes.axvline(0, color='black', linewidth=0.8)
         if margin is not None:
             axes.axvspan(-margin, margin, color='0.9', zorder=0)
-        for _, line in lines.iterrows():
-            place = [*names, TOGETHER].index(line['comparison'])
-            low, middle, high = line['low'], line['difference'], line['high']
+        for _, (_, name, middle, low, high) in lines.iterrows():
+            place = [*names, TOGETHER].index(name)
             if place < len(names):
                 ends = [[middle - low], [high - middle]]
                 axes.errorbar(middle, place, xerr=ends, fmt='o', color='C0', capsize=3)
             else:
-                axes.fill(
-                    [low, middle, high, middle], [place, place - 0.25, place, place + 0.25], 'k'
-                )
+                corners = [low, middle, high, middle], [place, place - 0.25, place, place + 0.25]
+                axes.fill(*corners, 'k')
         axes.set(title=contrast, xlabel='difference (95 % interval)')
-    grid[0].set(yticks=range(len(names) + 1), yticklabels=[*names, TOGETHER])
-    grid[0].set_ylim(len(names) + 0.5, -0.5)
+    ticks = {'yticks': range(len(names) + 1), 'yticklabels': [*names, TOGETHER]}
+    grid[0].set(**ticks, ylim=(len(names) + 0.5, -0.5))
     return figure

@@ -1,9 +1,8 @@
 """Numbers of a comparison as one tidy frame, and the summary of each row by it."""
 
-from __future__ import annotations
-
 import math
 from base64 import b64decode
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ from .store import Results
 UNEQUAL = 0.05  # share of the reference's compute
 TEST, HELD_OUT, ROUTING = 'test', 'held out', 'routing'  # splits beside the shifts
 LEFT = 'left, %'  # of a run's own score, under a shift
-_UNKNOWN = (math.nan, math.nan)
+_MADE_BY = 'device', 'hardware', 'commit'
 LAYERS = {
     'unused_experts': 'load_unused',
     'load_perplexity': 'load_perplexity',
@@ -60,8 +59,7 @@ def _numbers(comparison: Comparison, content: dict[str, Any]) -> Iterator[tuple[
         yield HELD_OUT, metric, score
     for shift, score in shift_scores(comparison, content).items():
         yield shift, metric, score
-        if test[metric]:
-            yield shift, LEFT, 100 * score / test[metric]
+        yield from [(shift, LEFT, 100 * score / test[metric])] if test[metric] else []
         routed = content.get('shift_routing', {}).get(shift, {})
         yield from ((shift, name, value) for name, value in routed.items())
     yield from ((ROUTING, *each) for each in routing_numbers(content.get('routing', {})))
@@ -80,20 +78,17 @@ def compared(
     comparison: Comparison, values: pd.DataFrame, split: str = TEST, name: str | None = None
 ) -> dict[str, Difference]:
     """The difference of each row to the reference."""
-    scores = scores_of(values, split, name or comparison.metric)
-    return differences(scores, comparison.reference)
+    return differences(scores_of(values, split, name or comparison.metric), comparison.reference)
 
 
 def contrasts(comparison: Comparison, results: Results, values: pd.DataFrame) -> pd.DataFrame:
     """What a comparison asks first: its contrasts, by the noise of its budget."""
-    scores = scores_of(values, TEST, comparison.metric)
-    lines = {}
+    scores, margin, lines = scores_of(values, TEST, comparison.metric), comparison.margin, {}
     for contrast in comparison.contrasts:
-        row, other = (scores.get(name, {}) for name in pair_of(contrast))
-        own = paired_difference(row, other)
+        own = paired_difference(*(scores.get(name, {}) for name in pair_of(contrast)))
         known = with_noise(own, *results.noise)
         finished = own.pairs == len(comparison.seeds)  # less is a look ahead
-        equal = math.nan if comparison.margin is None else equivalence(known, comparison.margin)
+        equal = math.nan if margin is None else equivalence(known, margin)
         lines[contrast] = {
             **_fields(own, 'pairs', 'mean', 'low', 'high'),
             **_fields(known, 'low', 'high', 'p', 'noise', prefix='pooled_'),
@@ -103,7 +98,7 @@ def contrasts(comparison: Comparison, results: Results, values: pd.DataFrame) ->
     frame = pd.DataFrame.from_dict(lines, orient='index')
     if lines:
         frame['p_holm'] = pd.Series(holm(frame['p'].to_dict(), len(lines)), dtype=float)
-        frame['finding'] = [_word(line, comparison.margin) for _, line in frame.iterrows()]
+        frame['finding'] = [_word(line, margin) for _, line in frame.iterrows()]
     return frame
 
 
@@ -118,9 +113,8 @@ def forest(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         }
         if len(of) < min(len(found), 2):  # the table of that comparison says as much
             continue
-        for name, line in of.items():
-            ends = line['pooled_low'], line['pooled_high']
-            lines.append((contrast, name, line['difference'], *ends))
+        ends = ['difference', 'pooled_low', 'pooled_high']
+        lines += [(contrast, name, *line[ends]) for name, line in of.items()]
         if len(of) > 1:
             variances = [line['pooled_noise'] ** 2 / line['pairs'] for line in of.values()]
             means = [line['difference'] for line in of.values()]
@@ -154,6 +148,8 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
         contents = [c for (name, _), c in results.usable.items() if name == row]
         first = contents[0]
         clock = 'cpu_minutes' if first['device'] == 'cpu' else 'minutes'
+        noisy = own and with_noise(own, *results.noise)
+        low, high = images.get(row, (math.nan, math.nan))
         # times of different machines are no mean
         one = len({c['hardware'] for c in contents}) == 1
         lines[row] = {
@@ -161,19 +157,15 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
             **_fields(own, 'pairs', 'mean', 'low', 'high', 'p'),
             **_fields(own, 'std', prefix='difference_'),
             **_fields(own, 'freedom'),
-            **_fields(
-                own and with_noise(own, *results.noise), 'low', 'high', 'p', prefix='pooled_'
-            ),
+            **_fields(noisy, 'low', 'high', 'p', prefix='pooled_'),
             **_fields(held_out.get(row), *of_held_out, prefix='held_out_'),
-            **dict(zip(('images_low', 'images_high'), images.get(row, _UNKNOWN), strict=True)),
+            **{'images_low': low, 'images_high': high},
             **{name: first[name] for name in ('params', 'active_params', 'macs', 'images')},
             'minutes': pd.Series([c[clock] for c in contents]).mean() if one else math.nan,
+            **{name: of_layers(values, TEST, of, [row])[0] for name, of in LAYERS.items()},
+            **{n: ', '.join(sorted({c[n] for c in contents})) for n in _MADE_BY},
         }
-        for name in ('device', 'hardware', 'commit'):
-            lines[row][name] = ', '.join(sorted({c[name] for c in contents}))
     frame = pd.DataFrame.from_dict(lines, orient='index')
-    for place, (column, name) in enumerate(LAYERS.items(), frame.columns.get_loc('minutes') + 1):
-        frame.insert(place, column, of_layers(values, TEST, name, frame.index))
     for name in comparison.also:
         _add_further(frame, name, values, comparison)
     if comparison.reference in frame.index:
@@ -185,12 +177,11 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
 
 def _over_images(comparison: Comparison, results: Results) -> dict[str, tuple[float, float]]:
     """Of rows that have kept which images they got right, and accuracy as their metric."""
-    bits: dict[str, dict[int, np.ndarray]] = {}
+    bits: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for (row, seed), content in results.usable.items():
         if content.get('correct') and comparison.metric == 'accuracy/top1':
             packed = np.frombuffer(b64decode(content['correct']), np.uint8)
-            right = np.unpackbits(packed, count=content['data']['test']['samples'])
-            bits.setdefault(row, {})[seed] = right
+            bits[row][seed] = np.unpackbits(packed, count=content['data']['test']['samples'])
     base = bits.pop(comparison.reference, {})
     return {row: over_images(of_row, base) for row, of_row in bits.items()}
 
@@ -207,9 +198,9 @@ def _add_further(
     if not scores:
         frame[name] = of_layers(values, TEST, name, frame.index)
         return
-    columns = {row: pd.Series(scores.get(row, {}), dtype=float) for row in frame.index}
-    frame[name] = [columns[row].mean() for row in frame.index]
-    frame[f'{name}_std'] = [columns[row].std() for row in frame.index]
+    columns = [pd.Series(scores.get(row, {}), dtype=float) for row in frame.index]
+    frame[name] = [column.mean() for column in columns]
+    frame[f'{name}_std'] = [column.std() for column in columns]
 
 
 def of_layers(
@@ -219,7 +210,7 @@ def of_layers(
     of = values[(values['split'] == split) & values['name'].str.endswith(f'/{name}')]
     found: dict[str, dict[str, float]] = {row: {} for row in rows}
     for (row, layer), each in of.groupby(['row', 'name'], sort=False)['value']:
-        found[row][layer] = float(each.mean(skipna=False))
+        if row in found:
+            found[row][layer] = float(each.mean(skipna=False))
     # blocks.2 before blocks.10
-    by_length = [sorted(of_row, key=lambda n: (len(n), n)) for of_row in found.values()]
-    return [[of[n] for n in names] for of, names in zip(found.values(), by_length, strict=True)]
+    return [[of[n] for n in sorted(of, key=lambda n: (len(n), n))] for of in found.values()]

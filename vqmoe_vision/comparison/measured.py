@@ -4,8 +4,6 @@ Nothing is trained for it: the last checkpoints are tested again, all of them on
 which are read and changed once. docs/routing-measures.md defines the measures of routing.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +35,7 @@ from .store import Store, rounded
 NUM_IMAGES = 1000  # of the test
 SHIFTED_IMAGES = 100
 SEVERITY = 3
-_BATCH = 50
 PLACE = '{corruption}'
-_OF_TESTS = ('test_', 'model.')  # all else of a config changes no test
 # As imagecorruptions lists them. It is in the extra `analyze`, which whoever makes tables of what
 # was measured need not have.
 CORRUPTIONS = (
@@ -63,62 +59,54 @@ def check_shifts(run: Run) -> None:
             run.merged(*words)
         except ValueError as error:
             raise ValueError(f'shifts.{name}={line!r} is not possible: {error}') from error
-        for word in words:
-            allowed = "an option of the test, which begins with 'test_' or 'model.'"
-            check(word.startswith(_OF_TESTS), f'shifts.{name}', word, allowed)
+        others = [word for word in words if not word.startswith(('test_', 'model.'))]
+        allowed = "options of the test, which begin with 'test_' or 'model.'"
+        check(not others, f'shifts.{name}', others, allowed)
 
 
 def shift_scores(comparison: Comparison, content: Mapping[str, Any]) -> dict[str, float]:
     """The score of a row under each shift of which all tests were made as they are written."""
-    found = {name: content.get('shifts', {}).get(name, {}) for name in comparison.shifts}
+    found = content.get('shifts', {})
     return {
-        name: sum(values.values()) / len(values)
-        for name, values in found.items()
-        if values.keys() == set(expanded(comparison.shifts[name]))
+        name: sum(found[name].values()) / len(found[name])
+        for name, line in comparison.shifts.items()
+        if found.get(name, {}).keys() == {*expanded(line)}
     }
 
 
 def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
     """Tests finished runs under the shifts that they lack; returns those without a checkpoint."""
     usable, present, absent = store.with_checkpoints(runs)
-    for name, line in runs[0].comparison.shifts.items() if runs else ():
+    for name, line in runs[0].comparison.shifts.items():
         due = [r for r in present if name not in shift_scores(r.comparison, usable[r.row, r.seed])]
         if not due:
             continue
-        tests = expanded(line)
+        tests = {options: shlex.split(options) for options in expanded(line)}
         # one model for all of them: they differ in the corruption alone
-        models = [_load(run, tests[0]) for run in due]
-        found: dict[str, dict[str, float]] = {run.name: {} for run in due}
-        for options in tests:
-            for run_name, score in _test(due, models, options).items():
-                found[run_name][options] = score
-        for run, model in zip(due, models, strict=True):
+        first = next(iter(tests.values()))
+        models = [load_trained(r.config(*first), str(last_checkpoint(r.folder))) for r in due]
+        found = {options: _test(due, models, words) for options, words in tests.items()}
+        for number, (run, model) in enumerate(zip(due, models, strict=True)):
+            scores = {options: of_runs[number] for options, of_runs in found.items()}
             # of all tests of the shift together
             routing = rounded(summarize(model.routing_statistics.means()))
-            store.add(run, shifts={name: found[run.name]}, shift_routing={name: routing})
+            store.add(run, shifts={name: scores}, shift_routing={name: routing})
     return absent
 
 
-def _load(run: Run, options: str) -> Any:
-    return load_trained(run.config(*shlex.split(options)), str(last_checkpoint(run.folder)))
-
-
-def _test(runs: Sequence[Run], models: Sequence[Any], options: str) -> dict[str, float]:
-    configs = [run.config(*shlex.split(options)) for run in runs]
+def _test(runs: Sequence[Run], models: Sequence[Any], options: Sequence[str]) -> list[float]:
+    configs = [run.config(*options) for run in runs]
     init_default_scope(configs[0].get('default_scope', 'mmengine'))
     loader = Runner.build_dataloader(configs[0].test_dataloader, seed=0)
     evaluators = [Evaluator(config.test_evaluator) for config in configs]
     for evaluator in evaluators:
         evaluator.dataset_meta = loader.dataset.metainfo
     with torch.no_grad():
-        for batch in tqdm(loader, desc=options.rpartition('=')[2]):
+        for batch in tqdm(loader, desc=options[-1].rpartition('=')[2]):
             for model, evaluator in zip(models, evaluators, strict=True):
                 evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
-    count = len(loader.dataset)
-    return {
-        run.name: float(evaluator.evaluate(count)[run.comparison.metric])
-        for run, evaluator in zip(runs, evaluators, strict=True)
-    }
+    metric, count = runs[0].comparison.metric, len(loader.dataset)
+    return [float(evaluator.evaluate(count)[metric]) for evaluator in evaluators]
 
 
 def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
@@ -142,7 +130,7 @@ def _routing(run: Run) -> dict[str, Any]:
     source = source_of(model, config, NUM_IMAGES)
     seen = survey(
         model.routed_model,
-        source.batches(_BATCH),
+        source.batches(50),
         title=run.name,
         normalization=source.normalization,
         classes=source.classes,
@@ -154,20 +142,21 @@ def _routing(run: Run) -> dict[str, Any]:
     files = sorted(iterations, key=iterations.__getitem__)
     models = [model if path == last else load_trained(config, str(path)) for path in files]
     prefix = next(n for n, module in model.named_modules() if module is model.routed_model)
-    names = [f'{prefix}.{name}' if prefix else name for name in layers]
+    names = [f'{prefix}.{name}'.lstrip('.') for name in layers]
     states = [each.state_dict() for each in models]
-    found = {
-        'images': seen.images,
-        'layers': {name: layer.numbers for name, layer in seen.layers.items()},
-        'shifts': seen.shifts,
-        'checkpoints': [path.stem for path in files],
-        'changes': [
-            routing_changes(a.routed_model, b.routed_model, map(images_of, source.batches(_BATCH)))
-            for a, b in pairwise(models)
-        ],
-        'convergence': convergence(states, names) if len(files) > 1 else {},
-    }
-    return rounded(found)
+    return rounded(
+        {
+            'images': seen.images,
+            'layers': {name: layer.numbers for name, layer in seen.layers.items()},
+            'shifts': seen.shifts,
+            'checkpoints': [path.stem for path in files],
+            'changes': [
+                routing_changes(a.routed_model, b.routed_model, map(images_of, source.batches(50)))
+                for a, b in pairwise(models)
+            ],
+            'convergence': convergence(states, names) if len(files) > 1 else {},
+        }
+    )
 
 
 def routing_numbers(routing: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -175,18 +164,17 @@ def routing_numbers(routing: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     layers = routing.get('layers', {})
     deciders = (n.rpartition('/')[0] for numbers in layers.values() for n in numbers if '/' in n)
     for decider in dict.fromkeys(deciders):
-        shifts, changes = routing['shifts'], routing['changes']
         for name, of in _MEASURES.items():
             found = [layer[n] for layer in layers.values() if (n := of.format(decider)) in layer]
             yield f'{decider}/{name}', float(np.mean(found)) if found else math.nan
-        corrupted = [_kept(routing, decider, shifts[n]) for n in shifts if n.endswith(_CORRUPTED)]
-        before = _kept(routing, decider, *changes[-1:])
+        shifts = {n: _kept(routing, decider, of) for n, of in routing['shifts'].items()}
+        corrupted = [kept for n, kept in shifts.items() if n.endswith(f' {SEVERITY}')]
+        before = _kept(routing, decider, *routing['changes'][-1:])
         yield f'{decider}/kept since the checkpoint before', before
-        yield f'{decider}/kept when mirrored', _kept(routing, decider, shifts['flip'])
+        yield f'{decider}/kept when mirrored', shifts['flip']
         yield f'{decider}/kept when corrupted', float(np.mean(corrupted))
 
 
-_CORRUPTED = f' {SEVERITY}'  # ends the names of corruptions
 _MEASURES = {
     'load entropy': '{}/load_entropy',
     'information on the class': '{}/normalized_mutual_information',

@@ -4,19 +4,17 @@ A run holds a lock while it works. The lock is inherited by the process that tra
 long as that does: a queue that was killed leaves no lock, and no second process on a run either.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -40,7 +38,7 @@ class Task:
     row: bool = True  # is missing; otherwise it is trained again for the checkpoint alone
     # while it is worked on
     slot: int = 0
-    lock: IO[str] | None = None
+    lock: Any = None  # open file
     process: subprocess.Popen | None = None
     testing: bool = False
 
@@ -58,8 +56,8 @@ class Task:
     @property
     def trained(self) -> bool:
         """Whether its training is over."""
-        checkpoint = [] if self.leaves is None else [self.leaves]
-        return all(file.is_file() for file in (self.run.folder / 'run.json', *checkpoint))
+        record = self.run.folder / 'run.json'
+        return record.is_file() and (self.leaves is None or self.leaves.is_file())
 
     @property
     def missing(self) -> list[str]:
@@ -73,10 +71,6 @@ class Task:
     def log(self) -> Path:
         """What its process says."""
         return self.run.folder / ('test.log' if self.testing else 'train.log')
-
-    def collect(self) -> bool:
-        """Writes its row, if that is missing; returns whether nothing is left to do."""
-        return not self.missing and (not self.row or self.store.collect(self.run))
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
@@ -96,10 +90,9 @@ def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
         store = Store(rows / first.comparison.name)
         task = Task(first, store, checkpoint, row=not store.read([first]).usable)
         if not task.trained and not checkpoint.is_file():
-            found |= _sources([first], rows)
-        elif not (task.row and task.trained):
-            continue  # without a record it is a checkpoint that somebody has put there
-        found[checkpoint] = task
+            found |= _sources([first], rows) | {checkpoint: task}
+        elif task.row and task.trained:  # without a record somebody has put the checkpoint there
+            found[checkpoint] = task
     return found
 
 
@@ -114,69 +107,79 @@ class Queue:
         self._waiting, self._pause = list(tasks), pause
         self._jobs: list[Task] = []
         self._failed: list[str] = []
-        for folder in (pause.parent, *dict.fromkeys(task.store.folder for task in tasks)):
+        for folder in {pause.parent, *(task.store.folder for task in tasks)}:
             make_folder(folder)
 
     def work(self) -> list[str]:
         """Works until nothing is left; returns the names of what failed."""
         total = len(self._waiting)
-        with (
-            _terminated_as_interrupted(),
-            tqdm(total=total, smoothing=0, unit='run', disable=None) as bar,
-        ):
-            try:
-                while self._waiting or self._jobs:
-                    self._hold_while_paused()
-                    self._start()
-                    for job in list(self._jobs):
-                        with self._losing_no_other(job):
-                            self._advance(job)
-                    begun = sum(map(_share, self._jobs))
-                    bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
-                    bar.set_postfix_str(', '.join(job.name for job in self._jobs), False)
-                    time.sleep(_POLL_SECONDS)
-            finally:
-                for job in self._jobs:
-                    if job.process is not None and job.process.poll() is None:
-                        job.process.terminate()
-                        job.process.wait()
+        # a queue that is told to end takes its runs with it
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        bar = tqdm(total=total, smoothing=0, unit='run', disable=None)
+        try:
+            while self._waiting or self._jobs:
+                self._hold_while_paused()
+                for task in list(self._waiting):
+                    self._start(task)
+                for job in list(self._jobs):
+                    try:
+                        said = self._advance(job)
+                    except (OSError, ValueError) as error:  # of its files: it ends alone
+                        said = str(error)
+                    if said is not None:
+                        self._jobs.remove(job)
+                        job.lock.close()
+                        self._say(job, said)
+                begun = sum(map(_share, self._jobs))
+                bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
+                bar.set_postfix_str(', '.join(job.name for job in self._jobs), False)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for job in self._jobs:
+                if job.process is not None:
+                    job.process.terminate()
+                    job.process.wait()
+            bar.close()
+            signal.signal(signal.SIGTERM, before)
         return self._failed
 
-    def _start(self) -> None:
-        for task in list(self._waiting):
-            free = {*self._slots} - {job.slot for job in self._jobs}
-            if not free:
-                return
-            if self._is_held(task):
-                continue
-            try:
-                task.lock = _claimed(task)
-            except (OSError, ValueError) as error:
-                self._waiting.remove(task)
-                self._say(task, str(error))
-                continue
+    def _start(self, task: Task) -> None:
+        """Takes a task up, if there is room and what it starts from is there."""
+        free = {*self._slots} - {job.slot for job in self._jobs}
+        if not free:
+            return
+        try:
+            unfinished = {other.run.folder for other in (*self._waiting, *self._jobs)}
+            for first, checkpoint in task.run.sources.values():
+                if first.folder in unfinished:
+                    return
+                if not checkpoint.is_file():
+                    name = f'{first.comparison.name}/{first.name}'
+                    raise ValueError(f'{name} has left no {checkpoint}')
+            task.lock = _claimed(task)
             if task.lock is None:
-                continue  # another queue works on it: perhaps it is finished when we look again
-            self._waiting.remove(task)
+                return  # another queue works on it: perhaps it is finished when we look again
             task.slot, task.testing = min(free), task.tested and task.trained
             self._jobs.append(task)
-            with self._losing_no_other(task):
-                if not self._collect(task):
-                    self._launch(task)
+        except (OSError, ValueError) as error:
+            self._say(task, str(error))
+        self._waiting.remove(task)
 
-    def _is_held(self, task: Task) -> bool:
-        """Whether it cannot start: what it starts from is not there yet, or never will be."""
-        unfinished = {other.run.folder for other in (*self._waiting, *self._jobs)}
-        for first, checkpoint in task.run.sources.values():
-            if first.folder in unfinished:
-                return True
-            if not checkpoint.is_file():
-                self._waiting.remove(task)
-                self._say(task, f'{first.comparison.name}/{first.name} has left no {checkpoint}')
-                return True
-        return False
-
-    def _launch(self, job: Task) -> None:
+    def _advance(self, job: Task) -> str | None:
+        """Does what is next for a job; what went wrong at its end, '' if nothing, None before."""
+        begun, last = job.process is not None, job.testing or not job.tested
+        if job.process is not None:
+            if job.process.poll() is None:
+                return None
+            if job.process.returncode != 0:
+                return _last_line(job, job.process.returncode)
+        if (last or not begun) and not job.missing:
+            if job.row:
+                job.store.collect(job.run)
+            return ''
+        if last and begun:
+            return f'its commands left no {" and ".join(job.missing)} in {job.run.folder}'
+        job.testing |= begun
         folder = job.run.folder
         command = job.run.test(folder) if job.testing else job.run.train(folder)
         if not job.testing and candidates(folder):
@@ -184,7 +187,6 @@ class Queue:
         environment = {**os.environ, **ONE_THREAD}
         if self._gpus:
             environment['CUDA_VISIBLE_DEVICES'] = self._gpus[job.slot % len(self._gpus)]
-        assert job.lock is not None
         with job.log.open('a') as log:
             job.process = subprocess.Popen(
                 [sys.executable, *command[1:]],
@@ -194,43 +196,10 @@ class Queue:
                 env=environment,
                 pass_fds=[job.lock.fileno()],
             )
+        return None
 
-    def _advance(self, job: Task) -> None:
-        assert job.process is not None
-        if job.process.poll() is None:
-            return
-        if job.process.returncode != 0:
-            self._finish(job, _last_line(job, job.process.returncode))
-        elif job.tested and not job.testing:
-            job.testing = True
-            self._launch(job)
-        elif not self._collect(job):
-            missing = ' and '.join(job.missing)
-            self._finish(job, f'its commands left no {missing} in {job.run.folder}')
-
-    def _collect(self, job: Task) -> bool:
-        if finished := job.collect():
-            self._finish(job)
-        return finished
-
-    @contextmanager
-    def _losing_no_other(self, job: Task) -> Iterator[None]:
-        """A run whose files are damaged, or can be neither read nor written, ends alone."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            if job not in self._jobs:  # its end could not be said: nor could that of another
-                raise
-            self._finish(job, str(error))
-
-    def _finish(self, job: Task, error: str | None = None) -> None:
-        self._jobs.remove(job)
-        if job.lock is not None:
-            job.lock.close()
-        self._say(job, error)
-
-    def _say(self, task: Task, error: str | None) -> None:
-        self._failed += [] if error is None else [task.name]
+    def _say(self, task: Task, error: str) -> None:
+        self._failed += [task.name] if error else []
         tqdm.write(f'{task.name} failed: {error}' if error else f'{task.name} is finished')
 
     def _hold_while_paused(self) -> None:
@@ -259,8 +228,7 @@ def _claimed(task: Task) -> IO[str] | None:
     """The lock of a run, unless another process has it; what a check refuted is set aside."""
     folder = task.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder / 'lock')
-    if lock is None:
+    if (lock := _lock(folder / 'lock')) is None:
         return None
     make_folder(folder)  # that of another process is not written to
     if (moved := task.store.set_aside(task.run)) is None:
@@ -271,38 +239,24 @@ def _claimed(task: Task) -> IO[str] | None:
 
 
 def _lock(path: Path) -> IO[str] | None:
+    """A file that is locked until it is closed; None where another process has locked it."""
     file = path.open('w')
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+        return file
+    file.close()
+    return None
 
 
 def _share(job: Task) -> float:
-    try:
+    with suppress(OSError, ValueError, ZeroDivisionError):  # not there yet, or written in half
         done, total = map(int, (job.run.folder / 'progress').read_text().split())
         return done / total
-    except (OSError, ValueError, ZeroDivisionError):  # not there yet, or written in half
-        return 0.0
+    return 0.0
 
 
 def _last_line(job: Task, code: int) -> str:
     if code < 0:
         return f'killed by {signal.Signals(-code).name}, see {job.log}'
-    lines = [line.strip() for line in job.log.read_text(errors='replace').splitlines()]
-    return f'{next(filter(None, reversed(lines)), "it said nothing")} ({job.log})'
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    # a queue that is told to end takes its runs with it
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    said = job.log.read_text(errors='replace').strip() or 'it said nothing'
+    return f'{said.splitlines()[-1].strip()} ({job.log})'

@@ -4,11 +4,10 @@ A default that changes is another recipe, because the function has changed. An o
 with a value that changes nothing is said below; it leaves the recipes of all rows as they are.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
+import re
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 from vqmoe_vision.engine.config import flat
@@ -36,28 +35,26 @@ def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str
         sources: What stands for checkpoints of other runs, by the ends of their paths.
     """
     text = json.dumps(canonical(config, sources), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def canonical(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> dict[str, Any]:
     """All that decides what a run gives, by dotted name."""
     counting = {name: value for name, value in config.items() if name not in _LEFT_OUT}
-    hooks = counting.pop('default_hooks', {})
-    counting['default_hooks'] = {n: hook for n, hook in hooks.items() if n not in _KEEPING}
-    # by their types: where one stands among the others is no matter
-    counting['custom_hooks'] = {hook['type']: hook for hook in config.get('custom_hooks') or ()}
-    counting['randomness'] = {n: v for n, v in config.get('randomness', {}).items() if n != 'seed'}
-    model = config['model']
-    moe = options_in_full(model.get('backbone', model))
-    found = {name: value for name, value in flat(counting).items() if not _is_option(name, moe)}
-    found |= flat({'moe': moe})  # defaults and presets included
+    hooks, drawn = config.get('default_hooks', {}), config.get('randomness', {})
+    counting |= {
+        'default_hooks': {n: hook for n, hook in hooks.items() if n not in _KEEPING},
+        # by their types: where one stands among the others is no matter
+        'custom_hooks': {hook['type']: hook for hook in config.get('custom_hooks') or ()},
+        'randomness': {n: v for n, v in drawn.items() if n != 'seed'},
+    }
+    moe = options_in_full(config['model'].get('backbone', config['model']))
+    # defaults and presets included; where MoE layers stand is none of the options in full
+    given = rf'.*\.moe\.({"|".join([*moe, "preset"])})(\..*)?'
+    found = {n: value for n, value in flat(counting).items() if not re.fullmatch(given, n)}
+    found |= flat({'moe': moe})
     plain = {n: _plain(value, sources) for n, value in found.items() if value not in ({}, [])}
     return {n: v for n, v in plain.items() if not (n in _ADDED and v == _ADDED[n])}
-
-
-def _is_option(name: str, moe: Mapping[str, Any]) -> bool:
-    """Whether it is among the options in full; where MoE layers stand is not."""
-    return '.moe.' in name and name.rpartition('.moe.')[2].partition('.')[0] in {*moe, 'preset'}
 
 
 def _plain(value: Any, sources: Mapping[str, str]) -> Any:

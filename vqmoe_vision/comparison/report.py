@@ -1,7 +1,5 @@
 """Tables and figures of a comparison, made again from its rows by way of one tidy frame."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +8,6 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 
 from vqmoe_vision.engine.cli import make_folder
 from vqmoe_vision.moe.config import check
@@ -38,9 +35,7 @@ _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
 _BY_NOISE = 'by the noise of the budget'
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
-_DPI = 110
 _ERROR = 'quantization error'
-_FIGURES = ('curves', 'differences', 'shifts')
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
@@ -81,18 +76,17 @@ def shown(
     for name in comparison.also:
         deviations = frame.get(f'{name}_std', pd.Series(math.nan, frame.index))
         columns[name] = map(_mean_cell, frame[name], deviations)
-    if len(_machines(results)) > 1:
-        del columns['minutes']
-    if 'held_out_difference' not in frame:
-        del columns[_HELD_OUT]
-    if frame['images_low'].isna().all():
-        del columns[_IMAGES]
-    return pd.DataFrame({name: list(column) for name, column in columns.items()})
+    told = {
+        'minutes': len(_machines(results)) == 1,
+        _HELD_OUT: 'held_out_difference' in frame,
+        _IMAGES: not frame['images_low'].isna().all(),
+    }
+    return pd.DataFrame({n: list(column) for n, column in columns.items() if told.get(n, True)})
 
 
 def contrast_table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
     """The contrasts as a reader sees them."""
-    lines = [
+    return pd.DataFrame(
         {
             'contrast': name,
             'seeds': f'{line["pairs"]} of {len(comparison.seeds)}',
@@ -105,8 +99,7 @@ def contrast_table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
             'finding': line['finding'],
         }
         for name, line in frame.iterrows()
-    ]
-    return pd.DataFrame(lines)
+    )
 
 
 def _difference_to(comparison: Comparison) -> str:
@@ -129,10 +122,10 @@ def _interval(difference: Difference | None, seeds: int) -> str:
     """Such as '+1.00 (+0.50 to +1.50), 2 pairs'."""
     if difference is None or math.isnan(difference.mean):
         return '-'
-    pairs, told = difference.pairs, f'{difference.mean:+.2f}'
-    if not math.isnan(difference.low):
-        told += f' ({_ends(difference.low, difference.high)})'
-    return told if pairs == seeds else f'{told}, {pairs} {"pairs" if pairs > 1 else "pair"}'
+    known = not math.isnan(difference.low)
+    ends = f' ({_ends(difference.low, difference.high)})' if known else ''
+    pairs = f', {difference.pairs} {"pairs" if known else "pair"}'
+    return f'{difference.mean:+.2f}{ends}{pairs if difference.pairs != seeds else ""}'
 
 
 def _ends(low: float, high: float) -> str:
@@ -171,9 +164,8 @@ def shift_table(comparison: Comparison, values: pd.DataFrame) -> pd.DataFrame:
                 _ERROR: _layer_cell(layers),
             }
             lines.append(line)
-    table = pd.DataFrame(lines)
     none = all(line[_ERROR] == '-' for line in lines)
-    return table.drop(columns=_ERROR, errors='ignore') if none else table
+    return pd.DataFrame(lines).drop(columns=[_ERROR] if lines and none else [])
 
 
 def routing_table(values: pd.DataFrame) -> pd.DataFrame:
@@ -190,16 +182,15 @@ def routing_table(values: pd.DataFrame) -> pd.DataFrame:
 
 def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list[str]:
     """What a reader of the table must know."""
-    metric, reference = comparison.metric, comparison.reference
     where = 'of the last checkpoint on the test data'
     if not comparison.tested:
         where = 'at the end of training on held-out data; no test data was seen'
     (noise, freedom), seeds = results.noise, len(comparison.seeds)
     said = [
-        f'{metric} {where}. Differences are paired by seed; intervals and p are those of single '
-        'comparisons by t-tests. p of a contrast is corrected by the method of Holm for all '
-        f'{len(comparison.contrasts)} contrasts, and given once they have all {seeds} seeds; other '
-        'rows have theirs in brackets, uncorrected. Held-out images are those that training '
+        f'{comparison.metric} {where}. Differences are paired by seed; intervals and p are those '
+        'of single comparisons by t-tests. p of a contrast is corrected by the method of Holm for '
+        f'all {len(comparison.contrasts)} contrasts, and given once they have all {seeds} seeds; '
+        'other rows have theirs in brackets, uncorrected. Held-out images are those that training '
         'validates on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
     ]
     if freedom:
@@ -213,10 +204,10 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
             f'Equal are rows whose difference lies within {comparison.margin:g} to both sides, by '
             'two one-sided tests at the 5 % level.'
         )
-    if reference in frame.index and frame['unequal_compute'].any():
+    if frame.get('unequal_compute', pd.Series(False)).any():
         said.append(
-            f'* does not have the compute of {reference}: multiply-accumulates of an image times '
-            f'images seen in training differ by more than {UNEQUAL:.0%}.'
+            f'* does not have the compute of {comparison.reference}: multiply-accumulates of an '
+            f'image times images seen in training differ by more than {UNEQUAL:.0%}.'
         )
     machines = _machines(results)
     kind = 'processor' if (frame['device'] == 'cpu').all() else 'wall-clock'
@@ -224,15 +215,12 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
         said.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
     else:
         said.append(f'Minutes are {kind} time of training: {machines[0]}.')
-    seen: dict[str, dict[str, None]] = {}
-    for split, data in (each for c in results.usable.values() for each in data_of(c)):
-        seen.setdefault(split, {})[data] = None
-    if seen:
-        parts = [f'{split} {" and ".join(seen[split])}' for split in SPLITS if split in seen]
+    rows = results.usable.values()
+    seen = {s: {d: 0 for c in rows for n, d in data_of(c) if n == s} for s in SPLITS}
+    if parts := [f'{split} {" and ".join(data)}' for split, data in seen.items() if data]:
         said.append(f'Data: {"; ".join(parts)}.')
-    if unknown := sum('data' not in c for c in results.usable.values()):
-        total = len(results.usable)
-        said.append(f'Which data they saw is not recorded of {unknown} of {total} runs.')
+    if unknown := sum('data' not in content for content in rows):
+        said.append(f'Which data they saw is not recorded of {unknown} of {len(rows)} runs.')
     return [*said, _said_of_checks(results)]
 
 
@@ -261,12 +249,11 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
         'csv': frame.to_csv(index_label='row'),
     }
     make_folder(folder)
-    written = []
-    for kind, text in texts.items():
-        written.append(folder / f'{comparison.name}.{kind}')
-        _check_file(written[-1])
-        written[-1].write_text(text.rstrip() + '\n')
-    return written
+    files = {folder / f'{comparison.name}.{kind}': text for kind, text in texts.items()}
+    for file, text in files.items():
+        _check_file(file)
+        file.write_text(text.rstrip() + '\n')
+    return [*files]
 
 
 def _markdown(
@@ -280,14 +267,14 @@ def _markdown(
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
     routed = {c['routing']['images'] for c in results.usable.values() if c.get('routing')}
     told = _ROUTED.format(images=' or '.join(map(str, sorted(routed))))
+    further = {_SHIFTED: shift_table(comparison, values), told: routing_table(values)}
     parts = [
         f'# {comparison.name}',
         f'Made from the rows by `python tools/compare.py table`; commits {", ".join(commits)}.',
         *(_table(table) for table in tables if not table.empty),
         _list(said),
+        *(f'{text}\n\n{_table(table)}' for text, table in further.items() if not table.empty),
     ]
-    for text, more in ((_SHIFTED, shift_table(comparison, values)), (told, routing_table(values))):
-        parts += [] if more.empty else [text, _table(more)]
     parts += ['Left out:', _list(left_out)] if left_out else []
     if results.missing:
         parts += ['Not run:', _list([', '.join(run.name for run in results.missing)])]
@@ -305,8 +292,8 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _latex(table: pd.DataFrame, caption: str) -> str:
-    text = table.to_latex(index=False, escape=True, caption=caption.translate(_LATEX))
     # pandas leaves this sign, and the fonts that LaTeX starts with print another in its place
+    text = table.to_latex(index=False, escape=True, caption=caption.translate(_LATEX))
     return text.replace('<', r'\textless{}')
 
 
@@ -314,9 +301,17 @@ def draw_figures(
     comparison: Comparison, results: Results, folder: Path, images: Path | None = None
 ) -> list[Path]:
     """Draws the figures of a comparison, and those that documents show; the same from the same."""
-    figures, written = _figures(comparison, results), []
+    values, written = tidy(comparison, results), []
+    shifts = {name: compared(comparison, values, name) for name in comparison.shifts}
+    figures = {
+        'curves': plot_curves(comparison, results.usable),
+        'differences': plot_differences(
+            comparison, {'as in training': compared(comparison, values)}
+        ),
+        'shifts': plot_differences(comparison, {n: of for n, of in shifts.items() if of}),
+    }
     files: dict[Path, tuple[str, str | None]] = {
-        folder / f'{comparison.name}-{name}.png': (name, None) for name in _FIGURES
+        folder / f'{comparison.name}-{name}.png': (name, None) for name in figures
     }
     if images is not None:
         check(bool(comparison.images), '--images', str(images), 'where a comparison names images')
@@ -324,29 +319,17 @@ def draw_figures(
         drawn_by = f'matplotlib {matplotlib.__version__}'
         named = comparison.images.items()
         files |= {images / f'{name}.png': (figure, drawn_by) for figure, name in named}
-    for file, (figure, software) in files.items():
+    for file, (name, software) in files.items():
         _check_file(file)
-        if figure in figures:
-            figures[figure].savefig(file, metadata={'Software': software}, dpi=_DPI)
+        if (figure := figures.get(name)) is not None:
+            figure.savefig(file, metadata={'Software': software}, dpi=110)
             written.append(file)
         else:
-            check(software is None, 'images', figure, f'one of those drawn, {", ".join(figures)}')
+            drawn = ', '.join(name for name, figure in figures.items() if figure is not None)
+            check(software is None, 'images', name, f'one of those drawn, {drawn}')
             file.unlink(missing_ok=True)
     return written
 
 
 def _check_file(path: Path) -> None:
     check(not path.is_dir(), 'file', str(path), 'it is a folder; move it away')
-
-
-def _figures(comparison: Comparison, results: Results) -> dict[str, Figure]:
-    """By name, those that there is something to draw of."""
-    values = tidy(comparison, results)
-    trained = {'as in training': compared(comparison, values)}
-    shifts = {name: compared(comparison, values, name) for name in comparison.shifts}
-    figures = {
-        'curves': plot_curves(comparison, results.usable),
-        'differences': plot_differences(comparison, trained),
-        'shifts': plot_differences(comparison, {n: of for n, of in shifts.items() if of}),
-    }
-    return {name: figure for name, figure in figures.items() if figure is not None}

@@ -13,6 +13,7 @@ from vqmoe_vision.models.hosts import method_of
 from vqmoe_vision.models.layers import MOE_LAYERS, resolve_moe_layers
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe.config import check
 
 _NAMES = {'hashmoe': 'position'}  # of rows by method, where that says less
 _METHODS = {
@@ -25,24 +26,16 @@ FEATURE_ROWS = tuple(row for row, name in _METHODS.items() if METHODS[name].need
 ROWS = ('dense_1x', 'dense_2x', *(row for row in _METHODS if row not in FEATURE_ROWS))
 # Rows that a learned router has to beat: they learn nothing of where tokens go.
 CONTROLS = ('position', 'smoe_frozen')
-
-
-def _other_presets() -> dict[str, tuple[str, str]]:
-    found = {}
-    for name, method in METHODS.items():
-        kind, seen = method.config, []
-        for preset in sorted(kind.PRESETS, key=lambda preset: preset != 'matched'):
-            if (config := kind.from_options(preset=preset)) in seen or method.needs_features:
-                continue
-            seen.append(config)
-            if preset != 'matched':
-                found[f'{_NAMES.get(name, name)}_{preset}'] = (name, preset)
-    return found
-
-
 # Method and preset of further rows: the papers' own forms, and what else a method names. Their
 # compute may be another.
-PRESET_ROWS = _other_presets()
+PRESET_ROWS = {
+    f'{row}_{preset}': (name, preset)
+    for row, name in _METHODS.items()
+    if row not in FEATURE_ROWS
+    for kind in [METHODS[name].config]
+    for preset in kind.PRESETS
+    if kind.from_options(preset=preset) != kind.from_options(preset='matched')
+}
 # as the paper: "small, 10M" and "large, 110M"
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 
@@ -52,18 +45,17 @@ def row_options(
 ) -> list[str]:
     """The options that make a row of any config; without a size it keeps its model of timm."""
     known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
-    if row not in known:
-        raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
-    method, preset = PRESET_ROWS.get(row, (_METHODS.get(row, ''), None))
-    if method:
-        options = [f'{model}.moe.method={method}']
-        if size is not None:
-            experts = f'{model}.moe.num_experts={NUM_EXPERTS[size]}'
-            options = [f'{model}.model_name=vit_{size}_{method}', experts]
-        return options if preset is None else [*options, f'{model}.moe.preset={preset}']
-    name = [] if size is None else [f'{model}.model_name=vit_{size}_patch16_224']
-    wider = [f'{model}.extra_mlps={moe_blocks}'] if row == 'dense_2x' else []
-    return [*name, f'{model}.moe=None', *wider]
+    check(row in known, 'row', row, f'those that need no options are {known}')
+    method, preset = PRESET_ROWS.get(row, (_METHODS.get(row), None))
+    options = {
+        'model_name': size and f'vit_{size}_{method or "patch16_224"}',
+        'moe': None if method else 'None',
+        'extra_mlps': moe_blocks if row == 'dense_2x' else None,
+        'moe.method': None if size else method,
+        'moe.num_experts': NUM_EXPERTS[size] if size and method else None,
+        'moe.preset': preset,
+    }
+    return [f'{model}.{name}={value}' for name, value in options.items() if value is not None]
 
 
 class Backbone(NamedTuple):
@@ -78,13 +70,10 @@ class Backbone(NamedTuple):
 
     def options(self, row: str) -> list[str]:
         """The options that make a row of it."""
-        options = row_options(row, self.size, self.field, self.moe_blocks)
-        if self.dense and row not in ('dense_1x', 'dense_2x'):
-            raise ValueError(
-                f'{self.path}: {self.field}.moe=None makes a dense model, and row {row} cannot '
-                'be made of it; name a config with experts, of which dense_1x can'
-            )
-        return options
+        possible = not self.dense or row in ('dense_1x', 'dense_2x')
+        allowed = f'with row {row}, which cannot be made of a dense model; dense_1x can of any'
+        check(possible, f'{self.path}: {self.field}.moe', None, allowed)
+        return row_options(row, self.size, self.field, self.moe_blocks)
 
 
 def backbone_of(path: str, config: Config, of_all_rows: Sequence[str] = ()) -> Backbone:
@@ -93,19 +82,15 @@ def backbone_of(path: str, config: Config, of_all_rows: Sequence[str] = ()) -> B
     field = 'model.backbone' if 'backbone' in model else 'model'
     model = model.get('backbone', model)
     name, moe, size = model.get('model_name'), model.get('moe'), None
-    if not isinstance(name, str):
-        raise ValueError(f'{path}: {field}.model_name={name!r} must be the name of a model')
+    check(isinstance(name, str), f'{path}: {field}.model_name', name, 'the name of a model')
     if method_of(name) is not None:
         size = name.split('_')[1]
-        if size not in SIZES:
-            raise ValueError(f'{path}: {field}.model_name={name!r} is of no size of {[*SIZES]}')
+        check(size in SIZES, f'{path}: {field}.model_name', name, f'of a size of {[*SIZES]}')
     dense, blocks = size is None and moe is None, 2
     if not dense:
-        option = f'{field}.depth'
-        given = parse_options([each for each in of_all_rows if each.startswith(f'{option}=')])
-        depth = given.get(option, model.get('depth'))
-        if depth is None:
-            depth = _depth(name) if size is None else SIZES[size]['depth']
+        given = parse_options([each for each in of_all_rows if each.startswith(f'{field}.depth=')])
+        depth = given.get(f'{field}.depth', model.get('depth'))
+        depth = depth or (SIZES[size]['depth'] if size else _depth(name))
         blocks = len(resolve_moe_layers((moe or {}).get('moe_layers', MOE_LAYERS), depth))
     started = any(model.get(weights) for weights in STARTS)
     return Backbone(path, field, size, dense, started, blocks)

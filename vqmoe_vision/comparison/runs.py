@@ -1,10 +1,6 @@
 """A run: one row at one seed, as commands that anybody can repeat."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import as_typed, one_line
-from vqmoe_vision.engine.config import merge_options, parse_options
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.trained import without_sources
 from vqmoe_vision.moe.config import check
 
@@ -48,23 +44,20 @@ class Run:
     def options(self) -> list[str]:
         """All of `--cfg-options`."""
         given = [*self.comparison.options, *self.comparison.rows[self.row]]
-        files = {text: str(file) for text, (_, file) in self.sources.items()}
-        given = [STARTS.sub(lambda found: files[found[0]], option) for option in given]
+        given = [STARTS.sub(lambda found: str(self.sources[found[0]][1]), each) for each in given]
         return [*given, f'randomness.seed={self.seed}', RECORD]
 
     @cached_property
-    def sources(self) -> dict[str, tuple[Run, Path]]:
+    def sources(self) -> dict[str, tuple['Run', Path]]:
         """The runs that leave what this one starts from, and where, by what options say for it."""
-        start = self.comparison.start
-        if start is None:  # no row of the comparison says such a thing
-            return {}
         sources = {}
         for found in STARTS.finditer(' '.join(self.comparison.rows[self.row])):
-            run = Run(start.comparison, found[1] or start.row, self.seed, self.root)
-            file = run.folder / start.file
+            assert self.comparison.start is not None
+            comparison, row, file = self.comparison.start
+            run = Run(comparison, found[1] or row, self.seed, self.root)
             allowed = 'a path without a comma, at which --cfg-options divide a value'
-            check(',' not in str(file), found[0], str(file), allowed)
-            sources[found[0]] = run, file
+            check(',' not in str(run.folder / file), found[0], str(run.folder / file), allowed)
+            sources[found[0]] = run, run.folder / file
         return sources
 
     @cached_property
@@ -74,7 +67,7 @@ class Run:
 
     def merged(self, *more: str) -> Config:
         """As `config`, without importing the modules that the file names."""
-        return _merged(self.comparison, [*self.options, *more])
+        return self.comparison.merged([*self.options, *more])
 
     def config(self, *more: str) -> Config:
         """The config with all options merged in."""
@@ -84,10 +77,8 @@ class Run:
     def recipe(self) -> str:
         """What its row has to be made by: the same for all seeds, wherever its sources lie."""
         sources = {
-            file.relative_to(self.root).as_posix(): '/'.join(
-                (run.comparison.name, run.row, run.recipe, file.name)
-            )
-            for run, file in self.sources.values()
+            str(file.relative_to(self.root)): f'{r.comparison.name}/{r.row}/{r.recipe}/{file.name}'
+            for r, file in self.sources.values()
         }
         try:
             return recipe_of(self.resolved, sources)
@@ -132,19 +123,13 @@ class Run:
     def test(self, folder: Path) -> list[str]:
         """Command line of the test of its last checkpoint, once that is there."""
         out = ['--work-dir', str(folder / 'test'), '--out', str(folder / 'test.json')]
-        given = [self.comparison.config, str(last_checkpoint(folder)), *out]
-        return ['python', 'tools/test.py', *given, '--cfg-options', *self.options]
+        given = [str(last_checkpoint(folder)), *out, '--cfg-options', *self.options]
+        return ['python', 'tools/test.py', self.comparison.config, *given]
 
 
 def budget_of(comparison: Comparison) -> str:
     """What all rows of a comparison share: the recipe of its config and options without a row's."""
-    return recipe_of(as_json(_merged(comparison, comparison.options)))
-
-
-def _merged(comparison: Comparison, options: Sequence[str]) -> Config:
-    config = deepcopy(comparison.base)
-    merge_options(config, parse_options(options))
-    return config
+    return recipe_of(as_json(comparison.merged(comparison.options)))
 
 
 def as_json(config: Config) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """What is compared: a config, rows of options, seeds and a budget."""
 
-from __future__ import annotations
-
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.config import find_config
+from vqmoe_vision.engine.config import find_config, merge_options, parse_options
 from vqmoe_vision.moe.config import check
 
 from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, Backbone, backbone_of
@@ -24,8 +23,7 @@ START = '{start}'
 # How the name of a row ends that is another one from that checkpoint.
 STARTED = '_started'
 STARTS = re.compile(r'\{start(?::([^{}]*))?\}')
-# What the numbers of a comparison are of. Choices are made on what no final table uses.
-STAGES = ('test', 'dev')
+_SEED = re.compile(r'randomness(\.seed)?=')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
     'all_methods': {
@@ -39,19 +37,8 @@ _ROWS = {
         if row != 'dense_2x'
     },  # a dense model of another width is no start
 }
-# What tables of a config show beside its metric, as the paper's table of ADE20K does.
-_ALSO = {'mIoU': ('aAcc', 'mAcc')}
-# What such a comparison asks first.
+# What the comparison of a config asks first.
 _CONTRASTS = ('smoe - smoe_frozen', 'vqmoe - smoe', 'vqmoe - dense_2x')
-
-
-@dataclass(frozen=True)
-class Start:
-    """The run that rows start from, at their own seed."""
-
-    comparison: Comparison
-    row: str
-    file: str  # checkpoint in its work dir
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,8 @@ class Comparison:
     options: tuple[str, ...] = ()  # of all rows
     contrasts: tuple[str, ...] = ()  # 'ROW - OTHER', which p is corrected for
     margin: float | None = None  # within which two rows are called equal
-    start: Start | None = None  # what rows start from that say `{start}`
+    # comparison, row and checkpoint in its work dir: what rows start from, at their own seed
+    start: tuple['Comparison', str, str] | None = None
     shifts: dict[str, str] = field(default_factory=dict)  # options of further tests
     images: dict[str, str] = field(default_factory=dict)  # names in documents, by figure
     highlighted: tuple[str, ...] = ()  # rows whose curves have colours; all if none is named
@@ -77,11 +65,11 @@ class Comparison:
     def __post_init__(self) -> None:
         where = f'comparison {self.name}: '
         check(bool(self.rows), f'{where}rows', self.rows, 'not empty')
-        valid = all(type(n) is int and 0 <= n < 2**32 for n in self.seeds)  # as numpy takes them
-        valid &= 0 < len(self.seeds) == len({*self.seeds})
+        valid = 0 < len(self.seeds) == len({*self.seeds})
+        valid &= all(type(n) is int and 0 <= n < 2**32 for n in self.seeds)  # as numpy takes them
         allowed = 'different whole numbers from 0 to 4294967295'
         check(valid, f'{where}seeds', self.seeds, allowed)
-        check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
+        check(self.stage in ('test', 'dev'), f'{where}stage', self.stage, "'test' or 'dev'")
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
         check(self.margin is None or self.margin > 0, f'{where}margin', self.margin, 'above 0')
@@ -92,18 +80,14 @@ class Comparison:
         for row, options in self.rows.items():
             allowed = 'a name that a file can have'
             check(Path(row).name == row and '\0' not in row, f'{where}row', row, allowed)
-            self._check_starts(f'{where}rows.{row}', ' '.join(options))
-            for option in (*self.options, *options):
-                ours = option.partition('=')[0] not in ('randomness', 'randomness.seed')
-                check(ours, f'{where}rows.{row}', option, 'left to seeds, which give each run one')
-
-    def _check_starts(self, where: str, line: str) -> None:
-        check('{start' not in STARTS.sub('', line), where, line, f"{START} or '{{start:ROW}}'")
-        for found in STARTS.finditer(line):
-            if self.start is None:
-                raise ValueError(f'{where} needs the field start')
-            if found[1] is not None:
-                choose(f'{where}: {found[0]}: row', [found[1]], self.start.comparison.rows)
+            field, line = f'{where}rows.{row}', ' '.join(options)
+            check('{start' not in STARTS.sub('', line), field, line, f"{START} or '{{start:ROW}}'")
+            for found in STARTS.finditer(line):
+                check(self.start is not None, field, line, 'it needs the field start')
+                own = [] if found[1] is None else [found[1]]
+                choose(f'{field}: {found[0]}: row', own, self.start[0].rows if self.start else ())
+            seeds = [each for each in (*self.options, *options) if _SEED.match(each)]
+            check(not seeds, field, seeds, 'left to seeds, which give each run one')
 
     @property
     def tested(self) -> bool:
@@ -112,8 +96,14 @@ class Comparison:
 
     @cached_property
     def base(self) -> Config:
-        """The config without options, whose modules are not imported; to be copied."""
+        """The config without options, to be copied."""
         return load_config(self.config, import_modules=False)
+
+    def merged(self, options: Sequence[str]) -> Config:
+        """The config with options, whose modules are not imported."""
+        config = deepcopy(self.base)
+        merge_options(config, parse_options(options))
+        return config
 
     def selected(
         self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None
@@ -124,24 +114,13 @@ class Comparison:
         return [(row, seed) for seed in seeds for row in rows]
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-
-
 # What the fields of a file are.
-_TEXT = (lambda value: isinstance(value, str), 'a text')
-_TEXTS = (_are_texts, 'a list of texts')
-_NAMED = (
-    lambda value: isinstance(value, dict) and _are_texts([*value, *value.values()]),
-    "texts by name, dict(NAME='TEXT')",
-)
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), _TEXT),
-    **dict.fromkeys(('also', 'contrasts', 'highlighted', 'options'), _TEXTS),
-    **dict.fromkeys(('images', 'rows', 'shifts'), _NAMED),
-    **dict.fromkeys(_ROWS, (lambda value: isinstance(value, bool), 'True or False')),
-    'seeds': (lambda value: isinstance(value, list | tuple), 'a list'),
-    'margin': (lambda value: isinstance(value, int | float), 'a number'),
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), str),
+    **dict.fromkeys(('also', 'contrasts', 'highlighted', 'options', 'seeds'), (list, tuple)),
+    **dict.fromkeys(('images', 'rows', 'shifts'), dict),
+    **dict.fromkeys(_ROWS, bool),
+    'margin': (int, float),
 }
 
 
@@ -154,11 +133,9 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
         return _of_config(path)
     needed = {'config', 'seeds', 'metric'}
     if wrong := sorted((given.keys() - _FIELDS) | (needed - given.keys())):
-        known = sorted(_FIELDS)
-        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {known}')
+        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {[*_FIELDS]}')
     for name, value in given.items():
-        valid, allowed = _FIELDS[name]
-        check(valid(value), f'{path}: {name}', value, allowed)
+        check(isinstance(value, kind := _FIELDS[name]), f'{path}: {name}', value, f'of {kind}')
     base = load_config(given['config'], import_modules=False)
     backbone = backbone_of(given['config'], base, given.get('options', ()))
     rows = {
@@ -171,12 +148,15 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     own = given.pop('rows', {})
     if other := sorted(row for row in rows.keys() & own.keys() if rows[row] != own[row]):
         raise ValueError(f'{path}: rows {other} stand for others by all_methods or all_presets')
-    rows |= own
-    given.setdefault('reference', next(iter(rows), ''))
-    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-    fields['rows'] = {row: _options(row, line, backbone) for row, line in rows.items()}
+    given['rows'] = {r: _options(r, line, backbone) for r, line in (rows | own).items()}
+    given.setdefault('reference', next(iter(given['rows']), ''))
     if 'start' in given:
-        fields['start'] = _start(path, given['start'], within)
+        words = given['start'].split()
+        check(len(words) == 3, f'{path}: start', given['start'], "'COMPARISON ROW CHECKPOINT'")
+        source = read_comparison(words[0], (*within, path))
+        choose(f'{path}: start: row', [words[1]], source.rows)
+        given['start'] = source, *words[1:]
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     return Comparison(Path(path).stem, **fields)
 
 
@@ -195,14 +175,6 @@ def words_of(field: str, line: str) -> list[str]:
         raise ValueError(f'{field}={line!r} is not possible: {error}') from error
 
 
-def _start(path: str, line: str, within: tuple[str, ...]) -> Start:
-    words = line.split()
-    check(len(words) == 3, f'{path}: start', line, "'COMPARISON ROW CHECKPOINT'")
-    comparison = read_comparison(words[0], (*within, path))
-    choose(f'{path}: start: row', [words[1]], comparison.rows)
-    return Start(comparison, words[1], words[2])
-
-
 def _of_config(path: str) -> Comparison:
     # with its folder: a comparison of the same stem has rows and tables of its own
     name = f'{Path(path).absolute().parent.name}-{Path(path).stem}'
@@ -214,7 +186,8 @@ def _of_config(path: str) -> Comparison:
     rows = {row: backbone.options(row) for row in dict.fromkeys((*ROWS, *CONTROLS))}
     if backbone.started:
         del rows['dense_2x']
-    also, seeds = _ALSO.get(metric, ()), (1, 2, 3, 4, 5)
+    # as the paper's table of ADE20K
+    also, seeds = ('aAcc', 'mAcc') if metric == 'mIoU' else (), (1, 2, 3, 4, 5)
     contrasts = tuple(c for c in _CONTRASTS if rows.keys() >= {*pair_of(c)})
     return Comparison(name, path, rows, seeds, 'dense_1x', metric, also, contrasts=contrasts)
 
@@ -226,12 +199,10 @@ def _options(row: str, line: str, backbone: Backbone) -> list[str]:
     return words
 
 
-def choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
-    """What was asked for, each once."""
-    if wanted is None:
-        return list(known)
-    for name in wanted:
+def choose(field: str, wanted: Sequence[Any] | None, known: Collection[Any]) -> list[Any]:
+    """What was asked for, each once; all there is if that is None."""
+    for name in wanted or ():
         if name not in known:
             there = ', '.join(map(str, known))
             raise ValueError(f'{field} {name} does not exist; there are {there}')
-    return list(dict.fromkeys(wanted))
+    return list(known if wanted is None else dict.fromkeys(wanted))

@@ -1,7 +1,5 @@
 """Tests, intervals and power for differences that are paired by seed, and their mean."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,9 +47,8 @@ def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) 
     if std <= _ROUNDING * max(abs(a).max(), abs(b).max()):
         return Difference(each, mean, 0.0, mean, mean, math.nan, 0.0, len(seeds) - 1)
     test = stats.ttest_rel(a, b)
-    low, high = test.confidence_interval(1 - LEVEL)
-    p = float(test.pvalue)
-    return Difference(each, mean, std, float(low), float(high), p, std, len(seeds) - 1)
+    low, high = map(float, test.confidence_interval(1 - LEVEL))
+    return Difference(each, mean, std, low, high, float(test.pvalue), std, len(seeds) - 1)
 
 
 def differences(scores: Scores, reference: str) -> dict[str, Difference]:
@@ -76,8 +73,7 @@ def residual_noise(scores: Scores) -> tuple[float, int]:
     freedom = (len(left) - 1) * (len(seeds) - 1)
     left -= left.mean(0)
     left -= left.mean(1, keepdims=True)
-    squares = float((left**2).sum())
-    # rounding leaves a little of what is equal
+    squares = float((left**2).sum())  # rounding leaves a little of what is equal
     return (0.0 if squares <= (_ROUNDING * np.abs([*whole]).max()) ** 2 else squares), freedom
 
 

@@ -1,14 +1,12 @@
 """Rows of results: a file of JSON for each finished run, a few kilobytes, to be checked in."""
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 from vqmoe_vision.engine.config import flat
+from vqmoe_vision.moe.config import check
 
 from .runs import Run, budget_of
 from .statistics import pooled_noise
@@ -36,7 +35,6 @@ FIELDS = (
 )  # fmt: skip
 Usable = dict[tuple[str, int], dict[str, Any]]
 SPLITS = ('train', 'val', 'test')
-Place = tuple[str, str]  # what was given to a run, and how its config names that
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Results:
     left_out: dict[str, str]  # reasons by file
     missing: list[Run]
     noise: tuple[float, int] = (math.nan, 0)  # of a difference in all comparisons of the budget
+    stored: Collection[tuple[str, int]] = ()  # rows that are there, those of other inputs too
 
     @property
     def why_none(self) -> str:
@@ -74,12 +73,7 @@ class Store:
                 continue
             try:
                 content = load(path)
-                reason = damage(content, run)
-                if reason is None and (then := content['recipe']) != run.recipe:
-                    by = content['commit']
-                    reason = f'stale: recipe {then} of commit {by}, today {run.recipe}'
-                if reason is None and not refuted:
-                    reason = refutation(content)
+                reason = damage(content, run) or (None if refuted else refutation(content))
             except ValueError as error:
                 reason = str(error)
             if reason is None:
@@ -88,37 +82,32 @@ class Store:
                 results.left_out[path.name] = reason
         return results
 
-    def unnamed(self, runs: Sequence[Run]) -> list[str]:
-        """Names of rows that no run has, such as those of a seed that is not compared any more."""
-        named = {self.path(run) for run in runs}
-        return sorted(path.name for path in {*self.folder.glob('*-seed*.json')} - named)
-
-    def collect(self, run: Run) -> bool:
+    def collect(self, run: Run) -> None:
         """Writes the file of a run from its work dir, unless there is one that counts."""
-        folder, comparison = run.folder, run.comparison
-        files = [folder / 'run.json', *([folder / 'test.json'] if comparison.tested else [])]
-        if not all(file.is_file() for file in files):
-            return False
-        record, *tests = map(load, files)
-        test = tests[0] if tests else _last_validation(record, run)
-        if tests and (file := folder / 'test/data.json').is_file():
-            record['data'] = {**record.get('data', {}), **load(file)}
-        if tests and (file := folder / 'test/correct.json').is_file():
-            record['correct'] = load(file)['correct']
-        metric = comparison.metric
-        if metric not in test:
-            names = ', '.join(name for name in test if '.' not in name)
-            raise ValueError(f'metric {metric!r} is not a result of {run.name}; those are {names}')
-        held_out = record.get('held_out') or []
+        folder, metric = run.folder, run.comparison.metric
+        record = load(folder / 'run.json')
+        held_out, done = record.get('held_out') or [], record.get('iterations')
+        step, test = held_out[-1] if held_out else (0, {})
+        if run.comparison.tested:
+            test = load(folder / 'test.json')
+            if (file := folder / 'test/data.json').is_file():
+                record['data'] = {**record.get('data', {}), **load(file)}
+            if (file := folder / 'test/correct.json').is_file():
+                record['correct'] = load(file)['correct']
+        else:
+            allowed = f"a validation after {done} iterations, its end, which stage='dev' needs"
+            check(step == done, f'{run.name}: held_out', step, allowed)
+        names = ', '.join(name for name in test if '.' not in name)
+        check(metric in test, 'metric', metric, f'a result of {run.name}: {names}')
         content = {
             'version': VERSION,
             'row': run.row,
             'recipe': run.recipe,
-            'budget': budget_of(comparison),
+            'budget': budget_of(run.comparison),
             **{name: record[name] for name in _RECORDED if name in record},
             'images': images_seen(run.resolved, record),
             'metric': metric,
-            'stage': comparison.stage,
+            'stage': run.comparison.stage,
             # numbers alone, and not which weights were tested
             'test': {n: v for n, v in test.items() if isinstance(v, int | float)},
             'held_out': [[step, found[metric]] for step, found in held_out if metric in found],
@@ -128,7 +117,6 @@ class Store:
         with self._alone():
             if not self.read([run]).usable:
                 save(self.path(run), content)
-        return True
 
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
         """Adds to a row what was found of it later, beside what it has by now."""
@@ -154,17 +142,14 @@ class Store:
         """Rows that count, their runs whose checkpoints are here, and the names of the others."""
         usable = self.read(runs).usable
         finished = [run for run in runs if (run.row, run.seed) in usable]
-        absent = [
-            run.name for run in finished if not _has_checkpoint(run, usable[run.row, run.seed])
-        ]
-        return usable, [run for run in finished if run.name not in absent], absent
+        here = [run for run in finished if _has_checkpoint(run, usable[run.row, run.seed])]
+        return usable, here, [run.name for run in finished if run not in here]
 
     def set_aside(self, run: Run) -> str | None:
         """Renames the work dir of a refuted row, its lock and the row with it; says where to."""
-        try:
+        reason = None
+        with suppress(ValueError):  # there is no row, or none that can be read
             reason = refutation(load(self.path(run)))
-        except ValueError:  # there is no row, or none that can be read
-            return None
         if reason is None:
             return None
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
@@ -177,18 +162,16 @@ class Store:
 
 def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
     """The noise of all comparisons with the budget and the training data of some rows."""
-    found: dict[Path, dict[str, dict[int, float]]] = {}
+    found: dict[Path, Any] = defaultdict(lambda: defaultdict(dict))
     budgets = {(content['budget'], content['metric']) for content in usable.values()}
     data = set(map(_trained_on, usable.values())) | {None}  # which the first rows do not say
     for path in rows.glob('*/*-seed*.json'):
-        with suppress(ValueError, KeyError):  # of a damaged one
+        with suppress(ValueError, KeyError, TypeError):  # of a damaged one
             content = load(path)
-            same = (content['budget'], content['metric']) in budgets
             score = content['test'][content['metric']]
-            finite = isinstance(score, int | float) and math.isfinite(score)
-            if same and finite and _trained_on(content) in data and refutation(content) is None:
-                of_row = found.setdefault(path.parent, {}).setdefault(content['row'], {})
-                of_row[content['seed']] = score
+            same = (content['budget'], content['metric']) in budgets and math.isfinite(score)
+            if same and _trained_on(content) in data and refutation(content) is None:
+                found[path.parent][content['row']][content['seed']] = score
     return pooled_noise(found[folder] for folder in sorted(found))
 
 
@@ -206,27 +189,26 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The object of JSON in a file."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is damaged: it holds no object')
-    return content
 
 
 def damage(content: Mapping[str, Any], run: Run) -> str | None:
-    """Says why a row cannot be read."""
+    """Says why a row cannot be read, or is none of today's."""
     if content.get('version') != VERSION:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
     if missing := [name for name in FIELDS if content.get(name) is None]:
         return f'it is damaged: {missing} are missing'
-    own = {'row': run.row, 'seed': run.seed, 'metric': run.comparison.metric}
-    for name, value in {**own, 'stage': run.comparison.stage}.items():
-        if content[name] != value:
-            return f'it is of {name}={content[name]!r}, not of {value!r}'
-    score = content['test'].get(run.comparison.metric)
+    metric, stage = run.comparison.metric, run.comparison.stage
+    own = {'row': run.row, 'seed': run.seed, 'metric': metric, 'stage': stage}
+    if others := [name for name in own if content[name] != own[name]]:
+        return f'it is of {others[0]}={content[others[0]]!r}, not of {own[others[0]]!r}'
+    score = content['test'].get(metric)
     if score is None or not math.isfinite(score):
-        return f'it is damaged: test has no number for {run.comparison.metric!r}'
+        return f'it is damaged: test has no number for {metric!r}'
+    if (then := content['recipe']) != run.recipe:
+        return f'stale: recipe {then} of commit {content["commit"]}, today {run.recipe}'
     return None
 
 
@@ -241,8 +223,7 @@ def images_seen(config: Mapping[str, Any], record: Mapping[str, Any]) -> int:
     loader = config.get('train_dataloader') or {}
     batch, done = loader.get('batch_size', 1), record.get('iterations', 0)  # as torch has it
     samples = record.get('data', {}).get('train', {}).get('samples')
-    in_epochs = 'max_epochs' in (config.get('train_cfg') or {})
-    if not (samples and in_epochs) or loader.get('drop_last'):
+    if not samples or 'max_epochs' not in config.get('train_cfg', {}) or loader.get('drop_last'):
         return batch * done
     epochs, rest = divmod(done, -(-samples // batch))  # the last batch of each is smaller
     return samples * epochs + batch * rest
@@ -250,11 +231,7 @@ def images_seen(config: Mapping[str, Any], record: Mapping[str, Any]) -> int:
 
 def rounded(value: Any) -> Any:
     """Numbers to five digits, so that a row is a few kilobytes."""
-    if isinstance(value, dict):
-        return {name: rounded(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f'{value:.5g}') if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f'{float(digits):.5g}'))
 
 
 def _has_checkpoint(run: Run, content: Mapping[str, Any]) -> bool:
@@ -264,16 +241,6 @@ def _has_checkpoint(run: Run, content: Mapping[str, Any]) -> bool:
     return there and load(record).get('training_loss') == content['training_loss']
 
 
-def _last_validation(record: Mapping[str, Any], run: Run) -> dict[str, float]:
-    step, numbers = (record.get('held_out') or [(0, {})])[-1]
-    if step != record.get('iterations'):
-        raise ValueError(
-            f'{run.name} has no validation at its end, after {record.get("iterations")} '
-            f"iterations, which stage='dev' needs; the last is after {step}"
-        )
-    return numbers
-
-
 def leave_out_other_inputs(results: Results, runs: Sequence[Run]) -> None:
     """Leaves out rows whose data or starting weights differ from those of most others.
 
@@ -281,23 +248,20 @@ def leave_out_other_inputs(results: Results, runs: Sequence[Run]) -> None:
     """
     named = {(run.row, run.seed): run for run in runs}
     inputs = {key: dict(_inputs(named[key], of)) for key, of in results.usable.items()}
-    seen: dict[Place, Counter[str]] = {}
-    for of_run in inputs.values():
-        for place, given in of_run.items():
-            seen.setdefault(place, Counter())[given] += 1
+    seen = Counter(each for of_run in inputs.values() for each in of_run.items())
     for key, of_run in inputs.items():
         for place, given in of_run.items():
-            others = {what: rows for what, rows in seen[place].items() if what != given}
+            others = {what: n for (at, what), n in seen.items() if at == place and what != given}
             usual = max(others, key=others.__getitem__, default=given)
-            if usual != given and seen[place][given] <= others[usual]:
+            if seen[place, given] <= others.get(usual, 0):
                 mixed = f'its {place[0]} are {given}, those of {others[usual]} others {usual}'
                 results.left_out[f'{named[key].name}.json'] = f'mixed: {mixed}'
                 del results.usable[key]
                 break
 
 
-def _inputs(run: Run, content: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
-    """What was given to a run, by how its config names it."""
+def _inputs(run: Run, content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """What was given to a run, by what it is and how its config names it."""
     config = run.resolved
     for split, what in data_of(content):
         dataset = (config.get(f'{split}_dataloader') or {}).get('dataset') or {}
