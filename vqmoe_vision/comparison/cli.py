@@ -172,9 +172,10 @@ def _check(args: argparse.Namespace) -> None:
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')
     came = len(runs) - sum(map(len, failed.values()))
     print(f'the first losses of {came} of {len(runs)} rows came out again')
-    for what, names in failed.items():
-        if names:
-            raise ValueError(f'{len(names)} rows {what}: {", ".join(names)}')
+    if told := [
+        f'{len(each)} rows {what}: {", ".join(each)}' for what, each in failed.items() if each
+    ]:
+        raise ValueError('; '.join(told))
 
 
 def _control(args: argparse.Namespace) -> None:

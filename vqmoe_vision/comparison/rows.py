@@ -91,6 +91,7 @@ def backbone_of(path: str, config: Config, of_all_rows: Sequence[str] = ()) -> B
         given = parse_options([each for each in of_all_rows if each.startswith(f'{field}.depth=')])
         depth = given.get(f'{field}.depth', model.get('depth'))
         depth = depth or (SIZES[size]['depth'] if size else _depth(name))
+        check(type(depth) is int and depth > 0, f'{field}.depth', depth, 'at least 1')
         blocks = len(resolve_moe_layers((moe or {}).get('moe_layers', MOE_LAYERS), depth))
     started = any(model.get(weights) for weights in STARTS)
     return Backbone(path, field, size, dense, started, blocks)

@@ -65,8 +65,8 @@ class Comparison:
     def __post_init__(self) -> None:
         where = f'comparison {self.name}: '
         check(bool(self.rows), f'{where}rows', self.rows, 'not empty')
-        valid = 0 < len(self.seeds) == len({*self.seeds})
-        valid &= all(type(n) is int and 0 <= n < 2**32 for n in self.seeds)  # as numpy takes them
+        valid = all(type(n) is int and 0 <= n < 2**32 for n in self.seeds)  # as numpy takes them
+        valid = valid and 0 < len(self.seeds) == len({*self.seeds})
         allowed = 'different whole numbers from 0 to 4294967295'
         check(valid, f'{where}seeds', self.seeds, allowed)
         check(self.stage in ('test', 'dev'), f'{where}stage', self.stage, "'test' or 'dev'")
@@ -128,7 +128,10 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     """Reads a comparison, or a config that trains: `ROWS` and `CONTROLS` at five seeds."""
     path = find_config(path)
     check(path not in within, f'{path}: start', path, 'a comparison that does not start from it')
-    given = Config.fromfile(path, import_custom_modules=False).to_dict()
+    try:
+        given = Config.fromfile(path, import_custom_modules=False).to_dict()
+    except SyntaxError as error:
+        raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from error
     if 'model' in given:
         return _of_config(path)
     needed = {'config', 'seeds', 'metric'}
