@@ -227,7 +227,7 @@ FROM = "start = 'first.py dense a.pth'\n"
         ('margin = -1.0', 'margin='),
         ("budget = 'long'", "fields ['budget']"),
         ("config = 'first.py'", 'model.model_name=None'),
-        ('rows = dict(', 'SyntaxError'),
+        ('rows = dict(', 'spec.py, line 5'),
     ],
 )
 def test_mistakes_are_one_line_and_start_no_run(spec, says, more: str, field: str) -> None:
