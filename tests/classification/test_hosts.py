@@ -24,6 +24,12 @@ PAIRS = [
     if host != DINOV3 or METHODS[method].read_patches is None
 ]
 
+EXACT = [
+    (host, method, options)
+    for host, method in PAIRS
+    for options in METHODS[method].config.EXACT_UPCYCLING.values()
+]
+
 
 def build(host: str, method: str | None = None, **kwargs: Any) -> Any:
     """A classifier of a host; `moe` in `kwargs` has options of the method."""
@@ -103,3 +109,22 @@ def test_files_of_dinov3s_authors_are_understood(tmp_path: Path) -> None:
     images = batch()[0]
     found, expected = model.model.forward_features(images), source.forward_features(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(('host', 'method', 'options'), EXACT)
+@pytest.mark.parametrize('way', ['checkpoint', 'pretrained', 'checkpoint_path'])
+def test_it_begins_with_the_answers_of_dense_weights(
+    host: str, method: str, options: dict[str, Any], way: str, tmp_path: Path
+) -> None:
+    path = tmp_path / 'dense.pth'
+    source = saved(host, path)
+    given: dict[str, Any] = {way: str(path)}
+    if way == 'pretrained':
+        given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=4))
+    model = build(host, method, moe=options, **given).eval()
+    torch.manual_seed(7)  # another start than the source had
+    model.init_weights()
+    images = batch()[0]
+    torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+    report = model.model.weights_report
+    assert report.copied['blocks.1.mlp.experts.fc1.weight'] == 'blocks.1.mlp.fc1.weight'
