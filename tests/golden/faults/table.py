@@ -296,7 +296,7 @@ FAULTS = (
         'segmentation',
         'What fills a crop up to whole patches is learned as the first class.',
         'vqmoe_vision/segmentation/segmentor.py',
-        'filled = F.pad(labels, sides, value=self.decode_head.ignore_index)',
+        'filled = F.pad(labels, sides, value=self._ignored_by_all())',
         'filled = F.pad(labels, sides, value=0)',
         'segmentation/test_segmentor.py',
     ),
