@@ -53,7 +53,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     source, out = str(tmp_path / 'tiny'), str(tmp_path / 'out')
     for arguments, message in (
         ([str(tmp_path / 'none'), out], r"none\.index' does not exist"),
-        ([source, source + '.index'], 'exists: name a folder that does not'),
+        ([source, source + '.index'], 'a folder that does not exist'),
         ([source, out, '--cfg-options', 'num_experts=8'], r'num_experts=8.* 4, which checkpoint'),
         ([source, out, '--cfg-options', 'eval_capacity_factor=-1.0'], 'eval_capacity_factor=-1.0'),
         ([source, out, '--cfg-options', 'capacity=1'], "'capacity'"),

@@ -111,7 +111,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _chosen(x: Tensor, weight: Tensor) -> Kernel:
     if _named is None:
-        return KERNELS['grouped_mm' if cuda.is_fast(x, weight) else 'batched']
+        fast = x.device.type == 'cuda' and cuda.is_fast(x, weight)
+        return KERNELS['grouped_mm' if fast else 'batched']
     if problem := KERNELS[_named].misfit(x, weight):
         fitting = [name for name, kernel in KERNELS.items() if kernel.misfit(x, weight) is None]
         check(False, 'kernel', _named, f'one of {", ".join(fitting)} here: {problem}')
