@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.engine.model import scope_of
 from vqmoe_vision.models.normalization import Normalization
 
 NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

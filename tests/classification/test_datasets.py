@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS
 from PIL import Image
 
 from vqmoe_vision.classification.datasets import SPLITS, ImageClassification, split_indices
-from vqmoe_vision.engine.command import one_line
+from vqmoe_vision.engine.cli import one_line
 
 ALL = [split for split in SPLITS if split != 'dev']
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)

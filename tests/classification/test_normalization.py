@@ -10,7 +10,7 @@ from PIL import Image
 
 from vqmoe_vision.classification.transforms import normalization_of
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.models.normalization import Normalization
 
 from ..rows import CONFIGS

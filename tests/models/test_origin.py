@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import ResPostBlock
 
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.engine.trained import check_experts
+from vqmoe_vision.engine.model import check_experts
 from vqmoe_vision.models.compat import STATED, state_network
 from vqmoe_vision.models.create import create_model
 

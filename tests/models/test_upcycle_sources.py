@@ -10,8 +10,8 @@ from mmengine.config import ConfigDict
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from vqmoe_vision.engine.model import weights_normalization
 from vqmoe_vision.engine.record import starting_weights
-from vqmoe_vision.engine.trained import weights_normalization
 from vqmoe_vision.models.create import create_model
 
 from .conftest import DENSE, TINY, dense, make

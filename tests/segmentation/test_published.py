@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.segmentation.preprocessor import completed
 

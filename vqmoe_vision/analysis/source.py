@@ -14,7 +14,7 @@ from mmengine.config import Config
 from torch import Tensor
 from torch.utils.data import Subset
 
-from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.engine.model import scope_of
 from vqmoe_vision.models.normalization import Normalization
 
 _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}

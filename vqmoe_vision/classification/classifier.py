@@ -26,8 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vqmoe_vision.analysis.source import Sample, Source, image_files
-from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
-from vqmoe_vision.engine.trained import start_model
+from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries, start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.hosts import Transformer

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from vqmoe_vision.engine.trained import must_change
+from vqmoe_vision.engine.model import must_change
 from vqmoe_vision.models.normalization import Normalization, stated_normalization
 from vqmoe_vision.moe.config import check
 

@@ -214,7 +214,7 @@ class Clusters(ImageReader):
         from mmengine.logging import print_log
 
         from ..engine.checkpoint import read_state
-        from ..engine.trained import in_words, read_normalization
+        from ..engine.model import in_words, read_normalization
 
         self.lacks_weights = features is None and not started
         if features is None:

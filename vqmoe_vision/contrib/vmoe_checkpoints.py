@@ -277,7 +277,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     """Writes a V-MoE of JAX as a folder that timm reads."""
-    from ..engine.command import run
+    from ..engine.cli import run
     from ..engine.config import add_config_options
 
     parser = argparse.ArgumentParser(

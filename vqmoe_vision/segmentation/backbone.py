@@ -10,7 +10,7 @@ from mmseg.registry import MODELS
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from vqmoe_vision.engine.trained import start_model
+from vqmoe_vision.engine.model import start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.hosts import MODULES
 from vqmoe_vision.models.normalization import Normalization

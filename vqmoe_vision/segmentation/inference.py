@@ -17,11 +17,10 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP, load_config
-from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP, load_config, run
 from vqmoe_vision.engine.config import add_config_options, innermost
 from vqmoe_vision.engine.hooks import check_class_names
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.moe.config import check
 
 from .datasets import complete_metainfo

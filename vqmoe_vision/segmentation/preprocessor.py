@@ -12,7 +12,7 @@ from mmseg.registry import DATASETS, MODELS
 from torch import Tensor
 
 from vqmoe_vision.analysis.source import Sample, Source, image_files
-from vqmoe_vision.engine.trained import must_change
+from vqmoe_vision.engine.model import must_change
 from vqmoe_vision.models.normalization import Normalization, stated_normalization
 from vqmoe_vision.moe.config import check
 
