@@ -30,7 +30,7 @@ from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.trained import start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
 from .datasets import ImageClassification, load_image

@@ -19,10 +19,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.hosts import method_of
-from vqmoe_vision.models.layers import moe_options
+from vqmoe_vision.models.export import preprocessing_of, save
+from vqmoe_vision.models.layers import method_of, moe_options
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.models.weights import digest_of, find_source, is_file_name
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check

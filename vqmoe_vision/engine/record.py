@@ -20,8 +20,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from vqmoe_vision.models.compat import StateDict
-from vqmoe_vision.models.complexity import complexity, count_params
 from vqmoe_vision.models.create import options_in_full
+from vqmoe_vision.models.moe_vit import complexity, count_params
 from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.models.weights import OF_TIMM, is_file_name
 from vqmoe_vision.moe.config import check

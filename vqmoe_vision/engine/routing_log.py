@@ -16,7 +16,7 @@ from mmengine.runner import LogProcessor, Runner
 from torch import Tensor, nn
 
 from vqmoe_vision.moe import moe_layers
-from vqmoe_vision.moe.codebooks.codebook import Codebook
+from vqmoe_vision.moe.codebooks import Codebook
 from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.layer import MoeLayer
 

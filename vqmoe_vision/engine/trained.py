@@ -18,15 +18,14 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from vqmoe_vision.models.compat import compare, network_of_run
-from vqmoe_vision.models.create import without_weights
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.create import share_start, without_weights
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.models.normalization import (
     KEY,
     Normalization,
     of_buffer,
     stated_normalization,
 )
-from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.models.weights import check_one_source, describe, network_of, source_of
 from vqmoe_vision.moe import restart
 from vqmoe_vision.moe.config import check

@@ -17,8 +17,6 @@ for losses that on all devices. Experts start from different draws, in the relea
 Legend: T tokens, D width, E experts, K experts per token, C capacity.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,8 +26,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
-from ..loss_free import LossFreeConfig, LossFreeRouter
-from ..losses import Loss
+from ..losses import Loss, LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
 from ..routing import Routing, full_precision, init_lecun_normal, renormalized, within_capacity
 
