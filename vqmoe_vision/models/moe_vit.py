@@ -150,8 +150,9 @@ def check_vit_arguments(kwargs: dict[str, Any]) -> None:
             # a model that drops every patch would have nothing to look at
             possible = 0 <= value < 1 or (value == 1 and name != 'patch_drop_rate')
             check(possible, name, value, 'from 0 to 1')
-    skipped = kwargs.get('weight_init') == 'skip'
-    check(not skipped, 'weight_init', 'skip', "'reset', skipping leaves embeddings uninitialised")
+    check(
+        kwargs.get('weight_init') != 'skip', 'weight_init', 'skip', "'reset', which draws them all"
+    )
     width, ratio = kwargs.get('embed_dim', 768), kwargs.get('mlp_ratio', 4.0)
     check(int(width * ratio) >= 1, 'mlp_ratio', ratio, 'wide enough for one hidden feature')
 
