@@ -12,7 +12,7 @@ from PIL import Image
 import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register types
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.models.complexity import complexity
+from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 
 from .rows import CONFIGS, ROWS, ade20k, leaves, row_options

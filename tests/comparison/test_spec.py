@@ -18,7 +18,7 @@ from vqmoe_vision.comparison.spec import STARTS, read_comparison
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.model import without_sources
-from vqmoe_vision.models.complexity import complexity
+from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 

@@ -14,7 +14,7 @@ from timm.models import create_model, save_for_hf
 
 from vqmoe_vision.classification.datasets import class_folder
 from vqmoe_vision.engine.record import described, starting_weights
-from vqmoe_vision.models.complexity import complexity
+from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 
 from .tiny import config_of, resumed, trained

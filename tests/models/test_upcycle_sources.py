@@ -35,18 +35,6 @@ def test_a_file_is_known_by_all_its_usual_names(
         assert found == starting_weights(ConfigDict(upcycle=str(path))) and found
 
 
-def test_a_name_with_a_tag_says_where_the_weights_are(
-    saved: tuple[Any, str], images: torch.Tensor
-) -> None:
-    source, path = saved  # in the place of the hub, which tests do not reach
-    name = 'deit_tiny_patch16_224.fb_in1k'
-    overlay = {'file': path}
-    model: Any = make('smoe', upcycle=name, pretrained_cfg_overlay=overlay, renormalize=True)
-    torch.testing.assert_close(model.eval()(images), source(images))
-    assert model.pretrained_cfg['std'][0] == pytest.approx(0.229)
-    assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
-
-
 @pytest.mark.parametrize(
     ('name', 'options'),
     [

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe import moe_layers
-from vqmoe_vision.moe.codebooks.codebook import Quantized
+from vqmoe_vision.moe.codebooks import Quantized
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
 from vqmoe_vision.moe.routing import Routing
 

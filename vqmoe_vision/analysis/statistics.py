@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.config import check
 

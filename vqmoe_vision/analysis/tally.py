@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.moe.routing import perplexities
 

@@ -29,7 +29,7 @@ from vqmoe_vision.analysis.source import Sample, Source, image_files
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries, start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
 from .datasets import ImageClassification, load_image

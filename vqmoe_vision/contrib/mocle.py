@@ -36,11 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.compat import Network, StateDict, misfit, part_of
-from ..models.fitting import transfer
+from ..models.fitting import Report, Size, transfer
 from ..models.normalization import Normalization
-from ..models.report import Report, Size
 from ..models.weights import network_of
-from ..moe.codebooks.codebook import nearest_code
+from ..moe.codebooks import nearest_code
 from ..moe.codebooks.usage import kmeans
 from ..moe.config import MoeConfig, check, option
 from ..moe.layer import warn_once

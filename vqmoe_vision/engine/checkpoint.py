@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
 
 from vqmoe_vision.models.compat import StateDict, refuse_without_values
 from vqmoe_vision.models.fitting import transfer
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.models.moe_vit import SparseModel
 from vqmoe_vision.models.normalization import KEY, Normalization
 from vqmoe_vision.models.upcycle import read_upcycling

@@ -27,13 +27,13 @@ from vqmoe_vision.models.export import (
     differences,
     export_onnx,
     load_exported,
+    preprocessing_of,
     require_packages,
+    save,
     save_program,
 )
-from vqmoe_vision.models.hosts import method_of
-from vqmoe_vision.models.layers import moe_options
+from vqmoe_vision.models.layers import method_of, moe_options
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.models.weights import FOLDERS, find_source
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check

@@ -24,12 +24,12 @@ from mmengine.runner import LogProcessor, Runner
 from torch import Tensor, nn
 
 from vqmoe_vision.models.compat import StateDict
-from vqmoe_vision.models.complexity import complexity, count_params
 from vqmoe_vision.models.create import options_in_full
+from vqmoe_vision.models.moe_vit import complexity, count_params
 from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.models.weights import OF_TIMM, is_file_name
 from vqmoe_vision.moe import moe_layers
-from vqmoe_vision.moe.codebooks.codebook import Codebook
+from vqmoe_vision.moe.codebooks import Codebook
 from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.provenance import commit, installed, processor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqmoe_vision.engine.model import start_model
 from vqmoe_vision.models.create import create_to_start
-from vqmoe_vision.models.hosts import MODULES
+from vqmoe_vision.models.layers import MODULES
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check, check_type
 
