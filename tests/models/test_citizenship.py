@@ -137,3 +137,25 @@ def test_fx_feature_extraction(tiny, images: Tensor) -> None:
     found = extractor(images)
     torch.testing.assert_close(found['out'], expected, rtol=0, atol=0)
     torch.testing.assert_close(found['moe'], seen[0], rtol=0, atol=0)
+
+
+def test_an_image_does_not_depend_on_its_batch(tiny) -> None:
+    model = tiny().eval()
+    images = torch.randn(64, 3, 32, 32)
+    with torch.no_grad():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images[::8]])
+    # A near tie between two experts could fall either way and would show as a large difference;
+    # with this seed there is none.
+    torch.testing.assert_close(alone, together[::8], **CLOSE)
+
+
+def test_every_parameter_gets_a_gradient_from_the_loss(
+    tiny_variant, train_step, images: Tensor
+) -> None:
+    model = tiny_variant()
+    train_step(model, None, images, torch.arange(4))
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, p in learned.items() if p.grad is None] == []
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert all(name.endswith('router.weight') for name in frozen)

@@ -4,10 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 import timm
+import torch
+import torch.nn.functional as F
 from timm.layers import set_fused_attn, use_fused_attn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe.experts import StackedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +22,35 @@ def _plain_attention() -> Iterator[None]:
     set_fused_attn(False)
     yield
     set_fused_attn(bool(before))
+
+
+@pytest.fixture
+def plain_loops(monkeypatch) -> None:
+    """Experts one after the other, as products that torch's counter knows without our formula."""
+
+    def forward(self: StackedLinear, rows: Tensor, offsets: Tensor) -> Tensor:
+        ends = offsets.tolist()
+        groups = zip([0, *ends[:-1]], ends, self.weight, strict=True)
+        return torch.cat([F.linear(rows[start:end], weight) for start, end, weight in groups])
+
+    monkeypatch.setattr(StackedLinear, 'forward', forward)
+
+
+def counted_macs(model: nn.Module, images: Tensor) -> int:
+    """In a real forward pass of one image."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(images)
+    return counter.get_total_flops() // 2
+
+
+def test_macs_are_what_torch_counts(tiny_variant, request) -> None:
+    model = tiny_variant()
+    if getattr(model.moe_config, 'eval_capacity_factor', None) is not None:
+        pytest.skip('what a capacity drops depends on the images, and is counted')
+    counts = complexity(model)
+    request.getfixturevalue('plain_loops')
+    assert counts.macs == counted_macs(model, torch.randn(1, 3, 32, 32))
 
 
 # Default tiny layers: expert of 32 x 128: 32 * 128 + 128 + 128 * 32 + 32 = 8352 parameters, eight

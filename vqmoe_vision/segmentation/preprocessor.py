@@ -36,7 +36,7 @@ class CheckedPreProcessor(SegDataPreProcessor):
         super().__init__(*args, **kwargs)
         self._non_blocking = True
         self.converts = converts_channels(self)
-        self._channel_conversion = False
+        self._channel_conversion = self.channel_conversion = False  # `forward` does it
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """As mmseg's, of `inputs`, a list of (3, H, W) images, and `data_samples`."""
@@ -47,8 +47,9 @@ class CheckedPreProcessor(SegDataPreProcessor):
 
 
 def converts_channels(preprocessor: Any) -> bool:
-    """Whether images change from BGR to RGB."""
-    return getattr(preprocessor, 'converts', getattr(preprocessor, '_channel_conversion', False))
+    """Whether images change from BGR to RGB; mmseg and its continuation name it otherwise."""
+    names = ('converts', '_channel_conversion', 'channel_conversion')
+    return any(getattr(preprocessor, name, False) for name in names)
 
 
 def class_of(config: dict) -> Any:
