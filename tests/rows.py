@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.comparison.rows import ROWS as ROWS
-from vqmoe_vision.comparison.rows import row_options as named_row_options
+from vqmoe_vision.comparison.spec import ROWS as ROWS
+from vqmoe_vision.comparison.spec import row_options as named_row_options
 from vqmoe_vision.engine.config import parse_options as parse
 from vqmoe_vision.models.vit_moe import SIZES
 

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from vqmoe_vision.analysis.corruptions import Corruption
+from vqmoe_vision.analysis.shifts import Corruption
 from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels
 from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer
 

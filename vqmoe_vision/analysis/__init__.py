@@ -5,6 +5,6 @@ and `statistics` averages what layers report. They need no more than the models 
 need matplotlib (extra `train`), the corruptions imagecorruptions-imaug (extra `analyze`).
 """
 
-from .statistics import mean_statistics, patch_experts, token_experts
+from .record import mean_statistics, patch_experts, token_experts
 
 __all__ = ['mean_statistics', 'patch_experts', 'token_experts']

@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from vqmoe_vision.installed import config_path
+from vqmoe_vision import config_path
 from vqmoe_vision.models.compat import STATED, state_network, stated_in
 from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.moe import moe_layers, start_training, update_state
