@@ -67,10 +67,11 @@ def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monke
     names = read_comparison(str(path)).images.values()
     assert {made.stem for made in made_here.glob('*.png')} == set(names)
     for name in names:
-        made, kept = (Image.open(f / f'{name}.png') for f in (made_here, Path('docs/images')))
-        if made.info['Software'] != kept.info['Software']:
-            pytest.skip(f'the image was drawn by {kept.info["Software"]}, whose letters differ')
-        assert made.size == kept.size and made.tobytes() == kept.tobytes(), name
+        file = f'{name}.png'
+        with Image.open(made_here / file) as made, Image.open(f'docs/images/{file}') as kept:
+            if made.info['Software'] != kept.info['Software']:
+                pytest.skip(f'the image was drawn by {kept.info["Software"]}, whose letters differ')
+            assert made.size == kept.size and made.tobytes() == kept.tobytes(), name
 
 
 def test_numbers_of_the_table_by_hand(fill, says) -> None:
