@@ -338,7 +338,7 @@ def survey(
         classes: Names by index; demanded with labels.
         names: Of the first images; others are called by their number.
         num_examples: How many of the first images are kept with what every layer does with them.
-        shifts: Ways to change images, to see whose expert changes; see `shifts` and `corruptions`.
+        shifts: Ways to change images, to see whose expert changes; see `shifts`.
         shifted_images: How many of the first images are changed.
 
     Raises:
