@@ -1,4 +1,4 @@
-"""Pictures of test images: the expert that took each patch, the class of each pixel.
+"""Pictures of test images, with patches by expert and pixels by class; what all pictures share.
 
 Needs matplotlib (extra `train`).
 """
