@@ -123,6 +123,6 @@ def test_of_stage_dev_the_score_is_that_of_the_last_validation(
     # a training that does not end with a validation
     train = (repository / 'tools/train.py').read_text()
     (repository / 'tools/train.py').write_text(train.replace('iterations=2', 'iterations=3'))
-    assert says('run', path, '--seeds', '1') == 'error: 1 of 2 runs failed: other-seed1'
+    assert says('run', path, '--seeds', '1') == 'error: 1 of 1 runs failed: other-seed1'
     said = capsys.readouterr().out
     assert 'other-seed1: held_out=2 ' in said and 'after 3 iterations' in said
