@@ -36,17 +36,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def spawn(function: Callable[..., None], args: tuple, nprocs: int) -> None:
-    """As `torch.multiprocessing.spawn`, with the variables of the first process that was forked.
-
-    Args:
-        function: Of a module; its first argument is the rank.
-        args: Others.
-        nprocs: Ranks.
-
-    Raises:
-        ProcessRaisedException: A rank raised; has what it raised.
-        ProcessExitedException: A rank ended otherwise.
-    """
+    """As `torch.multiprocessing.spawn`, with the variables of the first process that was forked."""
     mp.start_processes(function, args, nprocs, start_method=METHOD)
 
 
@@ -58,18 +48,10 @@ def run_tool(
     file_size: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Runs a program of `tools/` as a shell would.
+    """Runs a program of `tools/` as a shell would, in a folder from which it may import modules.
 
-    Args:
-        tool: Name of its file.
-        *arguments: Of its command line.
-        folder: In which it runs, and may import modules.
-        new_session: It leads a group of processes of its own.
-        file_size: Bytes that it may write into one file; None for as many as this process.
-        variables: Of its environment, beside those of this process.
-
-    Returns:
-        Its status, negative for the number of a signal, and what it printed.
+    It may lead a group of processes of its own, write `file_size` bytes into a file at most, and
+    have variables beside those of this process.
     """
     with tempfile.TemporaryDirectory() as place:
         files = [str(Path(place) / name) for name in ('out', 'err')]

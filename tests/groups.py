@@ -18,13 +18,7 @@ _KEPT: list[Any] = []
 
 
 def begin(rank: int, world: int, folder: str | Path) -> None:
-    """Joins a group as one of several processes, each with one thread.
-
-    Args:
-        rank: Of this process.
-        world: How many there are.
-        folder: Where they meet.
-    """
+    """Joins a group as one of several processes, each with one thread, that meet in a folder."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=world)
     _KEPT.append(dist.group.WORLD)

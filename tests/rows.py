@@ -1,14 +1,11 @@
 """The rows of every comparison, as options of a config: dense models, and all methods there are."""
 
-import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vqmoe_vision.comparison.spec import ROWS as ROWS
 from vqmoe_vision.comparison.spec import row_options as named_row_options
 from vqmoe_vision.engine.config import parse_options as parse
-from vqmoe_vision.models.vit_moe import SIZES
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -29,30 +26,8 @@ def ade20k(size: str, row: str) -> str:
 
 
 def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str, Any]:
-    """What `--cfg-options` makes of a row's line of options.
-
-    Args:
-        row: One of `ROWS`.
-        size: Key of `SIZES`.
-        model: Field that holds the timm model: 'model', or 'model.backbone'.
-    """
+    """What `--cfg-options` makes of a row's line of options, where `model` holds the timm model."""
     return parse(named_row_options(row, size, model))
-
-
-def every_two(leaves: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Configs, sizes and rows, so that any two of them meet in at least one triple.
-
-    All triples are twice as many, and the third has never made a difference: a size is a
-    matter of the backbone, and a data set of the head.
-
-    Args:
-        leaves: Configs that can be had in every size.
-    """
-    return [
-        (leaf, size, row)
-        for leaf, size, row in itertools.product(leaves, SIZES, ROWS)
-        if leaf == leaves[0] or size == 'tiny' or row == 'vqmoe'
-    ]
 
 
 def printed_config(section: str, data_root: str) -> str:

@@ -1,13 +1,16 @@
-"""What a training leaves in its work dir, without the training."""
+"""Trainings and tests by the tools, and what a training leaves in its work dir without one."""
 
+import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 
+from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.engine.model import scope_of
 from vqmoe_vision.models.normalization import Normalization
 
 NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -26,3 +29,23 @@ def leave_run(folder: Path, config_file: str, options: dict[str, Any], classes: 
     torch.save(content, folder / 'epoch_1.pth')
     (folder / 'last_checkpoint').write_text('epoch_1.pth')
     return model.eval()
+
+
+_NAMES = count()  # mmengine keeps one logger per name in a process
+
+
+def train(config: str | Path, work: Path, *options: str, resume: bool = False) -> Path:
+    """Trains, and returns the work dir."""
+    arguments = [str(config), '--work-dir', str(work), *['--resume'] * resume]
+    cli.train([*arguments, '--cfg-options', f'experiment_name=train {next(_NAMES)}', *options])
+    return work
+
+
+def score(
+    config: str | Path, checkpoint: str | Path, work: Path, *options: str, arguments: Any = ()
+) -> dict[str, float]:
+    """Tests, and returns what `--out` has."""
+    out = work / 'scores.json'
+    given = [str(config), str(checkpoint), '--work-dir', str(work), '--out', str(out), *arguments]
+    cli.test([*given, '--cfg-options', f'experiment_name=test {next(_NAMES)}', *options])
+    return json.loads(out.read_text())

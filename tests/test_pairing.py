@@ -40,22 +40,12 @@ ITERATIONS = {
     'model.test_cfg.stride': (48, 48),
 }
 # torchvision's augmentation draws from torch's generator, as routers do
-CROP_FLIP = {
-    '_delete_': True,
-    'type': 'crop_flip',
-    'input_size': 48,
-    'mean': (0.0,) * 3,
-    'std': (1.0,) * 3,
-}
+CROP_FLIP = dict(_delete_=True, type='crop_flip', input_size=48, mean=[0.0] * 3, std=[1.0] * 3)
 # a config of each kind, where it holds the timm model, and its options; the transform of the first
 # is timm's, which draws from python's generator
 KINDS = {
     'timm': (DIGITS, 'model', EPOCHS),
-    'classification': (
-        DIGITS,
-        'model',
-        {**EPOCHS, 'train_dataloader.dataset.transform': CROP_FLIP},
-    ),
+    'classification': (DIGITS, 'model', EPOCHS | {'train_dataloader.dataset.transform': CROP_FLIP}),
     'segmentation': (SCENES, 'model.backbone', ITERATIONS),
 }
 TASKS = pytest.mark.parametrize('task', ['classification', 'segmentation'])
@@ -159,9 +149,8 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
     ('kind', 'row'),
     # the others see the same loader
     [
-        pytest.param(kind, row, marks=() if kind == 'timm' or row == 'smoe' else pytest.mark.long)
-        for kind in KINDS
-        for row in (*ROWS, *FEATURE_ROWS)
+        *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
+        *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
     ],
 )
 def test_the_number_of_workers_changes_no_image(keep, kind: str, row: str) -> None:

@@ -4,6 +4,8 @@ A block that starts with ```python is run. One that needs what only the reader h
 checkpoint, starts with ```py and is not.
 """
 
+import ast
+import html
 import importlib
 import operator
 import re
@@ -80,3 +82,45 @@ def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> 
     cases = METHODS[method].config.EXACT_UPCYCLING.values()
     written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
     assert rows == ([case or 'none are needed' for case in written] or ['there are none'])
+
+
+# --- names in the picture of the architecture, and on the page of places
+
+TEXT = (ROOT / 'docs' / 'architecture.dot').read_text()
+LABELS = [label.split(r'\n') for label in re.findall(r'label="([^"]+)"', TEXT)]
+FILES = [
+    (lines[at - 1], line)
+    for lines in LABELS
+    for at, line in enumerate(lines)
+    if line.endswith('.py')
+]
+
+
+@pytest.mark.parametrize(('name', 'file'), FILES)
+def test_what_is_named_above_a_file_is_defined_in_it(name: str, file: str) -> None:
+    module = importlib.import_module('vqmoe_vision.' + file.removesuffix('.py').replace('/', '.'))
+    assert getattr(module, name).__module__ == module.__name__
+
+
+def test_picture_is_drawn_from_its_text() -> None:
+    svg = (ROOT / 'docs' / 'images' / 'architecture.svg').read_text()
+    drawn = [html.unescape(text) for text in re.findall(r'<text [^>]*>([^<]*)</text>', svg)]
+    expected = [line for lines in LABELS for line in lines]
+    assert sorted(drawn) == sorted(expected), 'run make picture'
+
+
+PLACES = re.findall(r'`([\w/]+\.py)::([\w.]+)`', (ROOT / 'docs/where-is-what.md').read_text())
+
+
+@pytest.mark.parametrize(('file', 'name'), PLACES)
+def test_what_the_page_names_is_there(file: str, name: str) -> None:
+    body = ast.parse((ROOT / 'vqmoe_vision' / file).read_text()).body
+    for part in name.split('.'):
+        found = [
+            node
+            for node in body
+            if getattr(node, 'name', None) == part
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == part)
+        ]
+        assert found, part
+        body = getattr(found[0], 'body', [])

@@ -6,21 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, unpacked."""
-    folder = tmp_path_factory.mktemp('wheel')
-    (built,) = WheelBuilder(str(ROOT)).build(directory=str(folder / 'dist'), versions=['standard'])
-    assert Path(built).stat().st_size < 10e6  # weights of two small models are in it
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(folder / 'site')
-    return folder / 'site'
 
 
 def names(folder: Path) -> set[str]:
@@ -28,7 +16,12 @@ def names(folder: Path) -> set[str]:
     return {path.as_posix() for path in files if '__pycache__' not in path.parts}
 
 
-def test_it_holds_the_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
+def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path: Path) -> None:
+    dist, wheel = str(tmp_path / 'dist'), tmp_path / 'site'
+    (built,) = WheelBuilder(str(ROOT)).build(directory=dist, versions=['standard'])
+    assert Path(built).stat().st_size < 10e6  # weights of two small models are in it
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(wheel)
     tools = names(ROOT / 'tools')
     benchmark = {name for name in tools if name.startswith('benchmark')}
     assert len(benchmark) > 1
@@ -39,9 +32,7 @@ def test_it_holds_the_package_configs_and_tools_and_nothing_else(wheel: Path) ->
     assert {'py.typed', 'models/weights/test_vit_vqmoe.safetensors'} <= expected
     (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision'}
     assert info.endswith('.dist-info')
-
-
-def test_its_configs_are_found_in_it(wheel: Path) -> None:
+    # and its configs are found in it
     name = 'classification/cifar10.py'
     program = f'import vqmoe_vision; print(vqmoe_vision.config_path({name!r}))'
     environment = {**os.environ, 'PYTHONPATH': str(wheel)}

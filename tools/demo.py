@@ -13,8 +13,7 @@ try:
     from vqmoe_vision.analysis.cli import analyze
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
-    from vqmoe_vision.engine.cli import load_config
-    from vqmoe_vision.engine.command import follow, one_line, quiet
+    from vqmoe_vision.engine.cli import load_config, one_line, shown
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
@@ -47,9 +46,9 @@ def train(config: str, work_dir: Path, options: dict) -> tuple[Runner, dict, str
     settings = load_config(f'vqmoe_vision::{config}', options)
     settings.work_dir = str(work_dir)
     started = time.monotonic()
-    runner = quiet(Runner).from_cfg(settings)
-    follow(runner, None)
-    runner.train()
+    runner = Runner.from_cfg(settings)
+    with shown(runner, None):
+        runner.train()
     seconds = time.monotonic() - started
     last = {'seconds': seconds, **runner.test()}
     last['dead'] = sum(n for name, n in last.items() if name.endswith('/load_unused'))

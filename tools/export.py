@@ -4,7 +4,7 @@ import sys
 
 try:
     from vqmoe_vision.contrib.int8 import export_int8
-    from vqmoe_vision.engine.export import export
+    from vqmoe_vision.engine.publish import export
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; exporting needs: pip install '.[train,export]'")
 

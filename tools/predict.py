@@ -3,9 +3,9 @@
 import sys
 
 try:
-    from vqmoe_vision.segmentation.cli import predict
+    from vqmoe_vision.segmentation.inference import main
 except ModuleNotFoundError as missing:
     sys.exit(f'error: {missing}')
 
 if __name__ == '__main__':
-    predict()
+    main()

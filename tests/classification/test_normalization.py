@@ -7,14 +7,14 @@ import pytest
 import torch
 from mmengine.runner import Runner
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vqmoe_vision.classification.transforms import normalization_of
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.models.normalization import Normalization
 
 from ..rows import CONFIGS
+from ..runs import NORMALIZATION, leave_run
 
 DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 TINY = f"""
@@ -25,7 +25,6 @@ train_cfg = dict(max_epochs=1, val_interval=1)
 param_scheduler = []
 """
 SCRATCH = Normalization((0.3,) * 3, (0.35,) * 3)
-IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 SPLITS = ('train', 'val', 'test')
 
 
@@ -53,11 +52,11 @@ def runner_of(config: str, work: Path, options: dict[str, Any]) -> Runner:
 
 
 @pytest.fixture(scope='module')
-def imagenet(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a run that was told to normalise as ImageNet's configs do."""
-    work = tmp_path_factory.mktemp('imagenet')
-    runner_of(config, work, stating(IMAGENET, *SPLITS)).train()
-    return work / 'epoch_1.pth'
+def weights(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of a run with a normalisation of its own."""
+    run = tmp_path_factory.mktemp('weights') / 'run'
+    leave_run(run, config, {}, '0123456789')
+    return run / 'epoch_1.pth'
 
 
 def fed(runner: Runner, split: str) -> Normalization:
@@ -74,50 +73,50 @@ def same(found: Normalization | None, expected: Normalization) -> None:
 
 
 def test_training_validation_and_tests_are_fed_as_the_weights_were(
-    config: str, imagenet: Path, tmp_path: Path
+    config: str, weights: Path, tmp_path: Path
 ) -> None:
-    runner = runner_of(config, tmp_path / 'train', {'model.checkpoint': str(imagenet)})
+    runner = runner_of(config, tmp_path / 'train', {'model.checkpoint': str(weights)})
     same(fed(runner, 'train'), SCRATCH)
     runner.train()
     runner.test()
     for split in SPLITS:
-        same(fed(runner, split), IMAGENET)
-    same(Normalization.of(runner.model.model.pretrained_cfg), IMAGENET)
+        same(fed(runner, split), NORMALIZATION)
+    same(Normalization.of(runner.model.model.pretrained_cfg), NORMALIZATION)
     last = str(tmp_path / 'train/epoch_1.pth')
     tested = runner_of(config, tmp_path / 'test', {'load_from': last})
     tested.test()
     assert fed(tested, 'test') == fed(runner, 'test')
     model = load_trained(load_config(config), last, 'cpu')
-    same(Normalization.of(model.model.pretrained_cfg), IMAGENET)
+    same(Normalization.of(model.model.pretrained_cfg), NORMALIZATION)
     image = tmp_path / 'images/a.png'
     image.parent.mkdir()
     Image.new('RGB', (48, 48), (100, 100, 100)).save(image)
     dataset = load_config(config).test_dataloader.dataset
     for source in (model.source(dataset), model.source(dataset, str(image.parent))):
-        same(source.normalization, IMAGENET)
+        same(source.normalization, NORMALIZATION)
         pixels = source.normalization.pixels(source.samples[0].image[None])
         assert pixels.min() >= 0 and pixels.max() <= 1
-    expected = (100 / 255 - torch.tensor(IMAGENET.mean)) / torch.tensor(IMAGENET.std)
+    expected = (100 / 255 - torch.tensor(NORMALIZATION.mean)) / torch.tensor(NORMALIZATION.std)
     torch.testing.assert_close(source.samples[0].image[:, 0, 0], expected)
 
 
 @pytest.mark.parametrize('stated', [False, True])
 def test_weights_of_which_nothing_is_known_change_nothing(
-    stated: bool, config: str, imagenet: Path, tmp_path: Path
+    stated: bool, config: str, weights: Path, tmp_path: Path
 ) -> None:
-    model = load_trained(load_config(config), str(imagenet), 'cpu').model
+    model = load_trained(load_config(config), str(weights), 'cpu').model
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
     options = {'model.upcycle': str(tmp_path / 'bare.pth')}
-    expected = IMAGENET if stated else SCRATCH
+    expected = NORMALIZATION if stated else SCRATCH
     runner = runner_of(
-        config, tmp_path / 'w', options | (stating(IMAGENET, 'train') if stated else {})
+        config, tmp_path / 'w', options | (stating(NORMALIZATION, 'train') if stated else {})
     )
     runner.train()
     for split in ('train', 'val'):
         same(fed(runner, split), expected)
     same(Normalization.of(runner.model.model.pretrained_cfg), expected)
     (log,) = (tmp_path / 'w').glob('*/*.log')
-    told = 'and std [0.229,0.224,0.225], as train_dataloader.dataset.transform had them'
+    told = 'and std [0.4,0.5,0.6], as train_dataloader.dataset.transform had them'
     assert log.read_text().count(told) == stated and 'as the weights' not in log.read_text()
 
 
@@ -126,7 +125,7 @@ def test_weights_of_which_nothing_is_known_change_nothing(
     [
         ('train', SCRATCH, 'model.checkpoint', 'the weights'),
         ('test', SCRATCH, 'load_from', 'the weights'),
-        ('val', IMAGENET, None, 'train_dataloader.dataset.transform'),
+        ('val', NORMALIZATION, None, 'train_dataloader.dataset.transform'),
     ],
 )
 def test_what_a_data_set_states_counts_with_one_warning(
@@ -135,10 +134,10 @@ def test_what_a_data_set_states_counts_with_one_warning(
     start: str | None,
     owner: str,
     config: str,
-    imagenet: Path,
+    weights: Path,
     tmp_path: Path,
 ) -> None:
-    given = {start: str(imagenet)} if start else {}
+    given = {start: str(weights)} if start else {}
     runner = runner_of(config, tmp_path, stating(stated, split) | given)
     runner.test() if split == 'test' else runner.train()
     same(fed(runner, split), stated)

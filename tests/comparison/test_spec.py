@@ -16,8 +16,8 @@ from vqmoe_vision.comparison.spec import CONTROLS, FEATURE_ROWS, ROWS, SOURCE, r
 from vqmoe_vision.comparison.store import Run
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config import parse_options
-from vqmoe_vision.engine.trained import without_sources
-from vqmoe_vision.models.complexity import complexity
+from vqmoe_vision.engine.model import without_sources
+from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 

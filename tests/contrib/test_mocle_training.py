@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config, train
-from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.engine.model import scope_of
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.raw_patches import image_reader
 

@@ -197,10 +197,7 @@ def test_the_folder_is_the_model(tmp_path: Path, capsys) -> None:
     torch.testing.assert_close(logits.double(), forward(tree, images, 1), rtol=0, atol=1e-5)
     expected = {'mean': [0.5] * 3, 'std': [0.5] * 3, 'crop_pct': 1.0, 'crop_mode': 'squash'}
     assert {name: model.pretrained_cfg[name] for name in expected} == expected
-    with pytest.raises(
-        ValueError,
-        match=r'shapes: blocks.*; saved with num_experts=4, the model has num_experts=8$',
-    ):
+    with pytest.raises(ValueError, match=r'shapes: blocks'):
         timm.create_model(f'local-dir:{out}', pretrained=True, num_experts=8)
 
 

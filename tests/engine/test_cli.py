@@ -3,14 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS
-from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from vqmoe_vision.engine import cli, optim
@@ -58,20 +55,6 @@ def equal(a: object, b: object) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_training_leaves_last_and_best_checkpoint_and_logs(trained: Path) -> None:
-    assert (trained / 'last_checkpoint').read_text().endswith('epoch_2.pth')
-    assert len(list(trained.glob('best_accuracy_top1_epoch_*.pth'))) == 1
-    (scalars,) = trained.glob('*/vis_data/scalars.json')
-    records = [json.loads(line) for line in scalars.read_text().splitlines()]
-    names = set().union(*records)
-    layer = 'blocks.1.mlp'
-    assert {'loss', 'cross_entropy_loss', 'accuracy/top1', 'accuracy/top5'} <= names
-    assert {f'{layer}/balance_loss', f'{layer}/load_max', f'{layer}/code_usage_perplexity'} <= names
-    for part in ('train_epoch', 'val'):
-        assert {f'{part}/{layer}/load_unused', f'{part}/{layer}/code_usage_perplexity'} <= names
-    assert list(trained.glob('*/vis_data/events.out.tfevents*'))
-
-
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     trained: Path, config: str, tmp_path: Path
 ) -> None:
@@ -111,8 +94,8 @@ def test_a_test_leaves_the_config_of_its_run(line: str, trained: Path, tmp_path:
 @pytest.mark.parametrize(
     ('saved', 'option', 'what'),
     [
-        ({'ema_state_dict': {}}, 'log_level=INFO', 'has averages of its weights, .* no EMAHook'),
-        ({}, 'default_hooks.ema.type=EMAHook', 'has no averages of its weights, .* an EMAHook'),
+        ({'ema_state_dict': {}}, 'log_level=INFO', 'EMAHook=False is not possible: True, as wh'),
+        ({}, 'default_hooks.ema.type=EMAHook', 'EMAHook=True is not possible: False, as when'),
     ],
 )
 def test_a_run_goes_on_with_averages_if_it_has_them(
@@ -122,7 +105,7 @@ def test_a_run_goes_on_with_averages_if_it_has_them(
     content = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=True)
     torch.save({**content, **saved}, tmp_path / 'run/epoch_2.pth')
     options = ['--cfg-options', f'experiment_name={tmp_path.name}', option]
-    with pytest.raises(SystemExit, match=f'{what}: go on with the options that it began with'):
+    with pytest.raises(SystemExit, match=what):
         train([config, '--work-dir', str(tmp_path / 'run'), '--resume', *options])
 
 
@@ -142,50 +125,6 @@ def test_test_writes_metrics_and_routing(
     assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
 
 
-@HOOKS.register_module()
-class ComputedHook(Hook):
-    """Keeps the dtypes in which a training computes."""
-
-    found: ClassVar[set[torch.dtype]] = set()
-
-    def before_train(self, runner: Runner) -> None:
-        runner.model.model.head.register_forward_hook(self.keep)
-
-    @classmethod
-    def keep(cls, head: torch.nn.Module, _: object, scores: torch.Tensor) -> None:
-        if head.training:
-            cls.found.add(scores.dtype)
-
-
-@pytest.mark.parametrize('amp', [True, False])
-def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path, amp: bool) -> None:
-    ComputedHook.found.clear()
-    options = ['--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.seen.type=ComputedHook']
-    train([config, *['--amp'] * amp, '--work-dir', str(tmp_path / 'amp'), *options])
-    assert ComputedHook.found == {torch.bfloat16 if amp else torch.float32}
-    state = load(tmp_path / 'amp' / 'epoch_1.pth')['state_dict']
-    assert state['model.head.weight'].dtype == torch.float32
-
-
-@HOOKS.register_module()
-class SpoilHook(Hook):
-    def before_train_epoch(self, runner: Runner) -> None:
-        if runner.epoch == 1:
-            runner.model.model.blocks[0].mlp.fc1.weight.data.fill_(torch.nan)
-
-
-def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
-    config: str, tmp_path: Path
-) -> None:
-    with open(config, 'a') as file:
-        file.write("custom_hooks = [*_base_.custom_hooks, dict(type='SpoilHook')]\n")
-    work_dir = tmp_path / 'nan'
-    with pytest.raises(SystemExit, match=r'^error: blocks\.1\.mlp/\w+ became nan at iteration 6 '):
-        train([config, '--work-dir', str(work_dir)])
-    assert (work_dir / 'last_checkpoint').read_text().endswith('epoch_1.pth')
-    assert all(v.isfinite().all() for v in load(work_dir / 'epoch_1.pth')['state_dict'].values())
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -198,7 +137,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['runner_type=Foo'], "runner_type='Foo' is not"),
         (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
         (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not'),
-        (['max_epochs'], '--cfg-options max_epochs: write it as name=value'),
+        (['max_epochs'], "--cfg-options='max_epochs' is not possible: written as name=value"),
         (['default_hooks.loger=None'], 'default_hooks.loger=None is not'),
         (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
         (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
@@ -223,7 +162,10 @@ def test_mistake_in_options_is_one_line(
     ('arguments', 'message'),
     [
         (['none.py'], r"No such file or directory: 'none.py'"),
-        ([str(CONFIGS / 'comparisons/cifar10_budget.py')], 'has no model: it is a part of other'),
+        (
+            [str(CONFIGS / 'comparisons/cifar10_budget.py')],
+            'model=None is not possible',
+        ),
         (['CONFIG', '--resume', '--work-dir', 'no'], '--resume finds no checkpoint in .*no'),
         (['CONFIG', '--launcher', 'pytorch'], "--launcher='pytorch' .* RANK is not set"),
         (['CONFIG', 'none.pth'], "checkpoint 'none.pth' does not exist"),
@@ -242,15 +184,6 @@ def test_mistake_in_arguments_is_one_line(
     with pytest.raises(SystemExit, match=f'^error: .*{message}') as caught:
         tool(command)
     assert '\n' not in str(caught.value)
-
-
-def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path) -> None:
-    options = ['--work-dir', str(tmp_path / 'w'), '--cfg-options', 'model.embed_dim=24']
-    with pytest.raises(SystemExit) as caught:
-        cli.test([config, str(trained / 'epoch_2.pth'), *options])
-    text = str(caught.value.code)
-    assert text.startswith('error: the checkpoint does not fit the model: shapes: model.pos_embed')
-    assert 'is (1, 9, 12), the model has (1, 9, 24)' in text and '\n' not in text
 
 
 @pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, 'float16')])

@@ -11,7 +11,7 @@ import pytest
 from torch.multiprocessing import ProcessExitedException
 
 from vqmoe_vision.engine import cli
-from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.cli import run
 
 from ..forked import spawn
 from ..logs import reports
@@ -55,18 +55,9 @@ def test_a_terminal_shows_a_bar_and_a_file_every_line(
     run = tmp_path / 'run'
     cli.train([DIGITS, '--work-dir', str(run), *asked, *options])
     shown = capsys.readouterr().out
-    assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
-    assert f'last {run}/epoch_1.pth' in shown
-    drawn = [line for line in shown.split('\r') if '█' in line]
-    if choice == 'bar':
-        assert ' 2/2  loss ' in ''.join(drawn) and 'accuracy/top1 ' in shown
-        assert '0:00:0' in drawn[0] and 'INFO' not in shown
-    else:
-        assert not drawn and 'Epoch(val) [1][1/1]' in shown
-    assert 'Config:' not in shown  # which the file has
-    (log,) = run.glob('*/*.log')
-    assert 'Config:' in log.read_text()
+    assert ('| 2/2 [' in shown and ', loss ' in shown) == (choice == 'bar')
+    assert 'Epoch(val) [1][1/1]' in shown
     assert any('Epoch(val)' in line for line in reports(run))
     tested = ['--work-dir', str(run), *asked, *options[:-1], f'experiment_name=test_{choice}']
     cli.test([DIGITS, str(run / 'epoch_1.pth'), *tested])
-    assert 'Tested  accuracy/top1 ' in capsys.readouterr().out
+    assert 'accuracy/top1: ' in capsys.readouterr().out

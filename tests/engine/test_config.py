@@ -11,8 +11,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.cli import load_config, run
 from vqmoe_vision.engine.config import (
     add_config_options,
     check_fields,
@@ -20,7 +19,7 @@ from vqmoe_vision.engine.config import (
     merge_options,
     parse_options,
 )
-from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.engine.model import scope_of
 
 from .test_cli import DIGITS
 

@@ -8,11 +8,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import save_for_hf
 
-from vqmoe_vision.engine.export import export
-from vqmoe_vision.engine.publish import publish_folder
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.engine.publish import export, publish_folder
 
 from ..runs import NORMALIZATION, leave_run
 
@@ -80,37 +77,7 @@ def test_a_work_dir_and_what_is_published_of_it(run: Path, tmp_path: Path) -> No
     assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
 
 
-SIZES = {'img_size': 32, 'num_classes': 5}
 # of timm, ours with experts, one of timm's with experts, and one that is no vision transformer
-MODELS: dict[str, tuple[str, dict | None, dict[str, Any]]] = {
-    'dense': (NAME, None, {**SIZES, 'depth': 1, 'embed_dim': 12}),
-    'ours': ('vit_tiny_smoe', {'moe_layers': [0]}, {**SIZES, 'depth': 1, 'embed_dim': 12}),
-    'host': (NAME, {'method': 'smoe', 'moe_layers': [0]}, {**SIZES, 'depth': 1, 'embed_dim': 12}),
-    'other': ('test_resnet', None, {'num_classes': 5}),
-}
-
-
-def leave_folder(path: Path, kind: str, safe: bool) -> Any:
-    """A folder of timm; returns its model."""
-    name, moe, options = MODELS[kind]
-    model: Any = create_model(name, moe, **options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    args = model._model_args
-    if kind == 'other':
-        model.pretrained_cfg['input_size'] = (3, 32, 32)
-    save_for_hf(model, path, model_args=args, safe_serialization=safe)
-    return model
-
-
-@pytest.mark.parametrize('kind', MODELS)
-def test_a_folder_of_timm(kind: str, tmp_path: Path) -> None:
-    model = leave_folder(tmp_path / 'L', kind, safe=True)
-    export([f'local-dir:{tmp_path / "L"}', str(tmp_path / 'model.pt2'), '--batch', '2'])
-    images = torch.randn(2, 3, 32, 32)
-    found = torch.export.load(tmp_path / 'model.pt2').module()(images)
-    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path: Path) -> None:
@@ -135,8 +102,10 @@ def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path: Path) -> Non
         ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model'),
         (['vit_tiny_vqmoe', 'OUT.pt2'], '^error: checkpoint=None'),
         (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], '^error: checkpoint='),
-        (['local-dir:RUN', 'OUT.pt2', *CHANGED, 'pretrained=True'], '^error: pretrained=True'),
-        ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'], '^error: checkpoint_path='),
+        (
+            [NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'],
+            "multiple values .* 'checkpoint_path'",
+        ),
         # what would be random in the file
         (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
     ],

@@ -9,7 +9,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
-from vqmoe_vision.engine.trained import read_normalization, weights_normalization
+from vqmoe_vision.engine.model import read_normalization, weights_normalization
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.normalization import Normalization
 

@@ -78,7 +78,7 @@ def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
         ),
         (
             {'custom_keys': {'hed': {'lr_mult': 2.0}}},
-            r"\['hed'\] is in no name .* model\.cls_token",
+            r"custom_keys='hed' .* model\.cls_token",
         ),
     ],
 )

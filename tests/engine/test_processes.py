@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.routing_log import read_history
+from vqmoe_vision.engine.record import read_history
 
 from ..soak.bits import same
 from ..soak.kinds import FOUR_SCENES, SCENES

@@ -1,14 +1,12 @@
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
 from vqmoe_vision.engine.checkpoint import read_state
-from vqmoe_vision.engine.checkpoint_files import SaveError
-from vqmoe_vision.engine.publish import publish, publish_checkpoint
+from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
 
@@ -67,25 +65,3 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             publish(arguments)
         assert '\n' not in str(caught.value)
     assert not list(tmp_path.glob('out*'))
-
-
-FULL = RuntimeError('[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0')
-
-
-@pytest.mark.parametrize(
-    ('error', 'raised'),
-    [(FULL, SaveError), (OSError(28, 'No space'), OSError), (KeyboardInterrupt,) * 2],
-)
-def test_a_write_that_fails_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, raised: type[BaseException]
-) -> None:
-    checkpoint, out = write(tmp_path / 'iter_2.pth'), tmp_path / 'out'
-
-    def fill(content: dict, path: Path) -> None:
-        path.write_bytes(b'a part of it')
-        raise error
-
-    monkeypatch.setattr(torch, 'save', fill)
-    with pytest.raises(raised):
-        publish_checkpoint(checkpoint, str(out / 'scenes.pth'))
-    assert list(out.iterdir()) == []

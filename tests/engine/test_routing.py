@@ -8,9 +8,9 @@ import torch
 from mmengine.runner import Runner
 
 from vqmoe_vision.engine import RoutingStatistics
-from vqmoe_vision.engine.model import lines_of
-from vqmoe_vision.engine.routing_log import _change, read_history
-from vqmoe_vision.engine.routing_log import _sample as sample
+from vqmoe_vision.engine.hooks import lines_of
+from vqmoe_vision.engine.record import _change, read_history
+from vqmoe_vision.engine.record import _sample as sample
 from vqmoe_vision.moe import METHODS
 
 from .tiny import config_of, resumed, trained

@@ -1,6 +1,6 @@
 """What an older commit and this working tree do not do alike: to the bit, in one environment.
 
-    python -m tests.golden.compare REV
+    python tests/golden/compare.py REV
 
 prints a line for each difference, and 'equal' where there is none. Both are seen from outside, as
 `probe.py` does: starts, answers, losses, gradients and updates of every method with every preset,
@@ -10,7 +10,6 @@ states of entry points, answers of the shipped weights, configs as they are reso
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -80,32 +79,9 @@ def look_in_process(root: Path, out: Path) -> Seen:
     return torch.load(out, weights_only=True)
 
 
-def differences(old: Seen, new: Seen) -> Iterator[str]:
-    """A line for each thing that is not equal, with the first of its parts."""
-    for what in sorted(old.keys() | new.keys()):
-        if what not in old or what not in new:
-            yield f'{what}: {"new" if what in new else "gone"}'
-            continue
-        before, after = old[what], new[what]
-        parts = [f'{name} {unlike(before.get(name), after.get(name))}' for name in before | after
-                 if unlike(before.get(name), after.get(name))]  # fmt: skip
-        if parts:
-            yield f'{what}: {parts[0]}' + f', and {len(parts) - 1} more' * (len(parts) > 1)
-
-
-def unlike(before: Any, after: Any) -> str:
-    """How two values differ; empty if they are equal to the bit."""
-    if before is None or after is None:
-        return 'is new' if before is None else 'is gone'
-    if not isinstance(before, torch.Tensor):
-        return '' if before == after else f'{before} -> {after}'
-    if (before.shape, before.dtype) != (after.shape, after.dtype):
-        return f'{list(before.shape)} {before.dtype} -> {list(after.shape)} {after.dtype}'
-    equal = before.equal(after)
-    return '' if equal else f'by up to {(before.double() - after.double()).abs().max():.2g}'
-
-
 def main(revision: str) -> None:
+    from probe import differences
+
     git = ['git', '-C', str(ROOT)]
     with TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / 'old'
@@ -115,7 +91,7 @@ def main(revision: str) -> None:
             new = look_in_process(ROOT, Path(folder) / 'new.pt')
         finally:
             subprocess.run([*git, 'worktree', 'remove', '--force', str(tree)], check=True)
-    print('\n'.join(differences(old, new)) or 'equal')
+    print('\n'.join(differences(new, old)) or 'equal')
 
 
 if __name__ == '__main__':

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -159,6 +160,26 @@ def without_memory(name: str) -> nn.Module:
     """An entry point as it is by default, whose tensors have shapes and no values."""
     with torch.device('meta'):
         return timm.create_model(name)
+
+
+def differences(found: Mapping, recorded: Mapping, place: str = '') -> Iterator[str]:
+    """A line for each value that is not as it was."""
+    for name in sorted(found.keys() | recorded.keys()):
+        if name not in found or name not in recorded:
+            yield f'{place}{name}: is {"new" if name in found else "gone"}'
+            continue
+        ours, theirs = found[name], recorded[name]
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from differences(ours, theirs, f'{place}{name}: ')
+        elif isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not ours.equal(theirs):
+                yield f'{place}{name}: other numbers, shape or type'
+        # Scores have few digits and differences lose three of sixteen; scipy's distributions of t,
+        # which change with its versions, are exact to about ten digits where p is 1e-5.
+        elif ours != theirs and not (
+            isinstance(ours, float) and math.isclose(ours, theirs, rel_tol=1e-8, abs_tol=1e-10)
+        ):
+            yield f'{place}{name}: {theirs} -> {ours}'
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

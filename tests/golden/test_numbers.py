@@ -114,20 +114,11 @@ def test_every_recorded_variant_is_there() -> None:
         assert read(task).keys() <= probe.variants().keys()
 
 
-@pytest.fixture(scope='module')
-def found() -> dict[str, Any]:
-    return states()
-
-
-@pytest.mark.parametrize('method', SAVED)
-def test_names_and_shapes_of_a_small_model(method: str, found: dict[str, Any]) -> None:
-    assert found[method] == read('states')[method]
-
-
-def test_names_and_shapes_of_every_entry_point(found: dict[str, Any]) -> None:
-    recorded = read('states')['digests']
-    other = {name for name, known in recorded.items() if found['digests'].get(name) != known}
-    assert not other
+def test_names_and_shapes_of_every_entry_point_and_of_small_models() -> None:
+    recorded, found = read('states'), states()
+    digests = recorded.pop('digests')
+    assert {name: found['digests'].get(name) for name in digests} == digests
+    assert {method: found[method] for method in recorded} == recorded
 
 
 @pytest.mark.parametrize('method', SAVED)

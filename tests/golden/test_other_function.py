@@ -41,18 +41,12 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str]] = {
     ),
     'rotary': ('vit_small_patch16_dinov3', {}, OURS, WITHOUT_POSITIONS, 'rotary|rope'),
 }
-# timm reads the file after it has built the model, and never looks beside it
-NOT_COMPARED = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="timm's own checkpoint_path tells nothing"
-)
 WAYS: dict[str, Callable[[Path], dict[str, Any]]] = {
     'folder': lambda folder: {'upcycle': f'local-dir:{folder}'},
     'file': lambda folder: {'upcycle': f'{folder}/model.safetensors'},
-    'pretrained': lambda folder: {
-        'pretrained': True,
-        'pretrained_cfg_overlay': {'file': f'{folder}/model.safetensors'},
-    },
-    'checkpoint_path': lambda folder: {'checkpoint_path': f'{folder}/model.safetensors'},
+    'pretrained': lambda folder: dict(
+        pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'}
+    ),
 }
 
 
@@ -70,16 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs_in(tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.parametrize(
-    ('case', 'way'),
-    [
-        pytest.param(case, way, marks=[NOT_COMPARED] * (way == 'checkpoint_path'))
-        for case, (theirs, *_) in FUNCTIONS.items()
-        for way in WAYS
-        # tensors of a dense model have other names than the experts, which is an error
-        if way != 'checkpoint_path' or theirs == OURS
-    ],
-)
+@pytest.mark.parametrize('case', FUNCTIONS)
+@pytest.mark.parametrize('way', WAYS)
 def test_weights_with_a_config_beside_them(
     case: str, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

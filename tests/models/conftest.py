@@ -11,8 +11,7 @@ from torch import nn
 
 import vqmoe_vision.models  # noqa: F401  registers the models
 from vqmoe_vision import collect_losses
-from vqmoe_vision.models.fitting import transfer
-from vqmoe_vision.models.report import Report
+from vqmoe_vision.models.fitting import Report, transfer
 from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS

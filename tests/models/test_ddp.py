@@ -14,18 +14,15 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vqmoe_vision
-from vqmoe_vision.models.timm_tasks import MoeClassificationTask
 from vqmoe_vision.moe import METHODS, losses, start_training
 from vqmoe_vision.moe.losses import Loss, averaged_over_ranks
 
 from ..forked import spawn
 from ..groups import begin
-from ..variants import VARIANTS
 
 WORLD = 2
 
@@ -114,16 +111,6 @@ def three_steps(model: nn.Module, mode: str) -> list[dict[str, Tensor]]:
 MODES = ('plain', 'accumulated and checkpointed')
 
 
-def gradients_of_a_task(method: str, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Of a task of timm's kind, which adds the losses outside of what DDP wraps."""
-    model = make(method, **quiet(method))
-    task = MoeClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
-    task.prepare_distributed()
-    task(images, targets)['loss'].backward()
-    trained = task.trainable_module.module.named_parameters()
-    return {name: p.grad for name, p in trained if p.requires_grad}
-
-
 def losses_of_tokens(rank: int = 0, size: int = 1) -> dict[str, Tensor]:
     """Every function of `moe.losses`, and gradients, of seven tokens that ranks take turns with."""
     generator = torch.Generator().manual_seed(3)
@@ -170,10 +157,6 @@ def worker(rank: int, folder: Path) -> None:
             'state': after_three_steps(method, rank),
             **{mode: three_steps(make(method, **quiet(method)), mode) for mode in MODES},
         }
-        if hasattr(ClassificationTask, 'update_ema'):
-            images, targets = list(batches())[1]
-            mine = images[rank::WORLD], targets[rank::WORLD]
-            found[method]['task'] = gradients_of_a_task(method, *mine)
     torch.save(found, folder / f'rank{rank}.pth')
     dist.destroy_process_group()
 
@@ -211,44 +194,6 @@ def assert_one_training(ranks: list[list[dict[str, Tensor]]], single: nn.Module,
 def test_processes_that_share_a_batch_train_as_one(ranks, method: str, mode: str) -> None:
     found = [rank[method][mode] for rank in ranks]
     assert_one_training(found, make(method, **quiet(method)), mode)
-
-
-def test_a_task_of_timm_has_the_same_gradients(ranks, method: str) -> None:
-    if 'task' not in ranks[0][method]:
-        pytest.skip('tasks of timm before 1.0.27 know no steps')
-    for rank in ranks:
-        # of the first step
-        expected = rank[method]['plain'][1]
-        torch.testing.assert_close(rank[method]['task'], expected, rtol=0, atol=0)
-
-
-def sharing_variants() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Those in which nothing but noise looks at the batch of one device alone."""
-    found = {}
-    for name, (method, options) in VARIANTS.items():
-        # a capacity drops tokens of the batch on a device
-        if not options.get('batch_prioritized'):
-            found[name] = method, quiet(method, **options)
-    return found
-
-
-def worker_of_variants(rank: int, folder: Path) -> None:
-    begin(rank, 4, folder)
-    found = {
-        name: three_steps(make(method, **options), 'accumulated and checkpointed')
-        for name, (method, options) in sharing_variants().items()
-    }
-    torch.save(found, folder / f'rank{rank}.pth')
-    dist.destroy_process_group()
-
-
-@pytest.mark.long
-def test_four_processes_train_every_variant_as_one(tmp_path: Path) -> None:
-    spawn(worker_of_variants, (tmp_path,), nprocs=4)
-    ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in range(4)]
-    for name, (method, options) in sharing_variants().items():
-        found = [rank[name] for rank in ranks]
-        assert_one_training(found, make(method, **options), 'accumulated and checkpointed')
 
 
 def test_ranks_stay_equal(ranks, method: str) -> None:

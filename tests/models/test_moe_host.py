@@ -15,7 +15,7 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, check_complete, dense
-from .test_saved import RECORDS, same
+from .test_saved import same
 
 VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
 HOSTS = (VIT, DINOV3)
@@ -35,22 +35,6 @@ def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = VIT, 
     overlay = {'state_dict': state}
     given = {'pretrained': True, 'pretrained_cfg_overlay': overlay}
     return create_model(host, moe, **{**TINY, **given, **kw})
-
-
-@pytest.mark.parametrize(('stated', 'mean'), [({}, 0.2), ({'mean': 0.3, 'std': 0.1}, 0.3)])
-@pytest.mark.parametrize('moe', ROWS)
-def test_a_host_by_name_follows_the_numbers_of_its_file(
-    moe: dict[str, Any] | None, stated: dict[str, Any], mean: float, tmp_path: Path
-) -> None:
-    state = {f'model.{name}': value for name, value in dense().state_dict().items()}
-    state['normalization'] = torch.tensor([[0.2] * 3, [0.1] * 3])
-    torch.save({'state_dict': state}, tmp_path / 'run.pth')
-    overlay = {'file': str(tmp_path / 'run.pth'), **stated}
-    model: Any = create_model(VIT, moe, pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
-    assert model.pretrained_cfg['mean'][0] == pytest.approx(mean)
-    assert 'head.weight' in model.weights_report.loaded
-    with pytest.raises(ValueError, match=r'overlay\.mean=.* is not possible: beside .*\.std'):
-        create_model(VIT, moe, pretrained=True, pretrained_cfg_overlay=dict(mean=(0.3,) * 3))
 
 
 @pytest.mark.parametrize('classes', [10, 5])
@@ -141,7 +125,6 @@ def test_weights_by_name_are_not_half_loaded(
         by_name(state, moe, num_classes=classes)
 
 
-@pytest.mark.skipif(not RECORDS, reason='this timm does not record the arguments of a model')
 @pytest.mark.parametrize(('host', 'method'), PAIRS)
 def test_a_converted_model_is_saved_as_it_is(
     host: str, method: str, tmp_path: Path, images: torch.Tensor

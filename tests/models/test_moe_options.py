@@ -28,11 +28,3 @@ def test_options_in_full_are_those_of_the_model(method: str, options: dict[str, 
     assert options_in_full({'model_name': name, **options}) == {'method': method, **found}
     host = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': method, **options}}
     assert options_in_full(host) == {'method': method, **found}
-
-
-def test_what_a_finished_run_says_and_no_model_takes_any_more_is_of_its_day() -> None:
-    model = {'model_name': 'vit_tiny_vqmoe', 'moe': {'ema_decay_warmup': True}}
-    assert options_in_full(model) == options_in_full({**model, 'moe': {}})
-    model['moe'] = {'codebook': 'gradient', 'num_codes': 16}
-    expected = {'method': 'vqmoe', 'codebook': 'gradient', 'num_codes': 16}
-    assert options_in_full(model) == expected

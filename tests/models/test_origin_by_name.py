@@ -6,14 +6,9 @@ from typing import Any
 
 import pytest
 import timm
-import torch
-from timm.models import _builder, _factory, save_for_hf
-from timm.models._hub import load_model_config_from_path
+from timm.models import save_for_hf
 
 from vqmoe_vision.models.create import create_model
-
-from .conftest import make
-from .test_saved import RECORDS
 
 SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
 
@@ -58,21 +53,3 @@ def test_weights_in_the_place_of_those_of_a_name_are_not_said_to_be_its(
             create_model(name, moe, **given)
     else:  # a bare file says nothing
         create_model(name, moe, **given)
-
-
-@pytest.mark.skipif(not RECORDS, reason='this timm does not hand over what was saved')
-def test_a_name_on_the_hub_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = make('smoe', num_heads=4)
-    save_for_hf(model, tmp_path, safe_serialization=True)
-    config, name, arguments = load_model_config_from_path(tmp_path)
-    hub = {**config, 'source': 'hf-hub', 'hf_hub_id': 'somebody/model'}
-    answer = lambda *args, **kwargs: (hub, name, arguments)  # noqa: E731
-    monkeypatch.setattr(_factory, 'load_model_config_from_hf', answer)
-    state = lambda *args, **kwargs: model.state_dict()  # noqa: E731
-    monkeypatch.setattr(_builder, 'load_state_dict_from_hf', state)
-    again: Any = timm.create_model('hf-hub:somebody/model', pretrained=True)
-    assert torch.equal(again.head.weight, model.head.weight)
-    with pytest.raises(
-        ValueError, match=r'of vit_tiny_smoe .* num_heads=4, the model has num_heads=2'
-    ):
-        timm.create_model('hf-hub:somebody/model', pretrained=True, num_heads=2)

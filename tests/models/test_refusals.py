@@ -1,7 +1,6 @@
 """Weights of another network or of other experts are refused, and the line names in what."""
 
 import re
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,9 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.fitting import transfer
-from vqmoe_vision.models.upcycle import Upcycling
 
 from .conftest import TINY, dense, fit_state, make
 
@@ -52,23 +49,6 @@ def test_a_backbone_may_end_before_its_checkpoint() -> None:
     state = dense(depth=6).state_dict()
     fitted, _ = fit_state(cast(Any, make('smoe', num_classes=0)), state, 'f.pth')
     assert 'blocks.3.norm1.weight' in fitted and 'blocks.4.norm1.weight' not in fitted
-
-
-def test_weights_of_eight_bits_become_experts() -> None:
-    state = {k: v.to(torch.float8_e4m3fn) for k, v in dense().state_dict().items()}
-    found, report = transfer(cast(Any, make('smoe')), state, 'f.pth', upcycling=Upcycling())
-    assert report.copied
-    expected = state['blocks.1.mlp.fc1.weight'].float().expand(4, -1, -1)
-    assert torch.equal(found['blocks.1.mlp.experts.fc1.weight'][:4], expected)
-
-
-def test_arrays_are_no_tensors(tmp_path: Path) -> None:
-    state: Any = {name: value.numpy() for name, value in dense().state_dict().items()}
-    said = 'cls_token is a ndarray, and weights are tensors'
-    assert said in refusal(make('smoe'), state)
-    torch.save(state, tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match=said):
-        create_model('vit_tiny_patch16_224', checkpoint_path=str(tmp_path / 'a.pth'), **TINY)
 
 
 def test_a_last_norm_that_is_missing_is_a_warning() -> None:

@@ -1,6 +1,5 @@
 """Models that travel: what timm's `save_for_hf` writes builds the same model, bit for bit."""
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -12,15 +11,13 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from vqmoe_vision.models import saved
+from vqmoe_vision.models import export
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
 from .conftest import TINY, make
 
-# timm records what `create_model` was given since 1.0.31; the oldest that is supported does not
-RECORDS = 'data_config' in inspect.signature(save_for_hf).parameters
 PREPROCESSING: dict[str, Any] = {
     'input_size': (3, 32, 32),
     'mean': (0.1, 0.2, 0.3),
@@ -45,8 +42,6 @@ def same(model: nn.Module, again: nn.Module, images: Tensor) -> None:
 def test_every_method_with_all_its_options(
     variant: str, recorded: bool, tmp_path: Path, images: Tensor, train_step: Any
 ) -> None:
-    if recorded and not RECORDS:
-        pytest.skip('this timm does not record the arguments of a model')
     method, options = VARIANTS[variant]
     model: Any = make(method, depth=2, moe_layers=[0], **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -68,7 +63,6 @@ def test_every_method_with_all_its_options(
     torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
 
 
-@pytest.mark.skipif(not RECORDS, reason='this timm does not record the arguments of a model')
 @pytest.mark.parametrize(
     ('variant', 'before', 'after'),
     [
@@ -92,7 +86,7 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     """Of these weights, and nothing of those that timm has under the same name."""
     model: Any = create_model('vit_tiny_patch16_224.augreg_in21k_ft_in1k', **TINY)
     names = [f'class {index}' for index in range(10)]
-    saved.save(model, tmp_path / 'out', PREPROCESSING, names, 'cc0-1.0')
+    export.save(model, tmp_path / 'out', PREPROCESSING, names, 'cc0-1.0')
     content = json.loads((tmp_path / 'out/config.json').read_text())
     assert content['architecture'] == 'vit_tiny_patch16_224'
     assert (content['num_classes'], content['label_names']) == (10, names)
@@ -121,4 +115,4 @@ def test_another_model_is_not_left_behind(
     model: Any = create_model(name, **TINY)
     model._model_args = {**TINY, **given}
     with pytest.raises(ValueError, match=f'^timm does not build the model again .*{problem}'):
-        saved.save(model, tmp_path / 'out', PREPROCESSING)
+        export.save(model, tmp_path / 'out', PREPROCESSING)

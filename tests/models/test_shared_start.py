@@ -7,8 +7,7 @@ import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.shared_start import share_start
+from vqmoe_vision.models.create import create_model, share_start
 
 from .conftest import TINY
 

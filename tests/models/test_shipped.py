@@ -8,7 +8,6 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 
 NAMES = ('test_vit_vqmoe', 'test_vit_dense')
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -31,11 +30,3 @@ def test_one_is_upcycled_from_the_other_and_not_from_its_own_weights() -> None:
     options = dict(form='discrete', expert_input='token', input_norm=False)
     sparse = timm.create_model('test_vit_vqmoe', upcycle='test_vit_dense', **options).eval()
     torch.testing.assert_close(sparse(IMAGES), dense(IMAGES), rtol=1e-5, atol=1e-5)
-
-
-def test_they_are_fine_tuned_to_other_classes_and_travel(tmp_path: Path) -> None:
-    model = timm.create_model(NAMES[0], pretrained=True, num_classes=3).eval()
-    assert [line for line in model.weights_report.lines() if line.startswith('the head')]
-    save_for_hf(model, str(tmp_path), safe_serialization=True)
-    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(again(IMAGES), model(IMAGES))

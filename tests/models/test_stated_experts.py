@@ -110,24 +110,6 @@ def test_an_option_is_told_if_answers_follow_it(case: str, images: torch.Tensor)
         assert f'trained with {name}={before!r}, the model has {name}={after!r}' in line
 
 
-@pytest.mark.parametrize(
-    ('theirs', 'ours', 'said'),
-    [
-        (dict(codebook='cvq'), {}, "codebook='cvq', the model has codebook='ema'"),
-        ({}, dict(codebook='simvq'), "codebook='ema', the model has codebook='simvq'"),
-        (dict(form='continuous'), {}, "form='continuous', the model has form='full'"),
-        (dict(num_codes=16), {}, 'num_codes=16, the model has num_codes='),
-    ],
-)
-def test_the_same_method_with_other_tensors_is_told_its_options(
-    theirs: dict[str, Any], ours: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    source = make('vqmoe', **theirs)
-    path = run_of(source, tmp_path / 'a.pth', state_network(source))
-    with pytest.raises(ValueError, match=rf'blocks\.1\.mlp.*; saved with {said}'):
-        make('vqmoe', upcycle=path, **ours)
-
-
 def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
     """What timm's train.py leaves, with the arguments that it was called with."""
     folder.mkdir()

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from vqmoe_vision.models.timm_tasks import MoeClassificationTask, TrainsExperts, install
 
 TARGETS = torch.arange(4)
-needs_steps = pytest.mark.skipif(
-    not hasattr(TrainingTask, 'update_ema'), reason='tasks of timm before 1.0.27 know no steps'
-)
 
 
 def make_task(model: nn.Module) -> Any:
@@ -38,7 +35,6 @@ def step(task: Any, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> 
     return loss.detach()
 
 
-@needs_steps
 def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, images: Tensor) -> None:
     model = tiny_variant(depth=2)
     twin = copy.deepcopy(model)
@@ -54,7 +50,6 @@ def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, image
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
-@needs_steps
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_state_moves_once_per_step_and_travels_in_checkpoints(
     make_tiny, checkpointing: bool
@@ -96,7 +91,6 @@ def restore() -> None:
         setattr(timm.task, name, task)
 
 
-@needs_steps
 def test_install_leaves_nothing_of_timms_but_the_base() -> None:
     install()
     install()  # a second time changes nothing

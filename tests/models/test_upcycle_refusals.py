@@ -25,7 +25,7 @@ def test_an_mlp_of_parts_that_do_not_fit_leaves_the_model_as_it_is(
     torch.save(state, saved[1])
     model = make('smoe')
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r'blocks\.1\.mlp.*is no MLP .*beside fc1\.weight'):
+    with pytest.raises(ValueError, match=r'blocks\.1\.mlp.*is no MLP '):
         start_from(model, saved[1])
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -94,5 +94,5 @@ def test_an_activation_that_has_learned_is_copied(tmp_path: Path, images: torch.
     assert torch.equal(drawn.state_dict()[name], source.blocks[1].mlp.act.weight)
     state = source.state_dict() | {'blocks.1.mlp.act.weight': torch.zeros(128)}
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r'act\.weight is \(128,\)'):
+    with pytest.raises(ValueError, match=r"'act\.weight': \(128,\)"):
         make('smoe', upcycle=path, **options)

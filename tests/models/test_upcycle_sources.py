@@ -10,8 +10,8 @@ from mmengine.config import ConfigDict
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from vqmoe_vision.engine.model import weights_normalization
 from vqmoe_vision.engine.record import starting_weights
-from vqmoe_vision.engine.trained import weights_normalization
 from vqmoe_vision.models.create import create_model
 
 from .conftest import DENSE, TINY, dense, make
@@ -33,18 +33,6 @@ def test_a_file_is_known_by_all_its_usual_names(
     if form != Path:
         found = starting_weights(ConfigDict(upcycle=given))
         assert found == starting_weights(ConfigDict(upcycle=str(path))) and found
-
-
-def test_a_name_with_a_tag_says_where_the_weights_are(
-    saved: tuple[Any, str], images: torch.Tensor
-) -> None:
-    source, path = saved  # in the place of the hub, which tests do not reach
-    name = 'deit_tiny_patch16_224.fb_in1k'
-    overlay = {'file': path}
-    model: Any = make('smoe', upcycle=name, pretrained_cfg_overlay=overlay, renormalize=True)
-    torch.testing.assert_close(model.eval()(images), source(images))
-    assert model.pretrained_cfg['std'][0] == pytest.approx(0.229)
-    assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
 
 
 @pytest.mark.parametrize(

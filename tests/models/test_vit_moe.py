@@ -14,7 +14,7 @@ from vqmoe_vision.moe import METHODS, MoeLayer
 
 from ..variants import trials
 
-NAMES = timm.list_models(module='vit_moe')
+NAMES = timm.list_models('vit_*', module='vit_moe')
 
 
 def moe_blocks(model: nn.Module) -> list[int]:

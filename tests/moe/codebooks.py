@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.codebooks.codebook import SimVQCodebook
-from vqmoe_vision.moe.codebooks.ema import EmaCodebook
+from vqmoe_vision.moe.codebooks import SimVQCodebook
+from vqmoe_vision.moe.codebooks.ema import CODEBOOKS, EmaCodebook
 
 from .conftest import D
 
@@ -26,7 +25,8 @@ def make(name, codes=None, **options):
             book.project.bias.zero_()
             book.frozen_embed.copy_(codes)
         elif name in STARTED:
-            book._start(codes, LEARNS)
+            book._put(LEARNS, codes)
+            book.started |= LEARNS
         else:
             book.embed.copy_(codes)
     return book

@@ -123,7 +123,8 @@ def spread(layer: MoeLayer) -> None:
             nn.init.normal_(parameter, std=0.5)
     for module in layer.modules():
         if isinstance(module, EmaCodebook):
-            module._start(torch.randn(module.num_codes, module.dim), torch.tensor(True))
+            module._put(torch.tensor(True), torch.randn(module.num_codes, module.dim))
+            module.started.fill_(True)
 
 
 @pytest.fixture(scope='session')

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.codebooks.ema import UsageCodebook
+from vqmoe_vision.moe.codebooks.ema import CODEBOOKS, UsageCodebook
 
 from .codebooks import M, every_codebook, learn, make
 from .conftest import D
@@ -72,22 +71,6 @@ def test_a_start_by_directions_finds_them() -> None:
 # --- averages
 
 
-def test_how_far_a_rare_code_follows_its_tokens_known_answer() -> None:
-    # 100 tokens at eight far points: two at one, fourteen at each of the others. 0.99^100 = 0.366
-    # is left of the start, which weighs 1 / 8; the rest has 0.02:
-    # 0.634 * 0.02 / (0.366 * 0.125 + 0.634 * 0.02) = 0.217
-    book, others = CODEBOOKS['ema'](8, D), 10 * torch.eye(D)[1:].repeat(14, 1)
-    before = 10 * torch.eye(D)[0]
-    learn(book, torch.cat([before.expand(2, D), others]))
-    code = int(book(before[None]).indices)
-    torch.testing.assert_close(book.codes()[code], before)
-    after = before - torch.eye(D)[0]
-    for _ in range(100):
-        learn(book, torch.cat([after.expand(2, D), others]))
-    way = (before - book.codes()[code])[0].item()
-    assert way == pytest.approx(0.217, abs=0.001)
-
-
 @pytest.mark.parametrize('name', AVERAGED)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_averages_stay_float32_in_a_model_that_is_cast(name: str, dtype: torch.dtype) -> None:
@@ -110,44 +93,6 @@ def test_averages_stay_float32_in_a_model_that_is_cast(name: str, dtype: torch.d
 
 
 # --- another library
-
-
-def theirs(codes: Tensor, num_tokens: int, **options: float) -> torch.nn.Module:
-    """Their codebook with these codes, whose start counts as even usage by a pass, as ours."""
-    library = pytest.importorskip('vector_quantize_pytorch')
-    module = library.VectorQuantize(
-        dim=codes.shape[1], codebook_size=len(codes), commitment_weight=0.25, **options
-    )
-    book, even = module._codebook, num_tokens / len(codes)
-    book.embed.copy_(codes)
-    book.embed_avg.copy_(even * codes)
-    book.cluster_size.fill_(even)
-    return module
-
-
-@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
-def test_ema_codebooks_are_those_of_vector_quantize_pytorch(cosine: bool) -> None:
-    codes = torch.nn.functional.normalize(torch.randn(M, D), dim=1)
-    options = {'use_cosine_sim': cosine}
-    book = make('ema', codes, dead_code_threshold=0.0, **options)
-    other = theirs(codes, 64, decay=0.99, rotation_trick=False, **options)
-    for _ in range(10):
-        x = torch.randn(1, 64, D) + 0.5
-        x_ours, x_theirs = x[0].clone().requires_grad_(), x.clone().requires_grad_()
-        quantized = book(x_ours)
-        quantized.loss.backward()
-        book.observe(x_ours, quantized.indices)
-        book.update()
-        given, indices, loss = other(x_theirs)
-        loss.sum().backward()
-        assert torch.equal(quantized.indices, indices[0])
-        torch.testing.assert_close(quantized.loss, loss.squeeze().detach(), check_stride=False)
-        assert x_ours.grad is not None and x_theirs.grad is not None
-        torch.testing.assert_close(x_ours.grad, x_theirs.grad[0], rtol=1e-5, atol=1e-7)
-        expected = given[0] * (x[0].norm(dim=1, keepdim=True) if cosine else 1)
-        torch.testing.assert_close(quantized.codes, expected.detach(), rtol=1e-5, atol=1e-6)
-        # ten updates of sums in float32, theirs of counts and ours of shares
-        torch.testing.assert_close(book.codes(), other.codebook, rtol=1e-5, atol=1e-5)
 
 
 # --- options of a method

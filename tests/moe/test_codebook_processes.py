@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from vqmoe_vision.moe.codebooks import CODEBOOKS
+from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
 from vqmoe_vision.moe.codebooks.usage import code_usage
 
 from ..forked import spawn

@@ -1,7 +1,6 @@
 """How losses leave a model, and when state changes."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -123,20 +122,6 @@ def test_a_layer_needs_collecting_if_there_is_something_to_collect(make_model, m
 
 
 # --- copies
-
-
-@every_case
-def test_a_trained_model_copies_and_pickles(make_model, method, options):
-    model, x = make_model(method, **options), tokens()
-    step(model, x)
-    model(x).sum().backward()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin.eval()(x), model.eval()(x))
-        # the copy collects for itself
-        with collect_losses(model) as collected:
-            twin.train()(x)
-            assert collected.losses == {}
-        model.train()
 
 
 # --- state

@@ -3,14 +3,13 @@
 import dataclasses
 import math
 import re
-from typing import get_args
 
 import pytest
 import torch
 
 from vqmoe_vision.moe import METHODS, collect_losses
-from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.config import check, types_of
+from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
+from vqmoe_vision.moe.config import check
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
 
@@ -83,18 +82,6 @@ def test_impossible_options_and_those_without_effect(method, given):
     *_, field = options
     with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
         METHODS[method].config.from_options(**options)
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_numbers_that_no_tensor_holds_are_refused(method):
-    kind = METHODS[method].config
-    for name, hint in types_of(kind).items():
-        parts = get_args(hint) or (hint,)
-        sizes = {int: [2**31, 10**400], float: [1e-40, 1e40, 10**40, 10**400]}
-        for value in (size for part in parts for size in sizes.get(part, [])):
-            with pytest.raises(ValueError, match=f'^{name}=.* is not possible: ') as refusal:
-                kind.from_options(**{name: value})
-            assert '\n' not in str(refusal.value)
 
 
 @pytest.mark.parametrize('codebook', CODEBOOKS)

@@ -7,21 +7,12 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
-
-needs_grouped_mm = pytest.mark.skipif(
-    not hasattr(F, 'grouped_mm'), reason='grouped_mm needs torch 2.10 or later'
-)
-EVERY_KERNEL = [
-    pytest.param(name, marks=needs_grouped_mm if kernel is KERNELS['grouped_mm'] else ())
-    for name, kernel in KERNELS.items()
-]
 
 
 def compare(case, dtype, kernel, kept=None, tokens=None):
@@ -38,7 +29,7 @@ def compare(case, dtype, kernel, kept=None, tokens=None):
     assert_same(found, expected, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize('kernel', EVERY_KERNEL)
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -58,7 +49,6 @@ def test_outputs_and_every_gradient(kernel, dtype, tokens, num_experts, k, bias,
     compare(case, dtype, kernel, kept)
 
 
-@needs_grouped_mm
 @pytest.mark.parametrize('bias', [True, False])
 def test_what_a_card_leaves_undefined_is_read_by_nobody(monkeypatch, bias):
     """A CPU fills with zeros what CUDA promises nothing of, and so hides who reads it."""
@@ -83,7 +73,7 @@ def test_what_a_card_leaves_undefined_is_read_by_nobody(monkeypatch, bias):
     assert (calls.count(2), calls.count(3)) == (4, 4 if bias else 2)
 
 
-@pytest.mark.parametrize('kernel', EVERY_KERNEL)
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('expanded', [True, False])
 def test_no_rows_at_all(kernel, expanded):
     """A process of expert parallelism may get none, and a sum gives an expanded gradient."""
@@ -97,7 +87,6 @@ def test_no_rows_at_all(kernel, expanded):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@needs_grouped_mm
 @pytest.mark.parametrize('bias', [True, False])
 def test_grouped_mm_reads_nothing_back(bias):
     """The meta device has no data: a step that asks for some fails."""
@@ -116,7 +105,6 @@ def test_grouped_mm_reads_nothing_back(bias):
             dispatch.run_experts(experts, x, routing)
 
 
-@needs_grouped_mm
 def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     x, weight = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16)
     assert _chosen(x, weight) is KERNELS['batched']
@@ -139,7 +127,6 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
 
 
-@needs_grouped_mm
 @pytest.mark.parametrize(
     ('dtype', 'width'), [(torch.float64, 8), (torch.bfloat16, 12), (torch.float32, 6)]
 )
@@ -151,7 +138,7 @@ def test_a_kernel_that_cannot_run_or_does_not_exist(dtype, width):
         pass
 
 
-@pytest.mark.parametrize('kernel', ['batched', pytest.param('grouped_mm', marks=needs_grouped_mm)])
+@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
 def test_one_graph_for_every_routing(kernel):
     torch._dynamo.reset()
     experts, x, indices, weights = make_case(16, 4, 2, 8, 16, bias=True)
@@ -163,7 +150,6 @@ def test_one_graph_for_every_routing(kernel):
             torch.testing.assert_close(compiled(case), run(case), rtol=2e-2, atol=2e-2)
 
 
-@needs_grouped_mm
 def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
     torch._dynamo.reset()
     experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=True)
@@ -180,20 +166,3 @@ def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
     # two layers, of each a product forward and three backward
     assert sum('grouped_product' in name for name in called) == 2 * 4
     assert not any('_grouped_mm' in name for name in called)
-
-
-@needs_grouped_mm
-@pytest.mark.parametrize('compiled', [False, True])
-def test_operations_of_grouped_mm_are_counted(compiled):
-    torch._dynamo.reset()
-    experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=False)
-    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
-    run = (
-        torch.compile(dispatch.run_experts, backend='aot_eager')
-        if compiled
-        else dispatch.run_experts
-    )
-    with use_kernel('grouped_mm'), FlopCounterMode(display=False) as counter:
-        run_and_backward(run, *case)
-    # 9 rows through 8 x 16 and 16 x 8, each with the gradients of rows and of weights
-    assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 8 * 16)

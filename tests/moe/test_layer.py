@@ -178,19 +178,3 @@ def test_any_size_is_finite_forward_and_backward(
         (out.sum() + collected.total()).backward()
     assert out.isfinite().all()
     assert x.grad.isfinite().all()
-
-
-@every_case
-@pytest.mark.parametrize('batch', [0, 2], ids=['no image', 'zeros'])
-def test_nothing_to_see(make_layer, method, options, batch):
-    model = make_layer(method, **options).train()
-    x = torch.zeros(batch, 3, D, requires_grad=True)
-    with collect_losses(model) as collected:
-        out = model(x)
-        (out.sum() + collected.total()).backward()
-        assert out.shape == x.shape
-        assert all(loss.isfinite() for loss in collected.losses.values())
-        assert all(value.isfinite().all() for value in collected.stats.values())
-    assert all(value.isfinite().all() for value in model.state_dict().values())
-    grads = [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-    assert len(grads) > 1 and all(grad.isfinite().all() for grad in grads)

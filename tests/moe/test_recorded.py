@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vqmoe_vision
 from vqmoe_vision.moe import losses
-from vqmoe_vision.moe.codebooks import CODEBOOKS
+from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
 from vqmoe_vision.moe.losses import values_of
 
 RECORDED = Path(__file__).parent / 'recorded'

@@ -1,7 +1,6 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from mmseg.models import VisionTransformer as MMSegViT
 from mmseg.registry import MODELS
@@ -9,7 +8,7 @@ from mmseg.registry import MODELS
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.segmentation import TimmViT
 
-from .conftest import TINY, tiny_backbone
+from .conftest import tiny_backbone
 
 DINOV3 = 'vit_small_patch16_dinov3'
 
@@ -37,8 +36,6 @@ def test_last_features_are_the_normalised_tokens_of_the_timm_model() -> None:
     tokens = backbone.model.forward_features(images)[:, backbone.model.num_prefix_tokens :]
     (features,) = backbone(images)
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens)
-    # a layer norm at its start: zero mean over the channels
-    torch.testing.assert_close(features.mean(1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
 
 
 def test_every_parameter_has_a_gradient() -> None:
@@ -62,20 +59,6 @@ def test_mistakes(field: str, value: Any) -> None:
     config = {**tiny_backbone('vit_tiny_patch16_224'), field: value}
     with pytest.raises(ValueError, match=f'^{field}='):
         MODELS.build(config)
-
-
-def test_experts_start_from_the_mlps_of_a_dense_checkpoint(tmp_path: Any) -> None:
-    dense = timm.create_model('vit_tiny_patch16_224', num_classes=7, **TINY)
-    path = tmp_path / 'dense.pth'
-    torch.save(dense.state_dict(), path)
-    images = torch.randn(1, 3, 32, 32)
-    tokens = dense.eval().forward_features(images)[:, 1:]
-    for name, moe in (('vit_tiny_patch16_224', None), ('vit_tiny_smoe', dict(renormalize=True))):
-        backbone = build(name, checkpoint=str(path), moe=moe)
-        backbone.init_weights()
-        torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
-    assert 'blocks.1.mlp.experts.fc1.weight' in backbone.model.weights_report.copied
-    assert backbone.model.weights_report.outside == ('head.weight', 'head.bias')
 
 
 @pytest.mark.parametrize('prefix', ['backbone.', ''])

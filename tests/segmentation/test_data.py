@@ -2,7 +2,6 @@ import pickle
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +39,14 @@ def test_scene_is_an_image_with_a_label_map() -> None:
     assert len(data.metainfo['classes']) == len(data.metainfo['palette']) == 11
 
 
-@pytest.mark.parametrize(('field', 'value'), [('split', 'val'), ('size', 20)])
-def test_impossible_scenes(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f'^{field}='):
-        scenes(**{field: value})
+def test_impossible_scenes_and_parts() -> None:
+    for field, value in (('split', 'val'), ('size', 20)):
+        with pytest.raises(ValueError, match=f'^{field}='):
+            scenes(**{field: value})
+    for part, dev_size in (('train', 0), ('train', 10), ('val', 2)):
+        field = 'part' if part == 'val' else 'dev_size'
+        with pytest.raises(ValueError, match=f'^{field}='):
+            part_indices(10, part, dev_size)
 
 
 CAMVID = dict(img_path='images/train', seg_map_path='annotations/train')
@@ -112,12 +115,3 @@ def test_dev_is_set_aside_of_train_in_runs_of_neighbours() -> None:
     assert sum(b - a > 1 for a, b in pairwise(dev)) + 1 <= 4
     # as in the rows that are checked in: with others their scores would not compare
     assert dev == [*range(40, 80), *range(196, 215), 272]
-
-
-@pytest.mark.parametrize(
-    ('part', 'dev_size', 'field'),
-    [*(('train', n, 'dev_size') for n in (0, 10, 11)), ('val', 2, 'part')],
-)
-def test_parts_that_cannot_be(part: str, dev_size: int, field: str) -> None:
-    with pytest.raises(ValueError, match=f'^{field}='):
-        part_indices(10, part, dev_size)

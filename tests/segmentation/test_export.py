@@ -9,7 +9,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from vqmoe_vision.models.export import differences, export_onnx, load_exported
-from vqmoe_vision.segmentation.export import SegmentorGraph
+from vqmoe_vision.segmentation.segmentor import SegmentorGraph
 
 from .conftest import tiny_segmentor
 
@@ -35,8 +35,7 @@ def raw_and_normalised(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize(
     ('preprocessor', 'test_cfg', 'size'),
     [
-        ({'size_divisor': 8}, {'mode': 'whole'}, (32, 32)),
-        ({'size_divisor': 8}, {'mode': 'whole'}, (37, 50)),
+        *(({'size_divisor': 8}, {'mode': 'whole'}, size) for size in ((32, 32), (37, 50))),
         *(({'size_divisor': 8}, SLIDE, size) for size in ((61, 70), (32, 32), (24, 70))),
         *(({'size_divisor': 16}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
         *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),

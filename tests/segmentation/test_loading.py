@@ -2,19 +2,14 @@
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from mmengine.config import Config
-from mmseg.structures import SegDataSample
 from PIL import Image
 
-from vqmoe_vision.analysis.shifts import Corruption
-from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels
-from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer
+from vqmoe_vision.segmentation.transforms import LoadImage, LoadLabels
 
 from ..damaged import damaged
 from .conftest import write_pair
@@ -82,15 +77,13 @@ def test_another_size_and_damage_name_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'CMYK'])
-@pytest.mark.parametrize('shape', [(4, 6), (1, 16), (16, 1)])
+@pytest.mark.parametrize(('height', 'width'), [(4, 6), (1, 16), (16, 1)])
 def test_colours_are_no_label_map_whatever_their_number(
-    mode: str, shape: tuple[int, int], tmp_path: Path
+    mode: str, height: int, width: int, tmp_path: Path
 ) -> None:
-    height, width = shape
-    bands = len(Image.new(mode, (1, 1)).getbands())
     # as many pixels as the map has numbers, and as the map has pixels
-    for size in ((height, width * bands), shape):
-        write_pair(tmp_path, 'a.png', 'b.png', np.zeros(size))
+    for numbers in (len(mode), 1):
+        write_pair(tmp_path, 'a.png', 'b.png', np.zeros((height, width * numbers)))
         Image.new(mode, (width, height)).save(tmp_path / 'b.png', 'TIFF')
         with pytest.raises(ValueError, match=r'b\.png is a colour image; a label map has one'):
             load(tmp_path, 3)
@@ -99,16 +92,15 @@ def test_colours_are_no_label_map_whatever_their_number(
 def _sound_maps() -> list[bytes]:
     labels = Image.fromarray(np.random.default_rng(0).integers(0, 3, (12, 8), np.uint8))
     deep = Image.fromarray(np.asarray(labels).astype(np.uint16))
-    files = []
-    for image, kind in (
-        (labels, 'PNG'),
-        (labels.convert('P'), 'PNG'),
-        (deep, 'PNG'),
-        (labels, 'TIFF'),
+    files = [io.BytesIO() for _ in range(4)]
+    for image, kind, file in zip(
+        (labels, labels.convert('P'), deep, labels),
+        ('PNG', 'PNG', 'PNG', 'TIFF'),
+        files,
+        strict=True,
     ):
-        image.save(content := io.BytesIO(), kind)
-        files.append(content.getvalue())
-    return files
+        image.save(file, kind)
+    return [file.getvalue() for file in files]
 
 
 @settings(max_examples=200)
@@ -127,23 +119,3 @@ def test_a_damaged_file_is_a_label_map_or_one_line(
         assert LoadLabels(3).transform(results)['gt_seg_map'].shape == (12, 8)
     except ValueError as error:
         assert str(error).startswith(f'{path} ') and '\n' not in str(error)
-
-
-@pytest.mark.parametrize('split', ['val', 'test'])
-@pytest.mark.parametrize('options', [{}, {'shift': 'fog_3'}, {'color_type': 'grayscale'}])
-def test_a_picture_shows_what_was_read(split: str, options: dict[str, str], tmp_path: Path) -> None:
-    path = str(tmp_path / 'image.png')
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    OverlayVisualizer.get_instance(str(tmp_path))
-    hook = OverlayHook(draw=True)
-    steps = [dict(type='LoadImageFromFile', **options), dict(type='LoadAnnotations')]
-    inner = dict(type='CheckedDataset', pipeline=steps)
-    cfg = Config({f'{split}_dataloader': dict(dataset=dict(type='RepeatDataset', dataset=inner))})
-    getattr(hook, f'before_{split}')(SimpleNamespace(cfg=cfg))
-    image = hook._image_of(np.empty(0), SegDataSample(metainfo=dict(img_path=path)))
-    seen = LoadImage(**options).transform({'img_path': path})['img']
-    expected = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen[..., ::-1]
-    assert (image == expected).all()
-    if options.get('shift'):  # as in classification
-        assert (image == Corruption('fog_3')(pixels)).all()

@@ -1,99 +1,60 @@
-"""mmseg's metrics, on which every reported number rests, against their definitions."""
+"""mmseg's metrics, on which every reported number rests; what is changed inside it, and was."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
-from mmseg.registry import METRICS
-from torch.utils._python_dispatch import TorchDispatchMode
+from mmseg.models.decode_heads import decode_head
+from mmseg.models.losses import accuracy as theirs
+from mmseg.registry import METRICS, MODELS
+from mmseg.structures import SegDataSample
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
+
+from vqmoe_vision.segmentation import mmseg_patches
+from vqmoe_vision.segmentation.mmseg_patches import accuracy
 
 CLASSES = 5
-
-
-class Operators(TorchDispatchMode):
-    """Names of those that are called inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def by_definition(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """aAcc, mAcc and mIoU in percent; classes that occur nowhere do not count in the means."""
-    right = total = 0
-    hits, truth, said = ([0] * CLASSES for _ in range(3))
-    for predicted, labels in pairs:
-        for p, t in zip(predicted.ravel(), labels.ravel(), strict=True):
-            if t == 255:
-                continue
-            total += 1
-            right += p == t
-            truth[t] += 1
-            said[p] += 1
-            hits[t] += p == t
-    recall = [h / t for h, t in zip(hits, truth, strict=True) if t]
-    iou = [h / (t + s - h) for h, t, s in zip(hits, truth, said, strict=True) if t + s - h]
-    return {
-        'aAcc': 100 * right / total,
-        'mAcc': 100 * float(np.mean(recall)),
-        'mIoU': 100 * float(np.mean(iou)),
-    }
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_metrics_are_those_of_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)
     # class 4 occurs in no image, class 3 in predictions only, and a fifth is ignored
-    pairs = []
-    for size in ((7, 9), (4, 4), (1, 12)):
-        labels = rng.integers(0, 3, size)
-        labels[rng.random(size) < 0.2] = 255
-        predicted = np.where(
-            rng.random(size) < 0.6, np.minimum(labels, 3), rng.integers(0, 4, size)
-        )
-        pairs.append((predicted, labels))
+    labels = rng.integers(0, 3, (3, 1, 7, 9))
+    labels[rng.random(labels.shape) < 0.2] = 255
+    said = rng.integers(0, 4, labels.shape)
+    predicted = np.where(rng.random(labels.shape) < 0.6, np.minimum(labels, 3), said)
     metric = METRICS.build(dict(type='CheckedIoUMetric', iou_metrics=['mIoU']))
     metric.dataset_meta = {'classes': [str(i) for i in range(CLASSES)]}
-    samples = [
-        {
-            'pred_sem_seg': {'data': torch.from_numpy(predicted)[None]},
-            'gt_sem_seg': {'data': torch.from_numpy(labels)[None]},
-        }
-        for predicted, labels in pairs
-    ]
-    metric.process({}, samples)
-    found = metric.evaluate(len(pairs))
-    expected = by_definition(pairs)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=0.005)  # two decimals are kept
+    for ours, true in zip(torch.from_numpy(predicted), torch.from_numpy(labels), strict=True):
+        metric.process({}, [{'pred_sem_seg': {'data': ours}, 'gt_sem_seg': {'data': true}}])
+    known = labels != 255
+    pair, average = (labels[known], predicted[known]), {'average': 'macro'}
+    expected = {
+        'aAcc': accuracy_score(*pair),
+        'mAcc': recall_score(*pair, labels=range(3), **average),
+        'mIoU': jaccard_score(*pair, labels=range(4), **average),
+    }
+    found = metric.evaluate(3)
+    # two decimals are kept
+    assert found == pytest.approx({k: 100 * v for k, v in expected.items()}, abs=0.005)
 
 
-@pytest.mark.parametrize(
-    'dtype', [torch.int64, torch.uint8, torch.float32, torch.bfloat16], ids=str
-)
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.float32, torch.bfloat16])
 def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(
-    seed: int, dtype: torch.dtype
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
     # some beyond the classes, as of a data set with more of them
-    predicted, labels = torch.randint(-1, CLASSES + 2, (2, 30, 40), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
+    predicted, labels = torch.randint(-1, CLASSES + 2, (2, 30, 40))
+    labels[torch.rand(labels.shape) < 0.2] = 255
     predicted, labels = predicted.clamp(min=0).to(dtype), labels.to(dtype)  # a sigmoid's are floats
     expected = IoUMetric.intersect_and_union(predicted, labels, CLASSES, 255)
-    with Operators() as called:
-        found = METRICS.get('CheckedIoUMetric').intersect_and_union(predicted, labels, CLASSES, 255)
-    for area, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(area, theirs, rtol=0, atol=0)
-    # torch's list of what raises has `histc`, and `bincount` only of weights
-    assert 'aten::bincount' in called.names and 'aten::histc' not in called.names
+    monkeypatch.delattr(torch, 'histc')  # which raises there; `bincount` without weights does not
+    found = METRICS.get('CheckedIoUMetric').intersect_and_union(predicted, labels, CLASSES, 255)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +89,48 @@ def test_metrics_of_nothing_are_no_numbers() -> None:
         found = metric.evaluate(1)
     assert found.keys() == {'aAcc', 'mAcc', 'mIoU'}
     assert all(np.isnan(value) for value in found.values())
+
+
+@pytest.fixture(autouse=True)
+def _patched() -> None:
+    mmseg_patches.apply()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])  # the second has equal logits
+@pytest.mark.parametrize('void', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize('ignored', [255, 1])  # which may be a class
+def test_accuracy_is_mmsegs_to_the_bit(void: float, ignored: int, dtype: torch.dtype) -> None:
+    assert decode_head.accuracy is accuracy
+    logits = torch.randn(3, 5, 37, 41).to(dtype)
+    labels = torch.randint(5, (3, 37, 41))
+    labels[torch.rand(labels.shape) < void] = ignored
+    expected = theirs(logits, labels, ignore_index=ignored)
+    assert torch.equal(accuracy(logits, labels, ignore_index=ignored), expected)
+
+
+def test_every_tensor_of_a_sample_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor + 1)  # needs a device
+    sample = SegDataSample(
+        metainfo={'img_shape': (2, 2)}, gt_sem_seg=PixelData(data=torch.zeros(1, 2, 2))
+    )
+    pinned = sample.pin_memory()
+    assert pinned.img_shape == (2, 2) and pinned.gt_sem_seg.data.eq(1).all()
+    assert sample.gt_sem_seg.data.eq(0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_losses_are_computed_in_float32_at_least(dtype: torch.dtype) -> None:
+    head = MODELS.build(dict(type='FCNHead', in_channels=4, channels=4, num_classes=3))
+    labels = PixelData(data=torch.randint(3, (1, 8, 8)))
+    samples = [SegDataSample(gt_sem_seg=labels, metainfo=dict(img_shape=(8, 8)))]
+    logits = (10 * torch.randn(1, 3, 8, 8)).to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    found = head.loss_by_feat(logits, samples)['loss_ce']
+    assert found.dtype == exact
+    assert torch.equal(found, mmseg_patches._theirs(head, logits.to(exact), samples)['loss_ce'])
+    if dtype is torch.bfloat16:  # which autocast treats operator by operator, as it did
+        with torch.autocast('cpu', dtype):
+            found, theirs = (
+                f(head, logits, samples) for f in (type(head).loss_by_feat, mmseg_patches._theirs)
+            )
+        assert torch.equal(found['loss_ce'], theirs['loss_ce'])

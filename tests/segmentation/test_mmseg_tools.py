@@ -15,10 +15,10 @@ import torch
 from matplotlib import pyplot
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
 
-from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.publish import publish_checkpoint
 from vqmoe_vision.segmentation import predict
 
+from ..runs import train
 from .test_cli import write_config
 
 TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
@@ -38,8 +38,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
     folder = tmp_path_factory.mktemp('trained')
     config = write_config(folder, 'trained_for_tools')
     draw = [f'default_hooks.visualization.{option}' for option in ('draw=True', 'interval=1')]
-    cli.train([config, '--work-dir', str(folder / 'run'), '--cfg-options', *draw])
-    return config, str(folder / 'run/iter_2.pth'), folder / 'run'
+    run = train(config, folder / 'run', *draw)
+    return config, str(run / 'iter_2.pth'), run
 
 
 @pytest.fixture
@@ -89,23 +89,15 @@ model = dict(type='EncoderDecoder',
         type='mmengine.runner.Runner', model=dict(type='mmengine.model.ImgDataPreprocessor'),
         work_dir=THEIRS, experiment_name=THEIRS, default_hooks=None))
 """
-INFERENCER = """
-default_scope = 'mmseg'
-model = dict(type='EncoderDecoder', backbone=dict(type='ResNet', depth=18), decode_head=dict(
-    type='mmseg.apis.MMSegInferencer', model=None, weights=OTHER))
-"""
 
 
 @pytest.mark.parametrize('where', ['meta', 'message_hub'])
-@pytest.mark.parametrize('kind', ['backbone', 'head'])
-def test_no_checkpoint_builds_what_its_config_names(kind: str, where: str, tmp_path: Path) -> None:
-    """A backbone that is a Runner writes into any folder, a head that is an inferencer runs it."""
-    theirs, other = tmp_path / 'theirs', str(tmp_path / 'other.pth')
-    for text, path in ((RUNNER, other), (INFERENCER, str(tmp_path / 'a.pth'))):
-        config = text.replace('THEIRS', repr(str(theirs))).replace('OTHER', repr(other))
-        said = {'cfg': config} if where == 'meta' else {'runtime_info': {'cfg': config}}
-        torch.save({'state_dict': {}, 'meta': {}, where: said}, path)
-    weights = other if kind == 'backbone' else str(tmp_path / 'a.pth')
+def test_no_checkpoint_builds_what_its_config_names(where: str, tmp_path: Path) -> None:
+    """A backbone that is a Runner writes into any folder."""
+    theirs, weights = tmp_path / 'theirs', str(tmp_path / 'a.pth')
+    config = RUNNER.replace('THEIRS', repr(str(theirs)))
+    said = {'cfg': config} if where == 'meta' else {'runtime_info': {'cfg': config}}
+    torch.save({'state_dict': {}, 'meta': {}, where: said}, weights)
     with pytest.raises(ValueError, match='Cannot find the config in the checkpoint'):
         MMSegInferencer(model=None, weights=weights, device='cpu')
     assert not theirs.exists()

@@ -13,56 +13,32 @@ from mmseg.apis import inference_model, init_model
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import DATASETS, MODELS
 from mmseg.structures import SegDataSample
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import save_for_hf
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.segmentation.inference import Predictor
 from vqmoe_vision.segmentation.preprocessor import CheckedPreProcessor, converts_channels
 
 from ..rows import CONFIGS
+from ..runs import NORMALIZATION, leave_run, train
 from .conftest import tiny_segmentor
 from .test_cli import write_config
 
-IMAGENET = CONFIGS / 'classification/imagenet/vit_tiny_vqmoe_imagenet.py'
-# what the classifier and the Segmenter of `write_config` have in common
-CLASSIFIER = f"""
-_base_ = {str(IMAGENET)!r}
-data = dict(data_root=ROOT, dev_size=0, transform=dict(input_size=48))
-train_dataloader = dict(batch_size=4, num_workers=0, dataset=data)
-val_dataloader = dict(batch_size=4, num_workers=0, dataset=dict(split='val', **data))
-test_dataloader = val_dataloader
-del data
-model = dict(
-    img_size=48, patch_size=16, depth=2, embed_dim=12, num_heads=3, num_classes=2,
-    class_token=False, global_pool='avg', moe=dict(_delete_=True, preset='matched', num_experts=2),
-)
-train_cfg = dict(max_epochs=1, val_interval=1)
-param_scheduler = []
-experiment_name = ROOT
-"""
-SCENES = [76.5] * 3, [89.25] * 3
-WEIGHTS = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+# what a classifier and the Segmenter of `write_config` have in common
+SMALL = dict(img_size=48, patch_size=16, depth=2, embed_dim=12, num_heads=3, class_token=False)
+WEIGHTS = [25.5, 51.0, 76.5], [102.0, 127.5, 153.0]
 
 
 @pytest.fixture(scope='module')
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a classifier that was trained with the normalisation of ImageNet."""
-    folder = tmp_path_factory.mktemp('classifier')
-    for index in range(8):
-        file = folder / 'data' / ('train', 'val')[index // 4] / f'{index % 2}' / f'{index}.png'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(index).integers(0, 256, (48, 48, 3), np.uint8)
-        Image.fromarray(pixels).save(file)
-    config = folder / 'classifier.py'
-    config.write_text(CLASSIFIER.replace('ROOT', repr(str(folder / 'data'))))
-    cli.train([str(config), '--work-dir', str(folder / 'run')])
-    return folder / 'run/epoch_1.pth'
+    """Checkpoint of a classifier that was trained with a normalisation of its own."""
+    run = tmp_path_factory.mktemp('classifier') / 'run'
+    config = str(CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py')
+    options = {f'model.{k}': v for k, v in SMALL.items()} | {'model.moe.num_experts': 2}
+    leave_run(run, config, options, 'abcdefghij')
+    return run / 'epoch_1.pth'
 
 
 @pytest.fixture(scope='module')
@@ -70,15 +46,7 @@ def trained(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """Config that says nothing of weights, and the work dir of a run that has begun with them."""
     folder = tmp_path_factory.mktemp('segmenter')
     config = write_config(folder, f'follows {folder}')
-    train(config, folder / 'run', f'model.backbone.checkpoint={classifier}')
-    return config, folder / 'run'
-
-
-def train(config: str, work: Path, *options: str) -> Any:
-    """Trains, and loads what it has left."""
-    start = ['--cfg-options', f'experiment_name={work}', *options]
-    cli.train([config, '--work-dir', str(work), *start])
-    return load_trained(load_config(config), str(max(work.glob('iter_*.pth'))), 'cpu')
+    return config, train(config, folder / 'run', f'model.backbone.checkpoint={classifier}')
 
 
 def levels(model: Any) -> list[list[float]]:
@@ -96,36 +64,33 @@ def log_of(work: Path) -> str:
     return max(work.glob('*/*.log')).read_text()
 
 
-def fed(model: Any) -> list[torch.Tensor]:
-    """Gets what the backbone sees of an image, pixel by pixel."""
-    seen: list[torch.Tensor] = []
-    model.backbone.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, :, 20, 20]))
-    return seen
-
-
 def test_a_segmenter_is_fed_as_the_classifier_was(
     classifier: Path, trained: tuple[str, Path]
 ) -> None:
     config, work = trained
-    assert f'{classifier}: images are normalised with mean [0.485,0.456' in log_of(work)
-    told = 'model.data_preprocessor: mean [123.675,116.28,103.53] and std [58.395,57.12,57.375]'
+    assert f'{classifier}: images are normalised with mean [0.1,0.2,0.3]' in log_of(work)
+    told = 'model.data_preprocessor: mean [25.5,51,76.5] and std [102,127.5,153]'
     assert log_of(work).partition(' - Trained, ')[0].count(told) == 1  # loading says it again
     checkpoint, grey = str(work / 'iter_2.pth'), np.full((48, 48, 3), 100, np.uint8)
     state = read_content(checkpoint)['state_dict']
-    same(state[KEY].tolist(), [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
+    same(state[KEY].tolist(), [NORMALIZATION.mean, NORMALIZATION.std])
     # predictions and mmseg's inference
     predictor = Predictor(config, checkpoint, 'cpu')
     model = init_model(config, checkpoint, device='cpu')
-    ours, theirs = fed(predictor.model), fed(model)
+    ours, theirs = seen = [], []
+    for each, pixels in zip((predictor.model, model), seen, strict=True):
+        each.backbone.register_forward_pre_hook(
+            lambda _, x, pixels=pixels: pixels.append(x[0][0, :, 20, 20])
+        )
     predictor(grey)
     inference_model(model, grey)
     mean, std = map(torch.tensor, WEIGHTS)
     same(ours[-1].tolist(), ((100 - mean) / std).tolist())
     assert torch.equal(ours[-1], theirs[-1])
     # what timm would save, and a survey
-    same(model.backbone.model.pretrained_cfg['mean'], IMAGENET_DEFAULT_MEAN)
+    same(model.backbone.model.pretrained_cfg['mean'], NORMALIZATION.mean)
     survey = model.source(load_config(config).test_dataloader.dataset)
-    same(survey.normalization.std, IMAGENET_DEFAULT_STD)
+    same(survey.normalization.std, NORMALIZATION.std)
 
 
 @pytest.mark.parametrize('stated', [False, True])
@@ -162,11 +127,12 @@ def test_numbers_that_contradict_count_with_one_warning(
 ) -> None:
     field = 'model.data_preprocessor'
     wrong = [f'{field}.mean=[127.5,127.5,127.5]', f'{field}.std=[127.5,127.5,127.5]']
-    model = train(trained[0], tmp_path / 'w', f'model.backbone.checkpoint={classifier}', *wrong)
+    train(trained[0], tmp_path / 'w', f'model.backbone.checkpoint={classifier}', *wrong)
     lines = log_of(tmp_path / 'w').splitlines()
     (line,) = [line for line in lines if ' - WARNING - ' in line and 'contradict' in line]
     assert field in line
-    same(model.state_dict()[KEY].tolist(), [[0.5] * 3] * 2)
+    state = read_content(str(tmp_path / 'w/iter_2.pth'))['state_dict']
+    same(state[KEY].tolist(), [[0.5] * 3] * 2)
 
 
 @pytest.mark.parametrize('place', ['', '.from_scratch'])
@@ -197,23 +163,14 @@ def test_a_bare_file_changes_nothing_but_what_is_stated_of_it(
     torch.save(tiny_segmentor().backbone.model.state_dict(), tmp_path / 'bare.pth')
     numbers = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]) if stated else {}
     backbone = {way: str(tmp_path / 'bare.pth'), 'pretrained_cfg_overlay': numbers}
-    scratch = dict(mean=SCENES[0], std=SCENES[1])
+    scratch = dict(mean=[76.5] * 3, std=[89.25] * 3)
     preprocessor = dict(type='CheckedPreProcessor', size=(32, 32), from_scratch=scratch)
     model = tiny_segmentor(backbone=backbone, data_preprocessor=preprocessor)
     model.init_weights()
     model.normalize_inputs({})
-    expected = ([25.5, 51, 76.5], [102, 127.5, 153]) if stated else SCENES
+    expected = ([25.5, 51, 76.5], [102, 127.5, 153]) if stated else list(scratch.values())
     same(levels(model), expected)
     same((model.state_dict()[KEY] * 255).tolist(), expected)
-
-
-def test_weights_of_timm_are_followed(trained: tuple[str, Path], tmp_path: Path) -> None:
-    config, work = trained
-    model = load_trained(load_config(config), str(work / 'iter_2.pth'), 'cpu').backbone.model
-    model.pretrained_cfg.update(mean=(0.5,) * 3, std=(0.25,) * 3)
-    save_for_hf(model, tmp_path / 'hub')
-    start = f'model.backbone.upcycle=local-dir:{tmp_path}/hub'
-    same(levels(train(config, tmp_path / 'w', start)), ([127.5] * 3, [63.75] * 3))
 
 
 @pytest.mark.parametrize('converts', [True, False])

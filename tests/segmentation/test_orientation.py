@@ -12,7 +12,7 @@ from vqmoe_vision.classification.datasets import load_image
 from vqmoe_vision.engine.images import displayed
 from vqmoe_vision.segmentation.datasets import CheckedDataset
 from vqmoe_vision.segmentation.inference import _read
-from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels
+from vqmoe_vision.segmentation.transforms import LoadImage, LoadLabels
 from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer
 
 TURNS = range(1, 9)
@@ -26,22 +26,23 @@ def scene(height: int = 16, width: int = 24) -> np.ndarray:
     return labels
 
 
-def write_image(path: Path, labels: np.ndarray, turn: int) -> None:
-    """White where the label is 1; the file's pixels are those of `labels` as they stand."""
+def write_image(path: Path, pixels: np.ndarray, turn: int) -> None:
+    """The file's pixels are as they stand here; labels as white where they are 1."""
     tags = Image.Exif()
     tags[ExifTags.Base.Orientation] = turn
     path.parent.mkdir(exist_ok=True)
-    pixels = np.repeat(labels[..., None] * 255, 3, axis=2)
-    options: dict[str, Any] = {'quality': 100} if path.suffix == '.jpg' else {}
-    Image.fromarray(pixels).save(path, exif=tags, **options)
+    if path.parent.name == 'images':
+        pixels = np.repeat(pixels[..., None] * 255, 3, axis=2)
+    Image.fromarray(pixels).save(path, exif=tags, quality=100)
 
 
-def load(root: Path, name: str, **kwargs: Any) -> dict[str, Any]:
+def load(root: Path, name: str, labels: str = '.png', **kwargs: Any) -> dict[str, Any]:
     data = CheckedDataset(
         metainfo=dict(classes=('a', 'b')),
         data_root=str(root),
         data_prefix=dict(img_path='images', seg_map_path='labels'),
         img_suffix=Path(name).suffix,
+        seg_map_suffix=labels,
         serialize_data=False,  # or mmengine collects garbage for most of a second
         pipeline=[dict(type='LoadImageFromFile', **kwargs), dict(type='LoadAnnotations')],
     )
@@ -74,15 +75,8 @@ def test_labels_may_be_drawn_on_stored_or_on_displayed_pixels(
 def test_a_label_map_is_never_turned(turn: int, tmp_path: Path) -> None:
     """A TIFF with an orientation of its own, as a tool may copy it from the image."""
     write_image(tmp_path / 'images/a.jpg', scene(), turn)
-    path = tmp_path / 'a.tif'
-    tags = Image.Exif()
-    tags[ExifTags.Base.Orientation] = turn
-    Image.fromarray(scene()).save(path, exif=tags)
-    results = dict(
-        img_path=str(tmp_path / 'images/a.jpg'), seg_map_path=str(path),
-        reduce_zero_label=False, seg_fields=[],
-    )  # fmt: skip
-    results = LoadLabels(num_classes=2).transform(LoadImage().transform(results))
+    write_image(tmp_path / 'labels/a.tif', scene(), turn)
+    results = load(tmp_path, 'a.jpg', '.tif')
     assert (results['gt_seg_map'] == scene()).all()
     assert agree(results)
 
@@ -107,9 +101,9 @@ def test_without_labels_both_tasks_see_what_is_displayed(
 
 @pytest.mark.parametrize('labels', [scene(), displayed(scene(), 6)], ids=['stored', 'displayed'])
 def test_a_picture_of_a_prediction_lies_as_the_labels(labels: np.ndarray, tmp_path: Path) -> None:
-    write_image(tmp_path / 'a.jpg', scene(), 6)
+    write_image(tmp_path / 'images/a.jpg', scene(), 6)
     Image.fromarray(labels).save(tmp_path / 'a.png')
-    files = dict(img_path=str(tmp_path / 'a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
+    files = dict(img_path=str(tmp_path / 'images/a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
     OverlayVisualizer.get_instance(str(tmp_path))
     image = OverlayHook()._image_of(np.empty(0), SegDataSample(metainfo=files))
     assert ((image.mean(axis=2) > 127) == labels).all()
@@ -118,20 +112,15 @@ def test_a_picture_of_a_prediction_lies_as_the_labels(labels: np.ndarray, tmp_pa
 RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
 
 
-@pytest.mark.parametrize(
-    ('name', 'pixels'),
-    [('a.png', RAMP), ('a.tif', RAMP), ('b.tif', (RAMP / RAMP.max()).astype(np.float32))],
-    ids=['png', 'tiff', 'float'],
-)
-def test_deep_pixels_mean_the_same_in_both_tasks(
-    name: str, pixels: np.ndarray, tmp_path: Path
-) -> None:
-    path = str(tmp_path / name)
-    Image.fromarray(pixels).save(path)
-    segmented = LoadImage().read(path)
-    assert (segmented[..., ::-1] == np.asarray(load_image(path))).all()
-    # the whole range, without a step left out: neither clipped nor divided twice
-    assert np.unique(segmented).tolist() == list(range(256))
+def test_deep_pixels_mean_the_same_in_both_tasks(tmp_path: Path) -> None:
+    floats = (RAMP / RAMP.max()).astype(np.float32)
+    for name, pixels in (('a.png', RAMP), ('a.tif', RAMP), ('b.tif', floats)):
+        path = str(tmp_path / name)
+        Image.fromarray(pixels).save(path)
+        segmented = LoadImage().read(path)
+        assert (segmented[..., ::-1] == np.asarray(load_image(path))).all()
+        # the whole range, without a step left out: neither clipped nor divided twice
+        assert np.unique(segmented).tolist() == list(range(256))
 
 
 def test_every_loader_names_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,7 @@ def test_what_albumentations_would_ignore_is_refused(config: dict, named: str) -
         Albumentations([config])
 
 
-def test_random_numbers_are_torchs() -> None:
-    """Which differ between workers, and are set by the run's seed."""
+def test_random_numbers_are_torchs() -> None:  # which differ between workers
     augment = Albumentations([dict(type='RandomBrightnessContrast', p=1.0)])
 
     def drawn(seed: int) -> list[float]:

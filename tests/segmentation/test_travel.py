@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.cli import test as run_test
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.segmentation import TimmViT
 
@@ -65,13 +64,6 @@ def test_a_host_with_experts(host: str, norm: bool, tmp_path: Path) -> None:
     assert model.method == 'vqmoe' and len(model.blocks) == 3
 
 
-def test_a_backbone_alone_is_not_tested(tmp_path: Path) -> None:
-    published(tmp_path, {})
-    config, folder = str(tmp_path / 'run/run.py'), str(tmp_path / 'out')
-    with pytest.raises(SystemExit, match=r'missing keys: decode_head.*; it is a file of timm'):
-        run_test([config, folder, '--work-dir', str(tmp_path / 'w')])
-
-
 def test_what_the_card_says_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,16 +76,3 @@ def test_what_the_card_says_is_run(
     capsys.readouterr()
     exec(compile(code, 'card', 'exec'), {})
     assert capsys.readouterr().out == 'torch.Size([1, 12, 4, 6])\n'
-
-
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    config = write_config(tmp_path, 'travel')
-    for name, option, message in (
-        ('eps', {'model.backbone.norm_eps': 1e-5}, r'^error: norm_layer=.*eps=1e-05\)'),
-        ('bgr', {'model.data_preprocessor.bgr_to_rgb': False}, 'bgr_to_rgb=False is not possible'),
-    ):
-        leave_run(tmp_path / name, config, {**OPTIONS, **option}, 'ab')
-        with pytest.raises(SystemExit, match=message) as caught:
-            publish([str(tmp_path / name), str(tmp_path / 'out')])
-        assert '\n' not in str(caught.value)
-    assert not (tmp_path / 'out').exists()

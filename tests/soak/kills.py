@@ -22,14 +22,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import Value
 from pathlib import Path
 from typing import Any
 
 import torch
-from bits import same
 from kinds import KINDS, Kind
 from mmengine.config import config as mmengine_config
 from mmengine.hooks import Hook
@@ -99,14 +97,6 @@ def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
     sys.addaudithook(audit)
 
 
-def _noted_in(path: Path) -> Callable[[int, str], None]:
-    def note(_: int, name: str) -> None:
-        with path.open('a') as steps:
-            print(name, file=steps)
-
-    return note
-
-
 def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, str], None]:
     """Ends the process at a step of a save, or in the write that follows the step."""
 
@@ -156,6 +146,17 @@ def run(
         time.sleep(0.005)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """What a finished training leaves."""
     work = folder / 'work'
@@ -170,31 +171,23 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What an uninterrupted training did."""
-
-    outcome: dict[str, Any]
-    steps: list[str]
-    iterations: int
-
-
 def kill_and_go_on(
-    kind: Kind, root: Path, whole: Reference, draw: random.Random
+    kind: Kind, root: Path, whole: tuple[dict[str, Any], list[str], int], draw: random.Random
 ) -> tuple[str, list[str]]:
     """Kills a training once, goes on with it, and compares."""
+    expected, names, iterations = whole
     folder = Path(tempfile.mkdtemp(dir=root))
     kind.write(folder)
     told = folder / 'told'
     if draw.random() < 0.6:
         in_write = draw.random() < 0.3
-        steps = [n for n, name in enumerate(whole.steps, 1) if not in_write or name == 'create']
+        steps = [n for n, name in enumerate(names, 1) if not in_write or name == 'create']
         in_write_at = draw.randrange(1, 40_000) if in_write else None
         step = dies_at(draw.choice(steps), in_write_at, told)
         work = folder / 'work'
         status = run(kind, folder, lambda: watch_saves(work, step))
     else:
-        moment = draw.randrange(whole.iterations), draw.uniform(0, 0.5)
+        moment = draw.randrange(iterations), draw.uniform(0, 0.5)
         status = run(kind, folder, kill_after=moment)
     if status >= 0:
         faults = [] if status == 0 else [f'it ended with {status} before it was killed']
@@ -208,13 +201,13 @@ def kill_and_go_on(
             faults.append(f'{reached} iterations were done, it went on from {Shared.begun.value}')
     if not faults:
         found = outcome(folder)
-        faults = [f'{k} differs' for k, v in whole.outcome.items() if not same(v, found.get(k))]
+        faults = [f'{k} differs' for k, v in expected.items() if not same(v, found.get(k))]
     shutil.rmtree(folder)
     return where, faults
 
 
-def soak(kills: int, seed: int, kinds: dict[str, Kind], out: Path | None) -> int:
-    """Kills as many trainings as asked for, of some kinds in turn."""
+def soak(kills: int, seed: int, out: Path | None) -> int:
+    """Kills as many trainings as asked for, of all kinds in turn."""
     draw, counts = random.Random(seed), Counter[str]()
     faults: list[str] = []
     torch.set_num_threads(1)
@@ -222,18 +215,21 @@ def soak(kills: int, seed: int, kinds: dict[str, Kind], out: Path | None) -> int
         import_module(f'vqmoe_vision.{package}')
     with tempfile.TemporaryDirectory() as name:
         references = {}
-        for title, kind in kinds.items():
+        for title, kind in KINDS.items():
             folder = Path(tempfile.mkdtemp(dir=name))
             kind.write(folder)
-            work, steps = folder / 'work', folder / 'steps'
-            status = run(kind, folder, lambda w=work, s=steps: watch_saves(w, _noted_in(s)))
-            if status != 0:
+
+            def prepare(folder: Path = folder) -> None:
+                steps = (folder / 'steps').open('a', buffering=1)
+                watch_saves(folder / 'work', lambda _, name: print(name, file=steps))
+
+            if run(kind, folder, prepare) != 0:
                 raise RuntimeError((folder / 'output').read_text()[-3000:])
-            names = steps.read_text().splitlines()
-            references[title] = Reference(outcome(folder), names, Shared.reached.value)
+            names = (folder / 'steps').read_text().splitlines()
+            references[title] = outcome(folder), names, Shared.reached.value
         while sum(counts.values()) < kills:
-            title = list(kinds)[sum(counts.values()) % len(kinds)]
-            where, found = kill_and_go_on(kinds[title], Path(name), references[title], draw)
+            title = list(KINDS)[sum(counts.values()) % len(KINDS)]
+            where, found = kill_and_go_on(KINDS[title], Path(name), references[title], draw)
             if where:
                 counts[where] += 1
             faults += [f'{title}, killed at {where!r}: {fault}' for fault in found]
@@ -250,8 +246,6 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--kind', choices=KINDS, help='of training; all in turn unless given')
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
-    kinds = KINDS if args.kind is None else {args.kind: KINDS[args.kind]}
-    sys.exit(min(soak(args.kills, args.seed, kinds, args.out), 1))
+    sys.exit(min(soak(args.kills, args.seed, args.out), 1))

@@ -37,7 +37,8 @@ param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False
 log_processor = dict(by_epoch=False)
 """
 AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
-STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
+# freezes its router in the middle
+STABLE = {'METHOD': "'vit_tiny_stablemoe'", 'MOE': ', stage1_steps=5'}
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,7 @@ KINDS = {
         CLASSIFICATION, 4, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'}
     ),
     'classification, iterations, StableMoE, EMA': Kind(
-        CLASSIFICATION,
-        3,
-        {
-            'METHOD': "'vit_tiny_stablemoe'",
-            'MOE': STAGES,
-            'CHECKPOINT': 'interval=3, by_epoch=False',
-            'MORE': AVERAGES,
-        },
+        CLASSIFICATION, 3, {**STABLE, 'CHECKPOINT': 'interval=3, by_epoch=False', 'MORE': AVERAGES}
     ),
     'classification, loop over iterations': Kind(
         ITERATIONS, 3, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=3, by_epoch=False'}
@@ -81,12 +75,6 @@ KINDS = {
         4,
         {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'},
     ),
-    'classification, AMP, EMA': Kind(
-        CLASSIFICATION,
-        4,
-        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1', 'MORE': AVERAGES},
-        ('--amp',),
-    ),
     'segmentation, EMA': Kind(
         SEGMENTATION,
         2,
@@ -95,7 +83,7 @@ KINDS = {
     'segmentation, StableMoE, AMP': Kind(
         SEGMENTATION,
         2,
-        {'METHOD': "'vit_tiny_stablemoe'", 'MOE': STAGES, 'CHECKPOINT': 'interval=2'},
+        {**STABLE, 'CHECKPOINT': 'interval=2'},
         ('--amp',),
     ),
 }

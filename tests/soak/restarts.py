@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bits import same
-from kills import ReachedHook, dies_at, outcome, watch_saves
+from kills import ReachedHook, dies_at, outcome, same, watch_saves
 from kinds import KINDS, Kind
 from mmengine.dist import get_rank
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -53,6 +52,7 @@ def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
     with out, redirect_stdout(out), redirect_stderr(out):
         try:
             arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
+            # as many iterations as one process has
             batch = f'train_dataloader.batch_size={300 // int(os.environ["WORLD_SIZE"])}'
             launched = ['--launcher', 'pytorch', '--cfg-options', batch]
             train([*arguments, *launched, *kind.arguments])
@@ -77,10 +77,8 @@ def dies_after(iterations: int, told: Path) -> Any:
 def run(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
     """Trains with as many restarts as there are kills."""
     config_file = kind.write(folder)
-    text = config_file.read_text()
-    # as many iterations as one process has, and more epochs than kills can use up
-    text = text.replace('batch_size=300', f'batch_size={300 // ranks}')
-    config_file.write_text(text.replace('max_epochs=3', 'max_epochs=6'))
+    # more epochs than kills can use up
+    config_file.write_text(config_file.read_text().replace('max_epochs=3', 'max_epochs=6'))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -150,7 +148,6 @@ if __name__ == '__main__':
     parser.add_argument('--ranks', type=int, nargs='+', default=[2, 4])
     parser.add_argument('--kills', type=int, default=10)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--kind', choices=KINDS, default='classification')
     parser.add_argument(
         '--spread', choices=['full', 'sharded'], help='the model, over all ranks, saved in this way'
     )
@@ -159,7 +156,7 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     for package in ('classification', 'segmentation'):
         import_module(f'vqmoe_vision.{package}')
-    kind = KINDS[args.kind]
+    kind = KINDS['classification']
     if args.spread:
         parallel = f'parallel = dict(expert_processes=2, state_dict_type={args.spread!r})'
         kind = replace(kind, config=f'{kind.config}\n{parallel}\n')

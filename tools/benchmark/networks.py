@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_vision.models import Complexity, complexity
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.config import check

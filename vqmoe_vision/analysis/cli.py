@@ -9,11 +9,10 @@ from typing import Any
 from tqdm import tqdm
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder
-from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
 from vqmoe_vision.engine.config import add_config_options
-from vqmoe_vision.engine.routing_log import FILE, read_history
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
+from vqmoe_vision.engine.record import FILE, read_history
 from vqmoe_vision.moe.config import check
 
 from .report import write_report

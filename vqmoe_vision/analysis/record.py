@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe import collect_losses, moe_layers
-from vqmoe_vision.moe.codebooks.codebook import Quantized
+from vqmoe_vision.moe.codebooks import Quantized
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
 from vqmoe_vision.moe.routing import Routing

@@ -3,7 +3,7 @@
 Legend: B images, H, W height and width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from mmengine.config import Config
 from torch import Tensor
 from torch.utils.data import Subset
 
-from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.engine.model import scope_of
 from vqmoe_vision.models.normalization import Normalization
 
 _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
@@ -27,6 +27,17 @@ class Sample(NamedTuple):
     label: Tensor | None  # (), or (H, W) with 255 for none
 
 
+class _Samples(Sequence):
+    def __init__(self, found: Sequence, read: Callable[[Any], Sample]) -> None:
+        self.found, self.read = found, read
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, index: Any) -> Sample:
+        return self.read(self.found[index])
+
+
 @dataclass(frozen=True)
 class Source:
     """Images that are read when they are asked for."""
@@ -35,6 +46,18 @@ class Source:
     names: Sequence[str]
     classes: list[str] | None
     normalization: Normalization
+
+    @classmethod
+    def of(
+        cls,
+        found: Sequence,
+        read: Callable[[Any], Sample],
+        normalization: Normalization,
+        classes: list[str] | None = None,
+    ) -> 'Source':
+        """What is read of the entries of a data set, or of files, which have no classes."""
+        named = [f'image {i}' for i in range(len(found))] if classes else [f.name for f in found]
+        return cls(_Samples(found, read), named, classes, normalization)
 
     def drawn(self, count: int) -> 'Source':
         """At most `count`, drawn the same every time: the first files would be of one class."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check

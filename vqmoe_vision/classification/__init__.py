@@ -6,7 +6,6 @@ Importing this package registers everything that `configs/classification` names.
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
 from . import datasets, transforms
-from .classifier import Classifier
-from .evaluation import Accuracy
+from .classifier import Accuracy, Classifier
 
 __all__ = ['Accuracy', 'Classifier', 'datasets', 'transforms']

@@ -1,33 +1,41 @@
-"""A classifier around any timm model."""
+"""A classifier around any timm model, its accuracy, and images for a survey of its routing.
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+Legend: B images, N tokens, D embed_dim, C classes.
+"""
+
+import math
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import InfiniteSampler
+from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, METRICS, MODELS
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vqmoe_vision.analysis.source import Source
-from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
-from vqmoe_vision.engine.trained import start_model
+from vqmoe_vision.analysis.source import Sample, Source, image_files
+from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries, start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
-from .datasets import ImageClassification
-from .source import source
-from .stream_loss import check_stream_loss, watch_stream
-from .transforms import normalization_of, preprocessing_of
+from .datasets import ImageClassification, load_image
+from .transforms import normalization_of, normalized_as, preprocessing_of
+
+_TRANSFORM = 'test_dataloader.dataset.transform'
 
 
 @MODELS.register_module()
@@ -51,7 +59,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             features of the image; None where the model starts from one.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         stream_loss: `weight` of the mean square of the residual stream as one more loss, and the
-            `blocks` before whose MLPs it is taken, as `check_stream_loss`; None for no such loss.
+            `blocks` before whose MLPs it is taken (arXiv:1708.01009); None for no such loss.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
         **model_kwargs: Keyword arguments as `create_model`; `upcycling` is refused by a training
@@ -66,37 +74,34 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self,
         model_name: str,
         num_classes: int,
-        mixup: dict[str, Any] | None = None,
+        mixup: dict | None = None,
         label_smoothing: float = 0.0,
         data_preprocessor: dict | nn.Module | None = None,
         checkpoint: str | None = None,
         features: str | None = None,
         grad_checkpointing: bool = False,
-        stream_loss: dict[str, Any] | None = None,
-        moe: dict[str, Any] | None = None,
+        stream_loss: dict | None = None,
+        moe: dict | None = None,
         extra_mlps: int = 0,
         **model_kwargs: Any,
     ) -> None:
-        if data_preprocessor is None:
-            data_preprocessor = dict(type='BaseDataPreprocessor', non_blocking=True)
-        super().__init__(data_preprocessor=data_preprocessor)
+        super().__init__(
+            data_preprocessor=data_preprocessor
+            or dict(type='BaseDataPreprocessor', non_blocking=True)
+        )
         self.num_classes = num_classes
         check_type('label_smoothing', float, label_smoothing)
         check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
         arguments = {'num_classes': num_classes, **model_kwargs}
         self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
-        if grad_checkpointing:
-            self.model.set_grad_checkpointing()
+        self.model.set_grad_checkpointing(grad_checkpointing)
         self.stream_loss = stream_loss or {'weight': 0.0, 'blocks': []}
         if stream_loss is not None:
-            allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
-            check(not grad_checkpointing, 'model.stream_loss', stream_loss, allowed)
-            check_stream_loss(self.model, stream_loss)
+            _check_stream_loss(self.model, stream_loss, grad_checkpointing)
         self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, Transformer)
         check(fits, 'checkpoint', checkpoint, 'None beside what is no VisionTransformer or Eva')
-        self.checkpoint, self.features = checkpoint, features
-        self.mixup = None
+        self.checkpoint, self.features, self.mixup = checkpoint, features, None
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         if mixup is not None:
             self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup)
@@ -115,15 +120,14 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """The timm model."""
         return self.model
 
-    def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
+    def normalize_inputs(self, datasets: Mapping) -> None:
         """As `MoeTrainingMixin`: the transforms of the data sets normalise their images."""
         owner = 'the weights'
         for field, dataset in datasets.items():
             if not isinstance(dataset, ImageClassification):
                 print_log(f'{field}: its class normalises images as it likes', 'current')
                 continue
-            known = self.known_normalization
-            if known is not None:
+            if (known := self.known_normalization) is not None:
                 dataset.normalize_as(known, f'{field}.transform', owner)
             fed = normalization_of(dataset.transform)
             told = known is None or (field.startswith('train') and fed and fed.differing(known))
@@ -133,65 +137,55 @@ class Classifier(MoeTrainingMixin, BaseModel):
 
     def check_batches(self, loader: DataLoader) -> None:
         """As `MoeTrainingMixin`: mixup wants pairs of images."""
-        size = loader.batch_size
-        if self.mixup is None or size is None:
-            return
-        check(size % 2 == 0, 'train_dataloader.batch_size', size, 'even: model.mixup mixes pairs')
-        whole = loader.drop_last or isinstance(loader.sampler, InfiniteSampler)
-        check(whole, 'train_dataloader.drop_last', loader.drop_last, 'True beside model.mixup')
+        if self.mixup is not None and (size := loader.batch_size) is not None:
+            check(size % 2 == 0, 'train_dataloader.batch_size', size, 'even beside model.mixup')
+            whole = loader.drop_last or isinstance(loader.sampler, InfiniteSampler)
+            check(whole, 'train_dataloader.drop_last', loader.drop_last, 'True beside model.mixup')
 
-    def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
+    def test_preprocessing(self, dataset: ConfigDict) -> dict:
         """As `MoeTrainingMixin`: what the transform of the data set does."""
-        return preprocessing_of(dataset.get('transform') or {}, 'test_dataloader.dataset.transform')
+        return preprocessing_of(dataset.get('transform') or {}, _TRANSFORM)
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
         """As `MoeTrainingMixin`: the timm model."""
-        check(
-            size is None, 'size', size, "left out: a classifier's images have the size of its model"
-        )
+        check(size is None, 'size', size, 'left out: images have the size of the model')
         found = Exportable.of(self.model)
         # classes of the name are of its own weights; timm's default mean is nobody's decision
-        others = {'classes'} if self.known_normalization is not None else {'classes', 'mean', 'std'}
-        about = {name: found.about[name] for name in found.about.keys() - others}
-        return replace(found, about=about)
+        others = {'classes', *([] if self.known_normalization else ['mean', 'std'])}
+        return replace(found, about={k: v for k, v in found.about.items() if k not in others})
 
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
-        """Images for a survey of the routing.
+        """Images of tests, or those of a folder without labels, for a survey of the routing."""
+        transform: Any = normalized_as(dataset.transform, self.known_normalization, _TRANSFORM)
+        found = normalization_of(transform)
+        check(found is not None, _TRANSFORM, dataset.transform, 'one that ends in a Normalize')
+        assert found is not None
+        if folder is not None:
+            return Source.of(
+                image_files(folder), lambda f: Sample(transform(load_image(str(f))), None), found
+            )
+        built = DATASETS.build(dataset)
+        built.transform, classes = transform, list(built.metainfo['classes'])
+        return Source.of(built, lambda x: Sample(x[0], torch.tensor(x[1])), found, classes)
 
-        Args:
-            dataset: Config of the data set of its tests.
-            folder: Images without labels in its place.
-        """
-        return source(dataset, self.known_normalization, folder)
-
-    def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor | None = None, mode: str = 'tensor'
-    ) -> Any:
-        """Logits, or what training needs.
-
-        Args:
-            inputs: (B, 3, H, W) normalised images.
-            targets: (B,) class indices; only mode 'loss' looks at them.
-            mode: 'tensor' and 'predict' give logits (B, C), 'loss' a dictionary of losses.
-        """
-        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, "'tensor', 'predict' or 'loss'")
+    def forward(self, inputs: torch.Tensor, targets: Any = None, mode: str = 'tensor') -> Any:
+        """Logits (B, C) of normalised (B, 3, H, W); in mode 'loss' losses, with targets (B,)."""
         if mode == 'loss':
-            assert targets is not None
             return self.loss(inputs, targets)
         with self.collect() if mode == 'predict' else nullcontext():
             return self.model(inputs)
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Auxiliary losses, the task's, that of the stream, and the accuracy, only logged.
-
-        Args:
-            inputs: (B, 3, H, W) normalised images.
-            targets: (B,) class indices.
-        """
+        """Auxiliary losses, the task's, that of the stream, and the accuracy, only logged."""
         if self.mixup is not None:
             inputs, targets = self.mixup(inputs, targets)
-        watched = watch_stream(self.model, self.stream_loss['blocks'])
-        with self.collect() as collected, watched as stream:
+        stream: list[torch.Tensor] = []  # of inputs (B, N, D), which may be bfloat16
+        with self.collect() as collected, ExitStack() as watched:
+            for block in self.stream_loss['blocks']:
+                keep = self.model.blocks[block].norm2.register_forward_pre_hook(
+                    lambda _, x: stream.append(x[0].float().square().mean())
+                )
+                watched.enter_context(keep)
             logits = self.model(inputs)
             # which may be bfloat16: the loss is not
             losses = {'cross_entropy': self.criterion(logits.float(), targets)}
@@ -202,3 +196,76 @@ class Classifier(MoeTrainingMixin, BaseModel):
         if self.mixup is None:  # a mixed image has no single right answer
             entries['top1'] = (logits.argmax(1) == targets).float().mean() * 100
         return entries
+
+
+def _check_stream_loss(model: Any, options: dict, checkpointing: bool) -> None:
+    field = 'model.stream_loss'
+    allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
+    check(not checkpointing, field, options, allowed)
+    whole = isinstance(options, dict) and options.keys() == {'weight', 'blocks'}
+    check(whole, field, options, 'it takes weight and blocks, both')
+    weight, blocks = options['weight'], options['blocks']
+    check_type(f'{field}.weight', float, weight)
+    check(0 < weight < math.inf, f'{field}.weight', weight, 'above 0 and finite')
+    # other blocks have no such norm, or have it behind the MLP
+    known = isinstance(model, Transformer) and all(
+        isinstance(block, Block | EvaBlock) for block in model.blocks
+    )
+    check(known, field, options, 'left out, the blocks have no norm before the MLP')
+    possible = [*range(len(model.blocks))]
+    listed = isinstance(blocks, list) and {type(i) for i in blocks} == {int}
+    fits = listed and sorted(blocks) == [i for i in possible if i in blocks]
+    check(fits, f'{field}.blocks', blocks, f'a list of some of {possible}')
+
+
+@METRICS.register_module()
+class Accuracy(BaseMetric):
+    """Share of images, in percent, whose class is among the k best logits.
+
+    Where training sees a long tail of classes, also shares of images whose class is the best: as
+    mean over classes, `balanced`, and as means over the classes of each third by how often training
+    sees them, `head`, `medium` and `tail`, see `thirds`.
+
+    Args:
+        topk: The values of k; the result has a key `accuracy/top<k>` for each. Of a k above the
+            number of classes it is 100.
+    """
+
+    default_prefix = 'accuracy'
+    correct = ''  # whether the best class is right: a bit per image, as base64
+
+    def __init__(self, topk: Sequence[int] = (1, 5)) -> None:
+        super().__init__()
+        self.topk = tuple(topk)
+
+    def process(self, data_batch: Any, data_samples: Sequence[torch.Tensor]) -> None:
+        """Takes a batch: images and targets (B,), and logits (C,) of each image."""
+        logits = torch.stack(list(data_samples))
+        ranked = logits.topk(min(max(self.topk), logits.shape[1]), dim=1).indices.cpu()
+        # one entry per image: mmengine cuts off those that pad the last batch of a rank
+        self.results.extend(
+            [target, *(target in best[:k] for k in (1, *self.topk))]
+            for target, best in zip(data_batch[1].tolist(), ranked.tolist(), strict=True)
+        )
+
+    def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
+        """The accuracies, of lists per image: its class, whether it is best, one entry per k."""
+        targets, best, *columns = np.array(results).T
+        self.correct = b64encode(np.packbits(best).tobytes()).decode()
+        found = {
+            f'top{k}': 100 * column.sum().item() / len(results)
+            for k, column in zip(self.topk, columns, strict=True)
+        }
+        if counts := (self.dataset_meta or {}).get('train_counts'):
+            of_class = {int(c): 100 * best[targets == c].mean() for c in np.unique(targets)}
+            for name, classes in {'balanced': range(len(counts)), **thirds(counts)}.items():
+                if tested := [of_class[c] for c in classes if c in of_class]:
+                    found[name] = float(np.mean(tested))
+        return found
+
+
+def thirds(counts: Sequence[int]) -> dict[str, list[int]]:
+    """Classes by how often training sees them: a third is the head, a third the tail."""
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    third, middle = round(len(order) / 3), len(order) - round(len(order) / 3)
+    return {'head': order[:third], 'medium': order[third:middle], 'tail': order[middle:]}

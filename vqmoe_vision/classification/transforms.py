@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from vqmoe_vision.engine.trained import must_change
+from vqmoe_vision.engine.model import must_change
 from vqmoe_vision.models.normalization import Normalization, stated_normalization
 from vqmoe_vision.moe.config import check
 
@@ -27,8 +27,6 @@ _SAID = frozenset(
     }
 )  # fmt: skip
 _PER_CHANNEL = 'a number from 0 to 1, or one for each of 3 channels, or from_scratch with them'
-# Of the transforms below, which normalise with `mean` and `std` if these are given.
-_FOLLOW = ('timm', 'crop_flip')
 
 
 @TRANSFORMS.register_module(name='timm')
@@ -46,8 +44,8 @@ def timm_transform(
     Raises:
         ValueError: There is no such corruption, or no images can be normalised so.
     """
-    numbers = _numbers(from_scratch, kwargs.pop('mean', None), kwargs.pop('std', None))
-    transform = create_transform(**{**kwargs, **numbers})
+    kwargs |= _numbers(from_scratch, kwargs.pop('mean', None), kwargs.pop('std', None))
+    transform = create_transform(**kwargs)
     if shift is None:
         return transform
     # numba and scikit-image come with it: only those who ask for it wait for them
@@ -83,20 +81,21 @@ def crop_flip(
     """
     numbers = _numbers(from_scratch, mean, std)
     check(bool(numbers), 'transform.mean', None, _PER_CHANNEL)
-    steps = [
-        transforms.Resize(input_size),
-        transforms.RandomCrop(input_size, padding),
-        transforms.RandomHorizontalFlip(hflip),
-        NormalizedTensor(**numbers),
-    ]
-    return transforms.Compose(steps)
+    return transforms.Compose(
+        [
+            transforms.Resize(input_size),
+            transforms.RandomCrop(input_size, padding),
+            transforms.RandomHorizontalFlip(hflip),
+            NormalizedTensor(**numbers),
+        ]
+    )
 
 
 def _numbers(
     from_scratch: dict[str, Numbers] | None, mean: Numbers | None, std: Numbers | None
 ) -> dict[str, Numbers]:
     """What a transform normalises with at first; empty where nobody says it."""
-    own: dict[str, Any] = {'mean': mean, 'std': std}
+    own: dict = {'mean': mean, 'std': std}
     for field, pair in (('transform', own), ('transform.from_scratch', from_scratch or {})):
         stated = {name: value for name, value in pair.items() if value is not None}
         for name, value in stated.items():
@@ -139,25 +138,26 @@ def normalized_as(
     found = normalization_of(transform)
     if weights is None or found is None:
         return transform
-    follows = config.get('type') in _FOLLOW
+    # of the transforms above, which normalise with `mean` and `std` if these are given
+    follows = config.get('type') in ('timm', 'crop_flip')
     free = {k: v for k, v in vars(weights).items() if follows and config.get(k) is None}
-    stated = [name for name in vars(weights) if name not in free]
-    changes = must_change(found, weights, stated, field, owner=owner)
+    changes = must_change(found, weights, vars(weights).keys() - free, field, owner=owner)
     return TRANSFORMS.build({**config, **free}) if changes else transform
 
 
-def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+def preprocessing_of(config: Mapping, field: str) -> dict:
     """What the transform of a test does beside normalising, as timm's `pretrained_cfg` says it."""
     check(config.get('type') == 'timm', f'{field}.type', config.get('type'), "'timm'")
     given = {name: value for name, value in config.items() if value is not None}
-    for name in given:
-        check(name in _SAID, f'{field}.{name}', given[name], f'left out, or of {sorted(_SAID)}')
+    for name, value in given.items():
+        check(name in _SAID, f'{field}.{name}', value, f'left out, or of {sorted(_SAID)}')
     check(not given.get('is_training'), f'{field}.is_training', True, 'False in a test')
-    defaults = inspect.signature(create_transform).parameters
-    size = given.get('input_size', defaults['input_size'].default)
+    defaults = {k: p.default for k, p in inspect.signature(create_transform).parameters.items()}
+    said = {**defaults, 'crop_mode': 'center', **given}
+    size = said['input_size']
     return {
         'input_size': (3, *to_2tuple(size if isinstance(size, int) else tuple(size)[-2:])),
-        'crop_pct': given.get('crop_pct') or DEFAULT_CROP_PCT,
-        'crop_mode': given.get('crop_mode', 'center'),
-        'interpolation': given.get('interpolation', defaults['interpolation'].default),
+        'crop_pct': said['crop_pct'] or DEFAULT_CROP_PCT,
+        'crop_mode': said['crop_mode'],
+        'interpolation': said['interpolation'],
     }

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vqmoe_vision.engine.cli import load_config, make_folder
-from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.cli import load_config, make_folder, run
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 

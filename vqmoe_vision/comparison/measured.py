@@ -24,7 +24,7 @@ from vqmoe_vision.analysis.source import images_of, source_of
 from vqmoe_vision.analysis.survey import survey
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import candidates, last_checkpoint
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check

@@ -17,8 +17,7 @@ from mmengine.config import Config
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config import find_config, flat, merge_options, parse_options
 from vqmoe_vision.models.create import STARTS, create_model, options_in_full
-from vqmoe_vision.models.hosts import method_of
-from vqmoe_vision.models.layers import MOE_LAYERS, resolve_moe_layers
+from vqmoe_vision.models.layers import MOE_LAYERS, method_of, resolve_moe_layers
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import check

@@ -22,10 +22,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.command import as_typed, one_line
+from vqmoe_vision.engine.cli import as_typed, load_config, one_line
 from vqmoe_vision.engine.config import flat, parse_options
-from vqmoe_vision.engine.trained import without_sources
+from vqmoe_vision.engine.model import without_sources
 from vqmoe_vision.moe.config import check
 
 from .spec import SOURCE, Comparison, recipe_of

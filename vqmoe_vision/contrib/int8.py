@@ -19,11 +19,11 @@ from ..models.export import (
     Exportable,
     export_onnx,
     for_inference,
+    quiet,
     save_program,
     target_of,
     write_whole,
 )
-from ..models.quiet import quiet
 from ..moe.collect import moe_layers
 from ..moe.config import check
 from ..moe.experts import StackedLinear

@@ -37,11 +37,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..models.compat import Network, StateDict, misfit, part_of
-from ..models.fitting import transfer
+from ..models.fitting import Report, Size, transfer
 from ..models.normalization import Normalization
-from ..models.report import Report, Size
 from ..models.weights import network_of
-from ..moe.codebooks.codebook import nearest_code
+from ..moe.codebooks import nearest_code
 from ..moe.codebooks.usage import kmeans
 from ..moe.config import MoeConfig, check, option
 from ..moe.layer import warn_once
@@ -258,7 +257,7 @@ class Clusters(ImageReader):
         from mmengine.logging import print_log
 
         from ..engine.checkpoint import read_state
-        from ..engine.trained import in_words, read_normalization
+        from ..engine.model import in_words, read_normalization
 
         self.lacks_weights = features is None and not started
         if features is None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..models.compat import StateDict, misfit, refuse_values, shorten
 from ..models.create import create_model
+from ..models.export import preprocessing_of, save
 from ..models.fitting import replaced
-from ..models.saved import preprocessing_of, save
 from ..models.vit_moe import SIZES
 from ..moe.config import check
 
@@ -258,7 +258,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     """Writes a V-MoE of JAX as a folder that timm reads."""
-    from ..engine.command import run
+    from ..engine.cli import run
     from ..engine.config import add_config_options
 
     text = 'Write a released V-MoE of github.com/google-research/vmoe as a folder that timm reads.'
@@ -282,9 +282,10 @@ def _convert(args: argparse.Namespace) -> None:
     with written_whole(target) as folder:
         arguments = save(model, folder, preprocessing_of(config))
     blocks = ', '.join(map(str, arguments['moe_layers']))
+    size = 'x'.join(map(str, model.patch_embed.img_size))
     print(
         f'wrote {target}: {config["architecture"]} with {method.num_experts} experts in blocks '
-        f'{blocks}, images of {arguments["img_size"]} pixels, {model.num_classes} classes; '
+        f'{blocks}, images of {size} pixels, {model.num_classes} classes; '
         f'in no file, and so as given or by default: top_k={method.top_k}, '
         f'eval_capacity_factor={method.eval_capacity_factor}'
     )

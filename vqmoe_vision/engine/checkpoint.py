@@ -13,7 +13,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,21 +27,19 @@ from timm.models import load_state_dict
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
 from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
 
-from vqmoe_vision.models.compat import StateDict, is_out_of_memory, refuse_without_values
+from vqmoe_vision.models.compat import StateDict, refuse_without_values
 from vqmoe_vision.models.fitting import transfer
-from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.models.moe_vit import SparseModel
 from vqmoe_vision.models.normalization import KEY, Normalization
 from vqmoe_vision.models.upcycle import read_upcycling
 from vqmoe_vision.models.weights import (
     IN_PARTS,
     beside_weights,
-    check_file,
     describe,
     lacks_tensors,
     network_of,
-    source_of,
-    unreadable,
+    reading,
     weights_in,
 )
 
@@ -77,63 +74,13 @@ class _Log(HistoryBuffer):
 torch.serialization.add_safe_globals(beside_weights(_Log))
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a checkpoint says of its folder: its name, and sizes and checksums of its files."""
-
-    folder: str
-    files: dict[str, tuple[int, int]]
-
-    @classmethod
-    def of(cls, content: Any) -> 'Parts | None':
-        """What a checkpoint says; None where it is in one piece."""
-        if not isinstance(content, dict) or PARTS not in content:
-            return None
-        folder, files = content[PARTS]['folder'], content[PARTS]['files']
-        _require(all([_FOLDER.fullmatch(folder), *map(_FILE.fullmatch, files)]))
-        return cls(folder, {name: (int(size), int(crc)) for name, (size, crc) in files.items()})
-
-    def check(self, file: str) -> None:
-        """Compares sizes and checksums of the files in the folder."""
-        for name, expected in self.files.items():
-            part = Path(file).parent / self.folder / name
-            try:
-                found = checksum(part)
-            except OSError as error:
-                raise ValueError(
-                    f'checkpoint {file!r} is in parts, and {str(part)!r} cannot be read: '
-                    f'{error.strerror}'
-                ) from error
-            if found != expected:
-                raise ValueError(
-                    f'checkpoint {file!r} is damaged: {str(part)!r} does not match its checksum'
-                )
-
-    def put_together(self, file: str, content: dict, under: str, device: Any) -> dict:
-        """Puts whole tensors into the checkpoint, of all that is under a key, or of all."""
-        folder = Path(file).parent / self.folder
-        _require({path.name for path in folder.glob('*.safetensors')} == self.files.keys())
-        reader = HuggingFaceStorageReader(str(folder))
-        metadata = reader.read_metadata()
-        tensors: dict[str, Any] = {}
-        for path, value in tree_flatten_with_path(content)[0]:
-            if not _is_word(value) or not (name := dotted(path)).startswith(under):
-                continue
-            tensor: Any = metadata.state_dict_metadata[name]
-            _require(sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel())
-            tensors[name] = torch.zeros(tensor.size, dtype=tensor.properties.dtype)
-        # as torch's `load`, which warns where a process has no group
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(tensors, metadata, is_coordinator=True)
-        reader.read_data(planner.create_local_plan(), planner).wait()
-        del content[PARTS]
-
-        def put(path: Any, value: Any) -> Any:
-            found = _is_word(value) and dotted(path) in tensors
-            return tensors.pop(dotted(path)).to(device) if found else value
-
-        return tree_map_with_path(put, content)
+def parts_of(content: Any) -> tuple[str, dict[str, list[int]]]:
+    """The folder of a checkpoint, with size and checksum of each file in it; '' if in one piece."""
+    if not isinstance(content, dict) or PARTS not in content:
+        return '', {}
+    folder, files = content[PARTS]['folder'], content[PARTS]['files']
+    _require(all([_FOLDER.fullmatch(folder), *map(_FILE.fullmatch, files)]))
+    return folder, files
 
 
 def dotted(path: Any) -> str:
@@ -141,13 +88,9 @@ def dotted(path: Any) -> str:
     return '.'.join(str(getattr(step, 'key', getattr(step, 'idx', ''))) for step in path)
 
 
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and value == IN_PARTS
-
-
 def _require(true: bool) -> None:
     if not true:
-        raise ValueError('not what a save in parts writes')
+        raise UnpicklingError('not what a save in parts writes')
 
 
 def checksum(path: Path) -> tuple[int, int]:
@@ -199,16 +142,11 @@ def start_from(model: Transformer, path: str) -> None:
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report
-    _log(report.lines(), path)
+    log_notes(report.lines(), path)
 
 
-def log_weights(model: Any, arguments: dict[str, Any]) -> None:
-    """Logs what became of the weights that a model was built with, if there are some."""
-    if (report := getattr(model, 'weights_report', None)) is not None:
-        _log(report.lines(), arguments.get('checkpoint_path') or source_of(model.pretrained_cfg))
-
-
-def _log(notes: Sequence[str], source: str) -> None:
+def log_notes(notes: Sequence[str], source: str) -> None:
+    """Logs what became of weights."""
     for note in notes:
         print_log(f'{source}: {note}', logger='current')
 
@@ -220,7 +158,9 @@ def read_state(path: str) -> StateDict:
         state = load_state_dict(file, weights_only=True)
     refuse_without_values(state, file)
     if lacks_tensors(state):
-        return _in_one_piece(_load(file), file, 'state_dict.')['state_dict']
+        content = _load(file)
+        kept = {name: content[name] for name in ('state_dict', PARTS) if name in content}
+        return _in_one_piece(kept or content, file)['state_dict']
     return state
 
 
@@ -243,51 +183,59 @@ def _load(file: str, verify: bool = True) -> Any:
         return torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-def _checked_parts(content: Any, file: str) -> Parts | None:
+def _checked_parts(content: Any, file: str) -> tuple[Path, dict[str, list[int]]]:
     with _reading(file, verify=False):
-        parts = Parts.of(content)
-    if parts is not None:
-        parts.check(file)
-    return parts
+        folder, files = parts_of(content)
+    place = Path(file).parent / folder
+    for name, stated in files.items():
+        try:
+            found = [*checksum(place / name)]
+        except OSError:
+            found = []
+        if found != stated:
+            raise ValueError(
+                f'checkpoint {file!r} is damaged: {str(place / name)!r} is not there, or does not '
+                'match its checksum'
+            )
+    return place, files
 
 
-def _in_one_piece(content: Any, file: str, under: str = '', device: Any = None) -> Any:
-    parts = _checked_parts(content, file)
-    if parts is not None:
-        with _reading(file, verify=False):
-            content = parts.put_together(file, content, under, device)
-    _check_tensors(content, file, device)
-    return content
-
-
-def _check_tensors(content: Any, file: str, device: Any) -> None:
-    """Refuses weights without values, or taken out of a checkpoint in parts without its parts."""
+def _in_one_piece(content: Any, file: str) -> Any:
+    place, files = _checked_parts(content, file)
+    with _reading(file, verify=False):
+        if files:
+            _require({path.name for path in place.glob('*.safetensors')} == files.keys())
+            reader = HuggingFaceStorageReader(str(place))
+            metadata = reader.read_metadata()
+            tensors: dict[str, Any] = {}
+            for path, value in tree_flatten_with_path(content)[0]:
+                if isinstance(value, str) and value == IN_PARTS:
+                    part: Any = metadata.state_dict_metadata[dotted(path)]
+                    _require(sum(c.sizes.numel() for c in part.chunks) == part.size.numel())
+                    tensors[dotted(path)] = torch.zeros(part.size, dtype=part.properties.dtype)
+            # as torch's `load`, which warns where a process has no group
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner(tensors, metadata, is_coordinator=True)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+            del content[PARTS]
+            content = tree_map_with_path(lambda p, value: tensors.pop(dotted(p), value), content)
     for state in [content, *content.values()] if isinstance(content, dict) else []:
         if not isinstance(state, dict):
             continue
-        if device is None or torch.device(device).type != 'meta':  # none has any there, by wish
-            refuse_without_values(state, file)
+        refuse_without_values(state, file)
         if lacks_tensors(state):
             raise ValueError(
                 f'checkpoint {file!r} lacks tensors, and does not say which parts they are made '
                 'of: tools/publish.py makes one file of the checkpoint that it was taken from'
             )
+    return content
 
 
 @contextmanager
 def _reading(path: str, verify: bool = True) -> Iterator[None]:
-    """Verifies the checksums of a file before it is read, and names the file where that fails."""
-    if verify:
-        check_file(path)
-    elif not Path(path).is_file():
-        raise ValueError(f'checkpoint {path!r} does not exist')
-    try:
-        with as_data():
-            yield
-    except Exception as error:  # bytes of another format can make an unpickler fail in any way
-        if is_out_of_memory(error):  # the file may well be whole
-            raise
-        raise ValueError(unreadable(path)) from error
+    with as_data(), reading(path, verify):
+        yield
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:
@@ -302,10 +250,7 @@ def load_from_local(filename: str, map_location: Any) -> Any:
         return {'state_dict': state}
     with _reading(path):
         content = torch.load(path, map_location, weights_only=True)
-    # what else torch takes for it says where a file's devices are, and parts were on the processor
-    device = map_location if isinstance(map_location, str | torch.device) else None
-    content = _in_one_piece(content, path, device=device)
-    return _named_as_expected(_without_configs(content, path))
+    return _named_as_expected(_without_configs(_in_one_piece(content, path), path))
 
 
 def _named_as_expected(content: dict) -> dict:
@@ -338,22 +283,18 @@ def _without_configs(content: Any, path: str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {path!r} is a {type(content).__name__} and no dictionary')
     content = _plain(content)
-    places = [('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg')]
-    for *holders, name in places:
-        holder = content
-        for key in holders:
-            if key not in holder:
-                break
-            holder[key] = _plain(holder[key])
-            holder = holder[key]
-        else:
-            holder.pop(name, None)
+    if 'meta' in content:
+        content['meta'] = _plain(content['meta'], 'config', 'cfg')
+    if 'message_hub' in content:
+        hub = content['message_hub'] = _plain(content['message_hub'])
+        if 'runtime_info' in hub:
+            hub['runtime_info'] = _plain(hub['runtime_info'], 'cfg')
     return content
 
 
-def _plain(value: Any) -> dict:
+def _plain(value: Any, *others: str) -> dict:
     """A dictionary without methods of its own, which a file can give it; {} of a numpy record."""
-    return {key: value[key] for key in value} if isinstance(value, dict) else {}
+    return {k: value[k] for k in value if k not in others} if isinstance(value, dict) else {}
 
 
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):

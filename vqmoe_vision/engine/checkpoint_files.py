@@ -4,9 +4,9 @@ import fcntl
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import inf, isfinite, nextafter
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,10 +15,10 @@ from mmengine.fileio import LocalBackend, register_backend
 
 from .checkpoint import (
     RUN_FILE,
-    Parts,
     check_content,
     delete_folder,
     owner_of,
+    parts_of,
     read_content,
     run_of,
 )
@@ -33,14 +33,6 @@ _NEEDED = ('meta', 'state_dict', 'message_hub')
 
 class SaveError(OSError):
     """A file could not be written; what was there before is as it was."""
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a write failed, in words."""
-    said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
-    # what torch's writer says in the place of the system's word
-    cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
-    return 'the write was cut off, as by a full disk' if cut_off else said
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -122,14 +114,6 @@ def identify(folder: Path, resumed: bool, stated: Any) -> str:
     return run
 
 
-def _is_own(path: Path, run: str) -> bool:
-    try:
-        content = read_content(str(path), verify=False)
-        return bool(content['message_hub']['runtime_info'][RUN] == run)
-    except Exception:  # what is of others, or damaged, can fail in any way
-        return False
-
-
 def remove_partial(folder: Path, run: str) -> None:
     """Removes what a run that was killed has written in part."""
     for name in ('*.pth', POINTER, RUN_FILE):  # as `write_atomically` calls them
@@ -142,33 +126,35 @@ def remove_partial(folder: Path, run: str) -> None:
     remove_unnamed(folder, run)
 
 
-def remove_unnamed(folder: Path, run: str, of: Collection[str] | None = None) -> None:
+def remove_unnamed(folder: Path, run: str) -> None:
     """Removes a run's folders of parts that no checkpoint beside them names."""
-    found = [path for path in folder.glob('*.sharded') if run_of(path) == run]
-    owners = {path.name: owner for path in found if (owner := owner_of(path.name))}
-    suspects = {name: owner for name, owner in owners.items() if of is None or owner in of}
-    for file in folder.iterdir() if suspects else ():
+    found = {path.name: path for path in folder.glob('*.sharded') if run_of(path) == run}
+    found = {name: path for name, path in found.items() if owner_of(name)}
+    for file in folder.iterdir() if found else ():
         # a checkpoint under whatever name: torch's are zip archives
         if not file.is_file() or (file.suffix != '.pth' and not zipfile.is_zipfile(file)):
             continue
         try:
-            parts = Parts.of(read_content(str(file), verify=False))
+            named, _ = parts_of(read_content(str(file), verify=False))
         except Exception:  # of another format, or damaged, and perhaps repaired: its folders stay
-            of_file = file.name if file.suffix == '.pth' else None
-            suspects = {n: o for n, o in suspects.items() if of_file and o != of_file}
-        else:
-            suspects.pop(parts.folder if parts is not None else '', None)
-    for name in suspects:
-        delete_folder(folder / name)
+            return
+        found.pop(named, None)
+    for path in found.values():
+        delete_folder(path)
 
 
 def delete(folder: Path, names: Iterable[str], run: str) -> None:
     """Deletes checkpoints of a run in its work dir, and nothing else whatever the names say."""
     paths = [folder / Path(name).name for name in names]
     for path in paths:
-        if path.suffix == '.pth' and _is_own(path, run):
+        own = False
+        if path.suffix == '.pth':
+            with suppress(Exception):  # what is of others, or damaged, can fail in any way
+                content = read_content(str(path), verify=False)
+                own = content['message_hub']['runtime_info'][RUN] == run
+        if own:
             path.unlink()
-    remove_unnamed(folder, run, {path.name for path in paths})
+    remove_unnamed(folder, run)
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -223,13 +209,13 @@ def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[st
             wrong.append(str(error))
             continue
         parts = content if isinstance(content, dict) else {}
-        if not all(isinstance(parts.get(name), dict) for name in _NEEDED):
-            wrong.append(f'{str(path)!r} is no checkpoint of a run, which has {list(_NEEDED)}')
-        elif not all(type(parts['meta'].get(name)) is int for name in ('epoch', 'iter')):
-            wrong.append(f'{str(path)!r} does not say which epoch and iteration it is of')
+        whole = all(isinstance(parts.get(name), dict) for name in _NEEDED)
+        meta = parts['meta'] if whole else {}
+        if not all(type(meta.get(name)) is int for name in ('epoch', 'iter')):
+            needed = f'{list(_NEEDED)}, the epoch and the iteration'
+            wrong.append(f'{str(path)!r} is no checkpoint of a run, which has {needed}')
         else:  # its file knows better than the folder of a copy when it was written
-            saved_at = parts['meta'].get('saved_at', path.stat().st_mtime)
-            # of the largest number no later one would be newer
-            is_time = isinstance(saved_at, float) and isfinite(nextafter(saved_at, inf))
-            found.append(((saved_at if is_time else 0.0, parts['meta']['iter']), path))
+            saved_at = meta.get('saved_at', path.stat().st_mtime)
+            is_time = isinstance(saved_at, float)
+            found.append(((saved_at if is_time else 0.0, meta['iter']), path))
     return found, wrong

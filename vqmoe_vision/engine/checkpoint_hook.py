@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
+from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -77,16 +77,15 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, interval: int = -1, **options: Any) -> None:
         # mmengine keeps what it does not know for the call that saves, which fails on it
-        known = inspect.signature(CheckpointHook).parameters
         others = {'out_dir', 'backend_args', 'file_client_args'}
+        known = inspect.signature(CheckpointHook).parameters.keys() - others
         for name, value in options.items():
             allowed = 'left out: not known, or checkpoints would not be files in --work-dir'
-            valid = name in known and (name not in others or value is None)
-            check(valid, f'default_hooks.checkpoint.{name}', value, allowed)
+            check(name in known, f'default_hooks.checkpoint.{name}', value, allowed)
         template = options.get('filename_tmpl') or '{}.pth'
-        named = isinstance(template, str) and re.fullmatch(_TEMPLATE, template)
         allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
-        check(bool(named), 'filename_tmpl', template, allowed)
+        named = re.fullmatch(_TEMPLATE, str(template))
+        check(named is not None, 'filename_tmpl', template, allowed)
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
         self._saved_iter, self._saved_at = -1, 0.0
@@ -101,46 +100,38 @@ class AtomicCheckpointHook(CheckpointHook):
             runner._load_from = str(newest_checkpoint(folder, runner.logger.warning))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Goes on with what waited for more batches."""
+        """Goes on with what waited for more batches, and with files wherever they are today."""
         self._resumed_from = Path(str(runner._load_from)).name
-        if runner._resume:
-            restore_accumulated(runner, checkpoint)
+        if not runner._resume:
+            return
+        restore_accumulated(runner, checkpoint)
+        info = checkpoint['message_hub']['runtime_info']
+        for key in filter(_names_file, info):
+            info[key] = str(Path(runner.work_dir, Path(str(info[key])).name))
 
     def before_train(self, runner: Runner) -> None:
-        """Finds the files that a checkpoint names in the work dir, wherever that is today."""
+        """Removes what a kill has left, and makes up for a validation that was cut off."""
         hub, folder = runner.message_hub, Path(runner.work_dir)
         if is_main_process():
             self._run = identify(folder, runner._resume, hub.get_info(RUN))
             hub.update_info(RUN, self._run)
+            remove_partial(folder, self._run)
         super().before_train(runner)
         self._outdated = self.file_backend.outdated  # where mmengine's hook adds to them
         names = hub.get_info(_OUTDATED, [])
         self._outdated += [str(name) for name in names] if isinstance(names, list) else []
-        paths, keys = self._best()
-        for key in keys:
-            name = Path(str(paths.get(key))).name
-            known = name.startswith(BEST) and (folder / name).is_file()
-            paths[key] = str(folder / name) if known else None
-        # mmengine writes the last one again after a new best, if this process has written it
-        last = folder / Path(str(hub.get_info('last_ckpt'))).name
-        # as the first process sees it: a disk of a network shows a file to some of them later
-        seen = [str(last) if last in candidates(folder) else None]
-        broadcast_object_list(seen)
-        self.last_ckpt = seen[0]
-        if is_main_process():
-            remove_partial(folder, self._run)
+        # mmengine writes the last one again after a new best
+        self.last_ckpt = hub.get_info('last_ckpt')
         self._saved_at = newest_time(folder)
-        self._progress = (runner.epoch, runner.iter)
         spread = runner.cfg.get('parallel') is not None
-        self._signals = StopSignals(lambda: self._save_now(runner), timeout_of(runner.cfg), spread)
+        self._signals = StopSignals(partial(self._save_now, runner), timeout_of(runner.cfg), spread)
         self._training = True
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
                 keep_workers(loop.dataloader)
         if validation_was_cut_off(runner):
-            runner.logger.info(
-                'Validating first: the checkpoint does not say that it was validated'
-            )
+            told = 'Validating first: the checkpoint does not say that it was validated'
+            runner.logger.info(told)
             runner.val_loop.run()
         done, end, limit = progress_of(runner)
         if done >= end:
@@ -148,43 +139,33 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Ends a run that was told to stop between two epochs."""
-        self._progress = (runner.epoch, runner.iter)
-        self._signals.obey()
-        self._signals.at_once = True  # the first batch may take its time
+        self._signals.obey(runner.iter)
+        self._signals.waiting_at = runner.iter  # the first batch may take its time
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+    def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """A run that is told to stop does so after this iteration."""
-        self._signals.at_once = False
+        if self._training:  # a validation alone, of `Runner.val`, saves nothing
+            self._signals.waiting_at = None
+
+    before_val_iter = before_train_iter
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *more: Any, **named: Any) -> None:
         """Saves where that is due, and ends a run that was told to stop."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             runner.message_hub.update_info(SEEN, batch_idx + 1)
         super().after_train_iter(runner, batch_idx, *more, **named)
-        self._progress = (runner.epoch, runner.iter + 1)
-        self._signals.obey()
-        # after the last iteration of an epoch other hooks change what is saved
-        last = batch_idx + 1 == len(runner.train_dataloader) or self.is_last_train_iter(runner)
-        self._signals.at_once = not last
-
-    def before_val(self, runner: Runner) -> None:
-        """Until the first batch hooks change what is saved."""
-        if self._training:  # a validation alone, of `Runner.val`, saves nothing
-            self._signals.at_once = False
+        self._signals.obey(runner.iter + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """A run that is told to stop does not wait for the validation."""
-        if not self._training:
-            return
-        self._progress = (runner.epoch, runner.iter)
-        self._validating = True
-        self._signals.obey()
-        self._signals.at_once = True
+        if self._training:
+            self._validating = True
+            self.before_train_epoch(runner)
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
-        """After the last batch hooks change what is saved."""
-        if self._training and batch_idx + 1 == len(runner.val_dataloader):
-            self._signals.at_once = False
+    def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Ends a run that was told to stop."""
+        if self._training:
+            self._signals.obey(runner.iter)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Saves the best, and ends a run that was told to stop."""
@@ -193,7 +174,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._validating = False
         runner.message_hub.update_info(VALIDATED, runner.iter)
         super().after_val_epoch(runner, metrics)
-        self._signals.obey()
+        self._signals.obey(runner.iter)
 
     def after_train(self, runner: Runner) -> None:
         """Gives the signals back, and deletes what a kill after the last save has left."""
@@ -203,7 +184,7 @@ class AtomicCheckpointHook(CheckpointHook):
         last = Path(self.out_dir) / Path(str(self.last_ckpt)).name
         if is_main_process() and last.is_file():  # a kill may have come before it was named
             write_atomically(last.with_name(POINTER), last.name.encode())
-        self._delete_outdated(last.name)
+        self._delete_outdated(runner, last.name)
         super().after_train(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -213,26 +194,24 @@ class AtomicCheckpointHook(CheckpointHook):
         checkpoint['meta']['saved_at'] = self._saved_at
         keep_accumulated(runner, checkpoint)
         info = checkpoint['message_hub']['runtime_info']
-        for key, value in info.items():
-            if key.startswith(('best_ckpt', 'last_ckpt')):
-                info[key] = Path(str(value)).name
+        for key in filter(_names_file, info):
+            info[key] = Path(str(info[key])).name
 
-    def _save_now(self, runner: Runner) -> int:
+    def _save_now(self, runner: Runner, iteration: int) -> None:
         """Saves a run that is told to stop, whatever the interval."""
-        epoch, iteration = self._progress
         for hook in runner.hooks:
             if self._validating and isinstance(hook, EMAHook):  # validation is with the averages
                 hook._swap_ema_parameters()
         if self._saved_iter != iteration:
-            meta = {'epoch': epoch, 'iter': iteration}
+            meta = {'epoch': runner.epoch, 'iter': iteration}
             if self.by_epoch and runner.message_hub.get_info(SEEN, 0):
                 name = f'iter_{iteration}.pth'
                 self._outdated.append(name)  # once the run that goes on from it has saved
                 self._save(runner, name, meta)
             else:
-                self._save_checkpoint_with_step(runner, epoch if self.by_epoch else iteration, meta)
+                step = runner.epoch if self.by_epoch else iteration
+                self._save_checkpoint_with_step(runner, step, meta)
         runner.visualizer.close()
-        return iteration
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
@@ -255,36 +234,32 @@ class AtomicCheckpointHook(CheckpointHook):
             meta=meta,
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
-            **self.args,
         )
         self._saved_iter = meta['iter']
         if is_main_process():
             write_atomically(folder / POINTER, name.encode())
-        self._delete_outdated(name)
+        self._delete_outdated(runner, name)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         for key in self.key_indicators if self.save_best else ():
             allowed = f'a metric of the validation, which are {", ".join(metrics)}'
             check(key in (*metrics, 'auto'), 'save_best', key, allowed)
         super()._save_best_checkpoint(runner, metrics)
-        self._delete_outdated()  # of the best ones: a run goes on from the others
+        self._delete_outdated(runner)  # of the best ones: a run goes on from the others
 
-    def _best(self) -> tuple[dict[str, str | None], list[str]]:
-        """Where mmengine's hook keeps paths of the best files, and their names there."""
-        if not self.save_best:
-            return {}, []
-        if len(self.key_indicators) == 1:
-            return self.__dict__, ['best_ckpt_path']
-        return self.best_ckpt_path_dict, self.key_indicators
-
-    def _delete_outdated(self, current: str | None = None) -> None:
+    def _delete_outdated(self, runner: Runner, current: str | None = None) -> None:
         """Deletes outdated files, those that a run could go on from only after a newer one."""
         names = [n for n in self._outdated if current is not None or n.startswith(BEST)]
-        paths, keys = self._best()
-        kept = {current, *(Path(str(paths.get(key))).name for key in keys)}
+        info = runner.message_hub.runtime_info
+        kept = {current, *(Path(str(info[k])).name for k in info if k.startswith('best_ckpt'))}
         if is_main_process():
             delete(Path(self.out_dir), [name for name in names if name not in kept], self._run)
         self._outdated[:] = [name for name in self._outdated if name not in names]
+
+
+def _names_file(key: str) -> bool:
+    """Whether a field of mmengine's message hub is the path of a checkpoint."""
+    return key.startswith(('best_ckpt', 'last_ckpt'))
 
 
 _ending: Finalize | None = None
@@ -293,12 +268,13 @@ _ending: Finalize | None = None
 class StopSignals:
     """Lets a training save before a signal ends it; a second signal ends it at once."""
 
-    def __init__(self, save: Callable[[], int], timeout: float, all_save: bool) -> None:
+    def __init__(self, save: Callable[[int], None], timeout: float, all_save: bool) -> None:
         self._save, self._all_save = save, all_save
         self._received: int | None = None
         self._process = os.getpid()
         self._former: dict[int, Any] = {}
-        self.at_once = False
+        # the iteration before which nothing happens but that a data loader is waited for
+        self.waiting_at: int | None = None
         # of several processes any may be told; gloo, as what is agreed on must not wait for a GPU
         self._group = None
         if get_world_size() > 1:
@@ -319,7 +295,7 @@ class StopSignals:
         for number, former in self._former.items():
             signal.signal(number, former)
 
-    def obey(self) -> None:
+    def obey(self, iteration: int) -> None:
         """Saves and ends the process if a signal has come to any of the run."""
         number = self._received or 0
         if self._group is not None:
@@ -329,20 +305,20 @@ class StopSignals:
         if not number:
             return
         if self._all_save or get_rank() == 0:
-            self._save_and_say(number)
+            self._save_and_say(number, iteration)
         if self._group is not None:  # torchrun ends all processes as soon as one has ended
             dist.barrier(self._group)
         end_by(number)
 
-    def _save_and_say(self, number: int) -> None:
-        saved = self._save()
+    def _save_and_say(self, number: int, iteration: int) -> None:
+        self._save(iteration)
         if get_rank() == 0:
             again = [] if '--resume' in sys.orig_argv else ['--resume']
             # one of several processes does not know how it was launched
             alone = self._group is None
             how = join([*sys.orig_argv, *again]) if alone else 'the same command, --resume'
             name = signal.Signals(number).name
-            print(f'{name}: saved iteration {saved}; go on with: {how}', file=sys.stderr)
+            print(f'{name}: saved iteration {iteration}; go on with: {how}', file=sys.stderr)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
@@ -360,8 +336,8 @@ class StopSignals:
         # Workers may have got the same signal. PyTorch raises an error in the middle of an
         # iteration when it is told that one has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if self.at_once and get_rank() == 0 and not self._all_save:
-            self._save_and_say(number)
+        if self.waiting_at is not None and get_rank() == 0 and not self._all_save:
+            self._save_and_say(number, self.waiting_at)
             end_by(number)
 
 

@@ -1,26 +1,36 @@
-"""What `tools/train.py` and `tools/test.py` do, for every task."""
+"""What `tools/train.py` and `tools/test.py` do, how every tool runs, and what a terminal shows."""
 
 import argparse
+import logging
+import os
+import re
+import select
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vqmoe_vision.moe.config import check
 
-from .checkpoint_files import in_use, newest_before, newest_checkpoint
-from .command import CHOICES, follow, quiet, run
+from .checkpoint_files import SaveError, in_use, newest_before, newest_checkpoint
+from .checkpoint_hook import end_by
 from .config import (
     add_config_options,
-    bases_by_name,
+    base_path,
     check_fields,
     expand,
     find_config,
@@ -29,21 +39,22 @@ from .config import (
     take_ours,
 )
 from .hooks import check_hooks, check_training_data
-from .model import unwrapped
+from .model import unwrapped, without_sources
 from .optim import use_amp
 from .processes import (
     LAUNCHERS,
+    LostError,
+    RankError,
     check_batch,
     check_configs,
     check_datasets,
     join,
     together,
-    with_wrapper,
 )
-from .record import passed_on, write_numbers
+from .record import write_numbers
 from .seeding import check_batches
-from .sharded import check_parallel, spread
-from .trained import without_sources
+from .sharded import ShardingHook, check_parallel
+from .step_values import NonFiniteError
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -78,8 +89,12 @@ def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
     """Reads a config file and merges the options of the command line into it."""
-    with bases_by_name():
+    theirs = Config._get_cfg_path
+    Config._get_cfg_path = staticmethod(base_path)
+    try:
         config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
+    finally:
+        Config._get_cfg_path = staticmethod(theirs)
     merge_options(config, options or {})
     expand(config)
     return config
@@ -110,11 +125,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     add_config_options(parser)
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
-    # torchrun sets the variable; torch.distributed.launch passes the option
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    parser.add_argument(
-        '--log', choices=CHOICES, help='a bar, as on a terminal, or all lines of the log'
-    )
+    parser.add_argument('--log', choices=('bar', 'plain'), help='log with a bar, or without one')
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
@@ -129,28 +140,25 @@ def _train(args: argparse.Namespace) -> None:
         check_configs(config)
         check_batch(config, args.cfg_options)
         check_parallel(config)
-        asked = deepcopy(config)
         if get_rank() == 0:
             make_folder(Path(config.work_dir))
             alone.enter_context(in_use(Path(config.work_dir)))
         of_first = [_latest(args, Path(config.work_dir)) if get_rank() == 0 else None]
         broadcast_object_list(of_first)
-        if (latest := of_first[0]) is not None:
-            config.load_from, config.resume = latest, True
+        latest = of_first[0]
         runner = _runner_of(config, loads=latest is not None)
-        follow(runner, args.log, told)
-        if latest is not None:  # what it went on from is no part of what the run is
-            for name in ('load_from', 'resume'):
-                runner.cfg.pop(name)
-                runner.cfg.update({name: asked[name]} if name in asked else {})
-            runner.dump_config()
+        if latest is not None:  # which is no part of the config: that says what the run is
+            runner._load_from, runner._resume = latest, True
+        if told:
+            runner.logger.info(told)
         check_datasets(runner, ('train', 'val'))
-        if isinstance(runner, Runner):
-            spread(runner)
-            check_hooks(runner)
-            check_batches(runner)
-            check_training_data(runner)
-        runner.train()
+        if (options := config.get('parallel')) is not None:
+            runner.register_hook(ShardingHook(**options))
+        check_hooks(runner)
+        check_batches(runner)
+        check_training_data(runner)
+        with shown(runner, args.log):
+            runner.train()
 
 
 def _latest(args: argparse.Namespace, folder: Path) -> str | None:
@@ -158,13 +166,12 @@ def _latest(args: argparse.Namespace, folder: Path) -> str | None:
     if args.resume:
         return str(newest_checkpoint(folder, say))
     # whatever torchrun has started again goes on from its own
-    if (before := newest_before(folder)) is None:
-        return None
-    try:
-        return str(newest_checkpoint(folder, say, before))
-    except FileNotFoundError:
-        say('begins anew: nothing that this run has saved reads completely')
-        return None
+    if (before := newest_before(folder)) is not None:
+        try:
+            return str(newest_checkpoint(folder, say, before))
+        except FileNotFoundError:
+            say('begins anew: nothing that this run has saved reads completely')
+    return None
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -173,14 +180,12 @@ def _test(args: argparse.Namespace) -> None:
         if args.tta:
             augment_test(config)
         told = take_ours(config)
-        if not Path(args.checkpoint).exists():
-            raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
         join(args.launcher, config)
         check_configs(config)
         writes = args.out is not None and get_rank() == 0
         if writes:  # before the work
             check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
-            if not passed_on(args.out):
+            if not args.out.exists():  # as /dev/stdout does
                 make_folder(args.out.parent)
         config.load_from, config.resume = args.checkpoint, False
         if args.show_dir is not None:
@@ -189,20 +194,19 @@ def _test(args: argparse.Namespace) -> None:
             config.default_hooks.visualization.draw = True
             config.visualizer.save_dir = args.show_dir
         runner = _runner_of(config, loads=True, tests=True)
-        follow(runner, args.log, told)
+        if told:
+            runner.logger.info(told)
         check_datasets(runner, ('test',))
-        metrics = runner.test()
+        with shown(runner, args.log):
+            metrics = runner.test()
         if writes:
             write_numbers(args.out, metrics, unwrapped(runner))
 
 
 def _configure(args: argparse.Namespace) -> Config:
     config = load_config(args.config, args.cfg_options)
-    if config.get('model') is None:
-        raise ValueError(
-            f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
-            'which tools/compare.py runs'
-        )
+    allowed = f'there: {args.config} is a part of others, or for tools/compare.py'
+    check(config.get('model') is not None, 'model', None, allowed)
     check_fields(config)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
@@ -213,15 +217,152 @@ def _configure(args: argparse.Namespace) -> Config:
     return config
 
 
+class ToolRunner(Runner):
+    """mmengine's, which wraps models for a CPU too."""
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wraps models for a CPU too, but none that `parallel` spreads; the config stays as is."""
+        if self.distributed and self.cfg.get('parallel') is not None:
+            model_wrapper_cfg = {'type': 'Unwrapped'}
+        elif self.distributed:
+            unused = {'find_unused_parameters': self.cfg.get('find_unused_parameters', False)}
+            model_wrapper_cfg = {'type': 'OwnDataParallel', **(model_wrapper_cfg or unused)}
+        return super().wrap_model(model_wrapper_cfg, model)
+
+
 def _runner_of(config: Config, loads: bool, tests: bool = False) -> Runner:
     """The runner of a config, whose model gets the weights of its run and reads no others."""
     name, methods = config.get('runner_type', 'Runner'), dict[str, Any]()
-    allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
-    check(RUNNERS.get(name) is not None, 'runner_type', name, allowed)
-    kind = quiet(with_wrapper(RUNNERS.get(name)))
+    kind: Any = RUNNERS.get(name)
+    known = isinstance(kind, type) and issubclass(kind, Runner)
+    check(known, 'runner_type', name, 'Runner, or a class of the registry that is made of it')
     if loads:
         methods['build_model'] = lambda self, model: kind.build_model(self, without_sources(model))
     if tests:  # often in the work dir of the training, whose config stays as it is
         methods['dump_config'] = lambda self: None
-    ours: Any = type(kind.__name__, (kind,), methods)
+    ours: Any = type(kind.__name__, (ToolRunner, kind), methods)
     return ours.from_cfg(config)
+
+
+# Errors whose message says what a user did wrong; any other type is named in front of its message.
+_USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    ModuleNotFoundError,
+    NonFiniteError,
+    SaveError,
+    LostError,
+)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    action: Callable[[argparse.Namespace], None],
+) -> None:
+    """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = '--debug' in arguments
+    options: dict[str, Any] = {}
+    try:
+        args = parser.parse_args(arguments)
+        options = getattr(args, 'cfg_options', {})
+        # of a log that cannot be written, as on a full disk: the error that follows is one line
+        logging.raiseExceptions = debug
+        expand(vars(args))
+        action(args)
+        if sys.stdout is not None:  # as where a shell has closed it
+            sys.stdout.flush()
+    except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
+        if debug:
+            raise
+        print('SIGINT: stopped', file=sys.stderr)
+        end_by(signal.SIGINT)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            _end_if_nobody_reads()
+        if debug:
+            raise
+        where, cause = error.args if isinstance(error, RankError) else (None, error)
+        where = '' if where is None else f'rank {where}: '
+        sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
+
+
+def _end_if_nobody_reads() -> None:
+    """Ends like any program of a shell where `| head` has seen enough of what it prints."""
+    with suppress(TypeError, OSError):  # there is none, or it is no file
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # what ends a pipe is always told
+        if poll.poll(0):
+            # the interpreter would try to write the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            end_by(signal.SIGPIPE)
+
+
+def as_typed(message: str, options: Mapping[str, Any]) -> str:
+    """Names the field that a message begins with as the command line did: model.moe.top_k."""
+    field = message.partition('=')[0]
+    names = [name for name in options if name.endswith(f'.{field}')]
+    # of several fields of this name that with the value in question
+    names.sort(key=lambda name: not message.startswith(f'{field}={options[name]!r} '))
+    return message.replace(field, names[0], 1) if names else message
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in one line, without the frames and prefixes that frameworks add."""
+    # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
+    while isinstance(error, ImportError):
+        hidden = error.__cause__ if error.__suppress_context__ else error.__context__
+        if not isinstance(hidden, ImportError):
+            break
+        error = hidden
+    full = getattr(error, 'errno', None) in (ENOSPC, EDQUOT, EFBIG)
+    if isinstance(error, OSError) and full and error.filename is None:
+        # of a log, which does not name its file; checkpoints do
+        return f'{error.strerror}: free some space; the checkpoints in the work dir are intact'
+    if isinstance(error, UnpicklingError):
+        return 'the checkpoint is damaged, or holds more than weights and is not loaded'
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if 'Original Traceback' in message:  # a data loader's worker: the reason is the last line
+        return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1])
+    # mmengine up to 0.10 writes "class `X` in x.py: " once for every level of the config
+    text = re.sub(r'(class `\w+` in [\w/]+\.py: )+', '', ' '.join(lines))
+    return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
+
+
+@contextmanager
+def shown(runner: Runner, choice: str | None) -> Iterator[None]:
+    """A bar on a terminal, below the lines of the log; these alone elsewhere."""
+    if runner.rank or choice == 'plain' or (choice is None and not sys.stdout.isatty()):
+        yield
+        return
+    with logging_redirect_tqdm([runner.logger]), tqdm(file=sys.stdout, dynamic_ncols=True) as bar:
+        runner.register_hook(BarHook(bar), 'LOWEST')
+        yield
+
+
+class BarHook(Hook):
+    """Moves a bar with the batches of a training or a test."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def before_train(self, runner: Runner) -> None:
+        """Counts what is left to do."""
+        self._bar.reset(runner.max_iters - runner.iter)
+
+    def before_test(self, runner: Runner) -> None:
+        """Counts all batches."""
+        self._bar.reset(len(runner.test_dataloader))
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Shows the newest loss that somebody has read from the device."""
+        losses = runner.message_hub.log_scalars.get('train/loss')
+        if losses is not None and len(losses.data[0]):
+            self._bar.set_postfix_str(f'loss {losses.current():.4f}', refresh=False)
+        self._bar.update()
+
+    def after_test_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Moves the bar."""
+        self._bar.update()

@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,44 +69,38 @@ def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
             yield from innermost(inner)
 
 
-def _base_path(base: str, filename: str) -> tuple[str, str | None]:
+_mmengine_base_path = Config._get_cfg_path
+
+
+def base_path(base: str, filename: str) -> tuple[str, str | None]:
     """File and scope of a `_base_`, which may also be one that comes with the package."""
     named = base.startswith(_PREFIX)
     return (find_config(base), None) if named else _mmengine_base_path(base, filename)
 
 
-_mmengine_base_path = Config._get_cfg_path
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """The values of options by dotted name."""
+    found = {}
+    for option in options:
+        name, sign, value = option.partition('=')
+        check(bool(sign), '--cfg-options', option, 'written as name=value')
+        # mmengine would leave a dictionary as a string
+        if value.startswith(('{', '[', '(')) and '{' in value:
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError, TypeError) as error:
+                raise ValueError(f'--cfg-options {option}: write it as in Python') from error
+        else:
+            found[name] = DictAction._parse_iterable(value)
+    return found
 
 
-@contextmanager
-def bases_by_name() -> Iterator[None]:
-    """Lets a config that is read inside the block build on one of the package by name."""
-    Config._get_cfg_path = staticmethod(_base_path)
-    try:
-        yield
-    finally:
-        Config._get_cfg_path = staticmethod(_mmengine_base_path)
-
-
-class _CfgOptions(DictAction):
-    """mmengine's action, but takes dictionaries, and says which argument is not NAME=VALUE."""
-
-    @staticmethod
-    def _parse_iterable(val: str) -> Any:
-        """A value with a dictionary is written as in Python; mmengine would leave a string."""
-        if not val.startswith(('{', '[', '(')) or '{' not in val:
-            return DictAction._parse_iterable(val)
-        try:
-            return ast.literal_eval(val)
-        except (ValueError, SyntaxError, TypeError) as error:
-            allowed = "a dictionary as in Python, such as {'lr_mult': 0.1}"
-            raise ValueError(f'--cfg-options {val}: write {allowed}') from error
+class _CfgOptions(argparse.Action):
+    """As mmengine's `DictAction`, which takes no dictionaries."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        for value in values:
-            if '=' not in value:
-                raise ValueError(f'--cfg-options {value}: write it as name=value')
-        super().__call__(parser, namespace, values, option)
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, {**given, **parse_options(values)})
 
 
 def add_config_options(
@@ -116,21 +109,8 @@ def add_config_options(
     'model.moe.top_k=1',
 ) -> None:
     """Adds `--cfg-options` to a parser."""
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_CfgOptions,
-        default={},
-        metavar='NAME=VALUE',
-        help=purpose,
-    )
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """The values of options by dotted name."""
-    parser = argparse.ArgumentParser()
-    add_config_options(parser)
-    return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
+    form: dict[str, Any] = {'nargs': '+', 'metavar': 'NAME=VALUE', 'default': {}}
+    parser.add_argument('--cfg-options', action=_CfgOptions, help=purpose, **form)
 
 
 def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -216,12 +196,12 @@ def take_ours(config: Config) -> str:
             own = names | (_SAMPLERS if field == 'train_dataloader' else {})
             with DATASETS.switch_scope_and_registry(config.get('default_scope')) as datasets:
                 config[field] = renamed(config[field], own, found, datasets)
-    told = [f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found)]
-    every = [*(config.get('custom_hooks') or []), *config.default_hooks.values()]
-    if found and not any(hook and hook.get('type') == 'ReseedHook' for hook in every):
-        config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='ReseedHook')]
-        told.append('ReseedHook')
-    return f'so that this run goes on to the bit, it has {", ".join(told)}' if told else ''
+    own_hooks = config.get('custom_hooks') or []
+    every = [*own_hooks, *filter(None, config.default_hooks.values())]
+    if found and not any(hook.get('type') == 'ReseedHook' for hook in every):
+        config.custom_hooks = [*own_hooks, dict(type='ReseedHook')]
+    told = ', '.join(f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found))
+    return f'so that this run goes on to the bit, it has {told}, and ReseedHook' if told else ''
 
 
 def renamed(

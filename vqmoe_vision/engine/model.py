@@ -1,49 +1,56 @@
-"""The part of a trained model that both tasks share: losses, routing, how images are normalised."""
+"""What models of both tasks share: weights, losses, routing, and how images are normalised.
+
+Normalisation follows the weights: a model keeps what it is fed with as a buffer, so that its
+checkpoints say it to whoever loads them.
+"""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from mmengine.config import ConfigDict
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import all_gather_object
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_state_dict
+from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vqmoe_vision.models.compat import StateDict, misfit_of, part_of
-from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
-from vqmoe_vision.moe import Collected, collect_losses
-from vqmoe_vision.moe.collect import describe, moe_layers, summarize
+from vqmoe_vision.models.compat import StateDict, compare, misfit_of, network_of_run, part_of
+from vqmoe_vision.models.create import share_start, without_weights
+from vqmoe_vision.models.layers import Transformer
+from vqmoe_vision.models.normalization import (
+    KEY,
+    Normalization,
+    of_buffer,
+    stated_normalization,
+)
+from vqmoe_vision.models.weights import check_one_source, describe, network_of, source_of
+from vqmoe_vision.moe import Collected, collect_losses, restart
+from vqmoe_vision.moe.collect import moe_layers, summarize
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.raw_patches import image_reader
+
+from .checkpoint import log_notes, read_content, read_state, start_from
 
 Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, in their order
 
 
 class Batch:
-    """The statistics of one batch as one tensor, so that many of them cost few operations."""
+    """The statistics of one batch as one tensor, so that to add them costs few operations."""
 
     def __init__(self, stats: dict[str, torch.Tensor]) -> None:
         self.layout: Layout = tuple((name, value.shape) for name, value in stats.items())
-        parts = [value.detach().reshape(-1) for value in stats.values()]
-        if len({part.dtype for part in parts}) > 1:
-            parts = [part.double() for part in parts]  # the wider of two dtypes may not hold both
-        flat = torch.cat(parts).double()
-        owners = _owners(self.layout, flat.device)
-        bad = flat.new_zeros(len(parts)).index_add_(0, owners, (~flat.isfinite()).double())
-        self.finite = (bad == 0).double()  # (S,), of each statistic
-        self.values = torch.where(self.finite[owners] == 1, flat, 0.0)  # (N,), of all in a row
-
-
-@lru_cache(maxsize=8)
-def _owners(layout: Layout, device: torch.device) -> torch.Tensor:
-    """(N,) index of the statistic that each value belongs to; copying it there would wait."""
-    sizes = [shape.numel() for _, shape in layout]
-    return torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(sizes)])
+        parts = [value.detach().double().reshape(-1) for value in stats.values()]
+        finite = torch.stack([part.sum() for part in parts]).isfinite()  # (S,), of each statistic
+        self.finite = finite.double()
+        sound = zip(finite, parts, strict=True)
+        self.values = torch.cat([torch.where(ok, part, 0.0) for ok, part in sound])  # (N,)
 
 
 class RoutingStatistics:
@@ -63,11 +70,13 @@ class RoutingStatistics:
         self._totals: dict[Layout, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What was added so far, for a checkpoint, on the CPU like all else in one."""
-        return {
-            part: {name: value.to('cpu', copy=True) for name, value in found.items()}
-            for part, found in zip(('sums', 'counts'), self._by_name(), strict=True)
-        }
+        """Sums in their shapes and 0-dim counts of this rank by name, on the CPU."""
+        found: dict[str, dict[str, torch.Tensor]] = {'sums': {}, 'counts': {}}
+        for layout, (values, finite) in self._totals.items():
+            sums = values.cpu().split([shape.numel() for _, shape in layout])
+            for (name, shape), value, count in zip(layout, sums, finite.cpu(), strict=True):
+                _add(found, name, value.view(shape), count)
+        return found
 
     def load_state_dict(
         self, state: dict[str, dict[str, torch.Tensor]], device: torch.device
@@ -86,51 +95,27 @@ class RoutingStatistics:
         sums, counts = self._totals.get(batch.layout, (0.0, 0.0))
         self._totals[batch.layout] = sums + batch.values, counts + batch.finite
 
-    def _by_name(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Sums in their shapes, and 0-dim counts."""
-        all_sums: dict[str, torch.Tensor] = {}
-        all_counts: dict[str, torch.Tensor] = {}
-        for layout, (sums, counts) in self._totals.items():
-            parts = sums.split([shape.numel() for _, shape in layout])
-            for (name, shape), part, count in zip(layout, parts, counts, strict=True):
-                all_sums[name] = all_sums.get(name, 0.0) + part.view(shape)
-                all_counts[name] = all_counts.get(name, 0.0) + count
-        return all_sums, all_counts
-
     def means(self) -> dict[str, torch.Tensor]:
         """Averages over everything added, on all ranks, by name; empty without MoE layers.
 
         Every rank has to ask. Ranks may have seen different statistics, or none.
         """
-        own_sums, own_counts = self._by_name()
-        of_ranks = all_gather_object({name: v.shape for name, v in own_sums.items()})
-        shapes = {name: shape for of_rank in of_ranks for name, shape in of_rank.items()}
-        if not shapes:
-            return {}
-        device = next((value.device for value in own_sums.values()), None)
-        sums = [own_sums.get(n, torch.zeros(s, device=device)) for n, s in shapes.items()]
-        counts = [own_counts.get(n, torch.zeros((), device=device)) for n in shapes]
-        # one reduction for all
-        flat = torch.cat([value.double().reshape(-1) for value in (*sums, *counts)])
-        all_reduce(flat)
-        *totals, seen = flat.split([*(value.numel() for value in sums), len(counts)])
-        return {
-            name: total.view(shape) / count.clamp(min=1)
-            for (name, shape), total, count in zip(shapes.items(), totals, seen, strict=True)
-        }
+        found: dict[str, dict[str, torch.Tensor]] = {'sums': {}, 'counts': {}}
+        for of_rank in all_gather_object(self.state_dict()):
+            for name, value in of_rank['sums'].items():
+                _add(found, name, value, of_rank['counts'][name])
+        return {n: value / found['counts'][n].clamp(min=1) for n, value in found['sums'].items()}
 
     def summary(self) -> dict[str, float]:
         """The averages as numbers: `<layer>/load_max` and so on, see `moe.collect.summarize`."""
         return summarize(self.means())
 
 
-def lines_of(means: dict[str, torch.Tensor]) -> list[str]:
-    """One line per layer: `blocks.1.mlp load 0.083..0.172 perplexity 7.71 unused 0/8`."""
-    by_layer: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in means.items():
-        layer, _, kind = name.rpartition('/')
-        by_layer.setdefault(layer, {})[kind] = value
-    return [f'{layer}  {describe(stats)}' for layer, stats in by_layer.items()]
+def _add(
+    found: dict[str, dict[str, torch.Tensor]], name: str, value: torch.Tensor, count: torch.Tensor
+) -> None:
+    for kind, one in (('sums', value), ('counts', count)):
+        found[kind][name] = found[kind].get(name, 0.0) + one
 
 
 _UNMOVED = (
@@ -159,6 +144,10 @@ def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
 
 class MoeTrainingMixin:
     """Stands left of mmengine's `BaseModel` in the bases of a model that may hold MoE layers.
+
+    A model has `normalize_inputs(datasets)`, which lets images of data sets, by field, be
+    normalised as the weights want it; `test_preprocessing(dataset)`, how else a test prepares them,
+    entries of timm's `pretrained_cfg`; and `exportable(size)`, what leaves PyTorch of it.
 
     Attributes:
         routing_statistics: Averages over every `collect` block; `MoeStateHook` reads and resets it.
@@ -194,36 +183,8 @@ class MoeTrainingMixin:
         timms: Any = self.routed_model
         timms.pretrained_cfg.update(mean=normalization.mean, std=normalization.std)
 
-    def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
-        """Lets images of data sets, by field, be normalised as the weights want it.
-
-        Raises:
-            ValueError: The config states otherwise.
-        """
-        raise NotImplementedError
-
     def check_batches(self, loader: DataLoader) -> None:
         """Refuses batches of training that the model cannot take."""
-
-    def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
-        """How images are prepared for tests, beside their normalisation.
-
-        Returns:
-            Entries of timm's `pretrained_cfg`: `input_size` (3, H, W), `crop_pct`, `crop_mode` and
-            `interpolation`.
-
-        Raises:
-            ValueError: They cannot say it.
-        """
-        raise NotImplementedError
-
-    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
-        """What leaves PyTorch of the model, for images of (height, width); None is its own size.
-
-        Raises:
-            ValueError: It does not take images of this size.
-        """
-        raise NotImplementedError
 
     def _load_from_state_dict(
         self, state_dict: StateDict, prefix: str, metadata: Any, strict: bool,
@@ -247,29 +208,15 @@ class MoeTrainingMixin:
         """As `misfit_of`; a file of timm has no normalisation."""
         model: Any = self
         own = {name.removeprefix('module.'): value for name, value in state_dict.items()}
-        problem = misfit_of(model, self.in_own_names({KEY: self.normalization, **own}))
-        inside = (f'{self._place()}.', KEY)
-        if self._is_of_timm(state_dict) and not all(
-            k.startswith(inside) for k in model.state_dict()
-        ):
-            return (
-                f'{problem}; it is a file of timm, without what a run has beside the timm model: '
-                'test the checkpoint, or the .pth that tools/publish.py makes of it'
-            )
-        return problem
+        return misfit_of(model, self.in_own_names({KEY: self.normalization, **own}))
 
     def in_own_names(self, state: StateDict) -> StateDict:
         """The state of a file of timm in the names of a run, whose own stays as it is."""
-        if not self._is_of_timm(state):
+        if self.routed_model.state_dict().keys().isdisjoint(state):
             return state
-        return {k if k == KEY else f'{self._place()}.{k}': value for k, value in state.items()}
-
-    def _place(self) -> str:
         modules = self.named_modules()  # type: ignore[attr-defined]
-        return next(name for name, module in modules if module is self.routed_model)
-
-    def _is_of_timm(self, state: StateDict) -> bool:
-        return not self.routed_model.state_dict().keys().isdisjoint(state)
+        place = next(name for name, module in modules if module is self.routed_model)
+        return {k if k == KEY else f'{place}.{k}': value for k, value in state.items()}
 
     @property
     def routed_model(self) -> nn.Module:
@@ -283,23 +230,162 @@ class MoeTrainingMixin:
         State stays as it is: `MoeStateHook` moves it after the optimizer's step. The losses lose
         their graph at the end of the block.
         """
-        if self.training and not self.state_is_moved:  # type: ignore[attr-defined]
-            self._tell_of_state()
+        training: bool = self.training  # type: ignore[attr-defined]
+        if (  # a loop of one's own, without a runner, may move it
+            training
+            and not self.state_is_moved
+            and MessageHub.get_current_instance().get_info('loop_stage') == 'train'
+        ):
+            self.state_is_moved = True  # or it was said once that nobody does
+            if any(layer.moves_state() for layer in moe_layers(self.routed_model).values()):
+                print_log(_UNMOVED, 'current', logging.WARNING)
         with collect_losses(self.routed_model, update_state=False) as collected:
             yield collected
         if not collected.stats:
             return
         batch = Batch(collected.stats)
         self.routing_statistics.add(batch)
-        if self.training:  # type: ignore[attr-defined]
+        if training:
             self.logged_statistics.add(batch)
             if self.recorded_statistics is not None:
                 self.recorded_statistics.add(batch)
 
-    def _tell_of_state(self) -> None:
-        """Says once that nobody moves the state; a loop of one's own, without a runner, may."""
-        if MessageHub.get_current_instance().get_info('loop_stage') != 'train':
-            return
-        self.state_is_moved = True
-        if any(layer.moves_state() for layer in moe_layers(self.routed_model).values()):
-            print_log(_UNMOVED, 'current', logging.WARNING)
+
+def weights_normalization(
+    model: Any, checkpoint: str | None, arguments: dict[str, Any]
+) -> Normalization | None:
+    """How images were normalised for the weights that a training starts from; logs it."""
+    checkpoint = checkpoint or arguments.get('checkpoint_path')
+    source, overlay = 'pretrained_cfg_overlay', arguments.get('pretrained_cfg_overlay') or {}
+    found = stated_normalization(overlay, f'{source}.')
+    if has_weights(checkpoint, arguments):
+        source = checkpoint or arguments.get('upcycle') or source_of(model.pretrained_cfg)
+        if found is None:
+            found = read_normalization(checkpoint) if checkpoint else _of_timms(model, arguments)
+    elif found is None:
+        return None
+    known = f'images are normalised with {in_words(found)}' if found is not None else ''
+    unknown = 'how images were normalised for it is not known, they are as the config says'
+    print_log(f'{source}: {known or unknown}', logger='current')
+    return found
+
+
+def has_weights(checkpoint: str | None, arguments: dict[str, Any]) -> bool:
+    """Whether a training starts from weights."""
+    given = map(arguments.get, ('upcycle', 'pretrained', 'checkpoint_path'))
+    return checkpoint is not None or any(given)
+
+
+def _of_timms(model: Any, arguments: dict[str, Any]) -> Normalization | None:
+    """Of weights that timm has loaded, whose configuration it keeps beside the model."""
+    given, upcycle = arguments.get('pretrained_cfg'), arguments.get('upcycle')
+    stated = given if isinstance(given, dict) and not upcycle else {}
+    # what it leaves out timm fills with the numbers of ImageNet, of any weights
+    if {'mean', 'std'} <= stated.keys():
+        return Normalization.of(stated)
+    if (report := getattr(model, 'weights_report', None)) is not None and report.normalization:
+        return report.normalization
+    # a model of this package without weights of its own has no configuration of any
+    own = not (upcycle or stated) and model.pretrained_cfg.get('tag') != 'untrained'
+    return Normalization.of(resolve_model_data_config(model)) if own else None
+
+
+def read_normalization(path: str) -> Normalization | None:
+    """How images were normalised in the run that has left a file, or its folder for timm."""
+    config = describe(path).config
+    if {'mean', 'std'} <= config.keys():
+        return Normalization.of(config)
+    content = None if path.endswith('.safetensors') else read_content(path, verify=False)
+    state = content.get('state_dict') if isinstance(content, dict) else None
+    return of_buffer(state.get(KEY)) if isinstance(state, dict) else None
+
+
+def must_change(
+    found: Normalization,
+    weights: Normalization,
+    stated: Iterable[str],
+    field: str,
+    white: float = 1.0,
+    owner: str = 'the weights',
+) -> bool:
+    """Whether images have to be normalised otherwise than they are; what a config states stays."""
+    differing = found.differing(weights)
+    if set(stated) & set(differing):
+        told = (
+            f'{field} states {in_words(found, white)}, which count, and contradict {owner}, '
+            f'whose images had {in_words(weights, white)}'
+        )
+        print_log(told, 'current', logging.WARNING)
+        return False
+    if differing:
+        print_log(f'{field}: {in_words(weights, white)}, as {owner} had them', logger='current')
+    return bool(differing)
+
+
+def in_words(normalization: Normalization, white: float = 1.0) -> str:
+    """Mean and standard deviation for a message."""
+    numbers = normalization.mean, normalization.std
+    return 'mean [{}] and std [{}]'.format(
+        *(','.join(f'{value * white:.6g}' for value in values) for values in numbers)
+    )
+
+
+# Of a model where the timm model may be: of a segmentation, and of what augments a test.
+_PARTS = ('backbone', 'module')
+
+
+def scope_of(config: Config) -> AbstractContextManager:
+    """A block in which names of a config mean what they mean in its runs."""
+    return DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine'))
+
+
+def without_sources(model: dict[str, Any]) -> ConfigDict:
+    """The model of a config whose weights are those of its run."""
+    inner = {n: without_sources(model[n]) for n in _PARTS if isinstance(model.get(n), dict)}
+    changed = {**model, **inner}
+    if isinstance(changed.get('model_name'), str):  # or what builds it says what is wrong
+        changed = without_weights(changed)
+        changed |= {'features': None} if changed.get('features') else {}
+    return ConfigDict(changed)
+
+
+def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
+    """Builds the model of a config with the weights of a checkpoint, ready to predict."""
+    with scope_of(config):
+        model = MODELS.build(without_sources(config.model))
+    state = read_state(checkpoint)
+    if (known := read_normalization(checkpoint)) is not None:
+        state.setdefault(KEY, known.values())  # a folder of timm has it beside its weights
+    check_experts(model.routed_model, checkpoint)
+    if problem := model.misfit(state):
+        raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
+    load_state_dict(model, state, strict=True)
+    return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+
+
+def start_model(
+    model: Any, arguments: dict[str, Any], checkpoint: str | None, features: str | None
+) -> Normalization | None:
+    """Starts a new training: as every row does at this seed, or from weights."""
+    check_one_source({**arguments, 'checkpoint': checkpoint})
+    share_start(model, seed=torch.initial_seed(), **arguments)
+    if (report := getattr(model, 'weights_report', None)) is not None:
+        path = arguments.get('checkpoint_path') or source_of(model.pretrained_cfg)
+        log_notes(report.lines(), path)
+    if checkpoint is not None:
+        assert isinstance(model, Transformer)
+        start_from(model, checkpoint)
+    for note in restart(model):
+        print_log(note, logger='current')
+    weights = weights_normalization(model, checkpoint, arguments)
+    if (reader := image_reader(model)) is not None:
+        return reader.before_start(features, has_weights(checkpoint, arguments), weights)
+    check(features is None, 'features', features, 'None, the model decides by no such features')
+    return weights
+
+
+def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
+    """Refuses weights of another method, and logs which options of the experts were others."""
+    network = network_of(path) if content is None else describe(path).network(path)
+    for line in compare(model, network or network_of_run(content), path):
+        print_log(f'{path}: {line}', 'current', logging.WARNING)

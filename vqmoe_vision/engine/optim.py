@@ -31,15 +31,9 @@ class CpuAmpOptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Runs the forward pass under autocast.
-
-        Raises:
-            ValueError: The model is on a GPU, where this autocast would change nothing.
-        """
+        """Runs the forward pass under autocast, on a GPU too."""
         device = next(model.parameters()).device.type
-        allowed = f'--amp without it, or AmpOptimWrapper, as the model is on {device}'
-        check(device in ('cpu', 'meta'), 'optim_wrapper.type', type(self).__name__, allowed)
-        with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
+        with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield
 
 
@@ -60,10 +54,9 @@ def use_amp(config: Config) -> None:
         wrapper.type = 'AmpOptimWrapper'
         return
     wrapper.type = 'CpuAmpOptimWrapper'
-    of_gpus = inspect.signature(AmpOptimWrapper).parameters.keys() & wrapper.keys()
-    for name in sorted(of_gpus):
-        told = f'optim_wrapper.{name}={wrapper.pop(name)!r} is for GPUs: bfloat16 without a loss'
-        print_log(f'--amp: {told} scale on a CPU', 'current')
+    for name in sorted(inspect.signature(AmpOptimWrapper).parameters.keys() & wrapper.keys()):
+        told = f'optim_wrapper.{name}={wrapper.pop(name)!r} is for GPUs'
+        print_log(f'--amp: {told}, a CPU has bfloat16 without a loss scale', 'current')
 
 
 def scales_loss(wrapper: OptimWrapper) -> bool:
@@ -107,10 +100,25 @@ class TimmOptimWrapperConstructor:
         """Builds the wrapper for a model, which may be wrapped for distributed training."""
         wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
         options = wrapper.pop('optimizer')
-        groups = self._param_groups(model, options.get('weight_decay', 0.0))
-        if self.custom_keys:
-            groups = _multiplied(groups, model, self.custom_keys, options)
-        wrapper['optimizer'] = OPTIMIZERS.build({**options, 'params': groups})
+        custom_keys = self.custom_keys
+        ordered = sorted(sorted(custom_keys), key=len, reverse=True)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        key_of = {i: next((k for k in ordered if k in name), None) for i, name in names.items()}
+        for key in ordered:
+            allowed = (
+                f'a part of a name without a longer one, as {", ".join([*names.values()][:3])}'
+            )
+            check(key in key_of.values(), 'paramwise_cfg.custom_keys', key, allowed)
+        parts: list[dict[str, Any]] = []
+        for group in self._param_groups(model, options.get('weight_decay', 0.0)):
+            # each of these keys, or none, in the order of their first parameters
+            for matched in dict.fromkeys(key_of[id(p)] for p in group['params']) or (None,):
+                part = {**group, 'params': [p for p in group['params'] if key_of[id(p)] == matched]}
+                for factor, value in custom_keys.get(matched or '', {}).items():
+                    field = _MULTIPLIERS[factor]
+                    part[field] = part.get(field, options[field]) * value
+                parts.append(part)
+        wrapper['optimizer'] = OPTIMIZERS.build({**options, 'params': parts})
         return OPTIM_WRAPPERS.build(wrapper)
 
     def _param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -118,34 +126,6 @@ class TimmOptimWrapperConstructor:
         return param_groups_weight_decay(
             model, weight_decay, no_weight_decay_list=undecayed_parameters(model)
         )
-
-
-def _multiplied(
-    groups: list[dict[str, Any]],
-    model: nn.Module,
-    custom_keys: dict[str, dict[str, float]],
-    optimizer: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Groups of which each has one of `custom_keys`, or none, and its factors applied."""
-    ordered = sorted(sorted(custom_keys), key=len, reverse=True)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    key_of = {i: next((k for k in ordered if k in name), None) for i, name in names.items()}
-    for key in ordered:
-        if key not in key_of.values():
-            raise ValueError(
-                f'paramwise_cfg.custom_keys[{key!r}] is in no name of a parameter, or each has a '
-                f'longer one; names are {", ".join(list(names.values())[:3])}, ...'
-            )
-    parts: list[dict[str, Any]] = []
-    for group in groups:
-        # in the order of their first parameters
-        for matched in dict.fromkeys(key_of[id(p)] for p in group['params']):
-            part = {**group, 'params': [p for p in group['params'] if key_of[id(p)] == matched]}
-            for factor, value in custom_keys.get(matched or '', {}).items():
-                field = _MULTIPLIERS[factor]
-                part[field] = part.get(field, optimizer[field]) * value
-            parts.append(part)
-    return parts
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:

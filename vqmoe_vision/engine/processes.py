@@ -129,7 +129,13 @@ def join(launcher: str, config: Config) -> None:
     if launcher == 'none':
         return
     environment = config.get('env_cfg', {})
-    options = {**environment.get('dist_cfg', {}), **_of_attempt()}
+    options = dict(environment.get('dist_cfg', {}))
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if attempt != '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # torch's own options lead to the addresses of processes of the attempt before
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
+        options['store'] = dist.PrefixStore(f'attempt {attempt}', store)
+        options |= {'rank': int(os.environ['RANK']), 'world_size': int(os.environ['WORLD_SIZE'])}
     if torch.cuda.is_available():
         set_multi_processing(**environment.get('mp_cfg', {}), distributed=True)
         init_dist(launcher, **options)
@@ -140,20 +146,6 @@ def join(launcher: str, config: Config) -> None:
         print_log("env_cfg.dist_cfg.backend='nccl' needs GPUs: gloo on a CPU", 'current')
     options['timeout'] = timedelta(seconds=timeout_of(config))
     dist.init_process_group('gloo' if backend == 'nccl' else backend, **options)
-
-
-def _of_attempt() -> dict[str, Any]:
-    """Where processes find each other that torchrun has started again."""
-    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    if attempt == '0' or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
-        return {}
-    # torch's own options lead to the addresses of processes of the attempt before
-    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
-    return {
-        'store': dist.PrefixStore(f'attempt {attempt}', store),
-        'rank': int(os.environ['RANK']),
-        'world_size': int(os.environ['WORLD_SIZE']),
-    }
 
 
 def check_batch(config: Config, options: Iterable[str]) -> None:
@@ -193,27 +185,10 @@ def _check_alike(what: str, fields: Mapping[str, str]) -> None:
     first, *others = all_gather_object(dict(fields))
     for rank, other in enumerate(others, start=1):
         for name in {**first, **other}:
-            values = first.get(name, 'missing'), other.get(name, 'missing')
-            if values[0] != values[1]:
-                raise ValueError(
-                    f'the ranks have different {what}: {name} is {values[0]} on rank 0 and '
-                    f'{values[1]} on rank {rank}'
-                )
-
-
-def with_wrapper(kind: type[Runner]) -> type[Runner]:
-    """A runner that wraps models for a CPU too, and spreads those of a config with `parallel`."""
-
-    def wrap_model(self: Runner, wrapper: dict | None, model: nn.Module) -> nn.Module:
-        """Leaves the config as it is, so that a next run has nothing to undo."""
-        if self.distributed and self.cfg.get('parallel') is not None:
-            wrapper = {'type': 'Unwrapped'}
-        elif self.distributed:
-            unused = {'find_unused_parameters': self.cfg.get('find_unused_parameters', False)}
-            wrapper = {'type': 'OwnDataParallel', **(unused if wrapper is None else wrapper)}
-        return kind.wrap_model(self, wrapper, model)
-
-    return type(kind.__name__, (kind,), {'wrap_model': wrap_model})
+            one, two = first.get(name, 'missing'), other.get(name, 'missing')
+            if one != two:
+                told = f'{name} is {one} on rank 0 and {two} on rank {rank}'
+                raise ValueError(f'the ranks have different {what}: {told}')
 
 
 @MODEL_WRAPPERS.register_module()

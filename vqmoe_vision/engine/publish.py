@@ -1,44 +1,52 @@
-"""What `tools/publish.py` and `tools/upcycle.py` do: models as folders that timm reads."""
+"""What `tools/publish.py`, `tools/upcycle.py` and `tools/export.py` do: models for others."""
 
 import argparse
 import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from mmengine.config import Config
 from timm.models.vision_transformer import VisionTransformer
 
-from vqmoe_vision.models.compat import STATED
-from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.hosts import method_of
-from vqmoe_vision.models.layers import moe_options
+from vqmoe_vision.models.compat import STATED, shorten
+from vqmoe_vision.models.create import create_model, create_saved
+from vqmoe_vision.models.export import (
+    SUFFIXES,
+    Exportable,
+    differences,
+    export_onnx,
+    load_exported,
+    preprocessing_of,
+    require_packages,
+    save,
+    save_program,
+)
+from vqmoe_vision.models.layers import method_of, moe_options
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.saved import preprocessing_of, save
-from vqmoe_vision.models.weights import digest_of, find_source, is_file_name
+from vqmoe_vision.models.weights import FOLDERS, find_source
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed
 
 from .checkpoint import read_content
-from .checkpoint_files import BEST, POINTER, SaveError, last_checkpoint, reason_of
-from .cli import load_config, make_folder
-from .command import run
+from .checkpoint_files import BEST, POINTER, last_checkpoint, write_atomically
+from .cli import load_config, make_folder, run
 from .config import add_config_options, as_arguments
-from .record import read_numbers
-from .trained import load_trained, weights_normalization
+from .model import load_trained, weights_normalization
+from .record import PACKAGES, read_numbers
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
-_PACKAGES = ('vqmoe-vision', 'torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation')
-_LOADERS = {'training': 'train', 'validation': 'val', 'test': 'test'}
 
 
 def publish(argv: Sequence[str] | None = None) -> None:
@@ -64,34 +72,31 @@ def publish(argv: Sequence[str] | None = None) -> None:
 
 
 def _publish(args: argparse.Namespace) -> Path:
-    source, out = Path(args.source), args.out
-    check(source.exists(), 'source', args.source, 'a work dir, or a checkpoint, that exists')
-    folder = source.is_dir()
+    folder = Path(args.source).is_dir()
+    there = folder or Path(args.source).exists()
+    check(there, 'source', args.source, 'a work dir, or a checkpoint, that exists')
     allowed = 'a folder of a work dir, and a file that ends in .pth of a checkpoint'
-    check(folder != out.endswith('.pth'), 'out', out, allowed)
-    options = {name: getattr(args, name) for name in ('checkpoint', 'license', 'numbers')}
+    check(folder != args.out.endswith('.pth'), 'out', args.out, allowed)
     if folder:
-        return publish_folder(args.source, out, *options.values())
-    for name, value in options.items():
-        check(value is None, f'--{name}', value, 'left out, it is for the folder of a work dir')
-    return publish_checkpoint(args.source, out)
+        return publish_folder(args.source, args.out, args.checkpoint, args.license, args.numbers)
+    for name in ('checkpoint', 'license', 'numbers'):
+        given, allowed = getattr(args, name), 'left out, it is for the folder of a work dir'
+        check(given is None, f'--{name}', given, allowed)
+    return publish_checkpoint(args.source, args.out)
 
 
 def publish_checkpoint(checkpoint: str, out: str) -> Path:
     """Writes the weights, the config and the classes of a checkpoint."""
-    target, content = Path(out), read_content(checkpoint)
+    content, buffer = read_content(checkpoint), BytesIO()
     # what starting from the file and a reader want to know, and mmseg's functions elsewhere
     kept = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
     meta = {k: v for k, v in _meta(content, checkpoint).items() if k in kept}
+    torch.save({'meta': meta, 'state_dict': content['state_dict']}, buffer)
+    digits = sha256(buffer.getvalue()).hexdigest()[:8]
+    target = Path(out).with_name(f'{Path(out).stem}-{digits}.pth')
     target.parent.mkdir(parents=True, exist_ok=True)
-    unnamed = target.with_suffix('.part')
-    try:
-        torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
-        return unnamed.replace(target.with_name(f'{target.stem}-{digest_of(unnamed)[:8]}.pth'))
-    except RuntimeError as error:  # of torch's writer
-        raise SaveError(f'{target} could not be written ({reason_of(error)})') from error
-    finally:  # of a disk that is full
-        unnamed.unlink(missing_ok=True)
+    write_atomically(target, buffer.getvalue())
+    return target
 
 
 def _meta(content: Any, checkpoint: str) -> dict[str, Any]:
@@ -110,22 +115,23 @@ def publish_folder(
 ) -> Path:
     """Writes weights, configuration and model card of a run."""
     target, run = free_folder(out), Path(work_dir)
-    valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
-    allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
-    check(bool(valid), 'license', license_id, allowed)
     config_file = config_of(run)
-    how = 'choose one with --checkpoint'
-    file = chosen_checkpoint(run, how) if checkpoint is None else Path(checkpoint)
+    file = Path(checkpoint or chosen_checkpoint(run, 'choose one with --checkpoint'))
     config = load_config(str(config_file))
     model = load_trained(config, str(file), 'cpu')
     content = read_content(str(file), verify=False)
     meta = _meta(content, str(file))
     tested = read_numbers(numbers, model, file) if numbers else {}
-    best = _validated(content) if file.name.startswith(BEST) else {}
+    logged = (content.get('message_hub') or {}).get('log_scalars') or {}
+    best = {  # of the validation after which it was written
+        name.removeprefix('val/'): float(value.current())
+        for name, value in logged.items()
+        if file.name.startswith(BEST) and name.startswith('val/') and not name.endswith('time')
+    }
     layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
     scores = [
-        {'use': use, 'metric': name, 'value': value}
-        for use, values in {'validation': best, 'test': tested}.items()
+        (use, name, value)
+        for use, values in (('validation', best), ('test', tested))
         for name, value in values.items()
         if not name.startswith(layers)
     ]
@@ -134,12 +140,11 @@ def publish_folder(
         of_machine = ('work_dir', 'resume', 'launcher')
         shared = Config({k: v for k, v in config.items() if k not in of_machine})
         shared.dump(folder / config_file.name)
-        record = content.get('run_record') or [None, []]
         _write_card(
-            folder, target.name, model.routed_model, config,
-            scores, license_id,
-            arguments=json.dumps(arguments, indent=2), config_name=config_file.name, meta=meta,
-            checkpoint=file.name, commits=[c for c in record[1] if c],
+            folder, model.routed_model, config, license_id,
+            name=target.name, meta=meta, checkpoint=file.name, scores=scores,
+            arguments=json.dumps(arguments, indent=2), config_name=config_file.name,
+            commits=(content.get('run_record') or {}).get('commits', []),
             chosen='validation' if best else None,
         )  # fmt: skip
     return target
@@ -207,64 +212,29 @@ def chosen_checkpoint(run: Path, how: str = 'name one of them after the work dir
     return found[0]
 
 
-def _validated(content: dict[str, Any]) -> dict[str, float]:
-    """Metrics of the validation after which the best checkpoint was written."""
-    logged = (content.get('message_hub') or {}).get('log_scalars') or {}
-    values = {n.removeprefix('val/'): v for n, v in logged.items() if n.startswith('val/')}
-    return {n: float(v.current()) for n, v in values.items() if n not in ('data_time', 'time')}
-
-
 def _write_card(
-    folder: Path,
-    name: str,
-    model: Any,
-    config: Config,
-    scores: list[dict[str, Any]],
-    license_id: str | None,
-    **values: Any,
+    folder: Path, model: Any, config: Config, license_id: str | None, **values: Any
 ) -> None:
     """Writes `README.md`: usage, data, command, numbers and licence."""
-    method, data = getattr(model, 'method', None), {}
-    for use, loader in _LOADERS.items():
-        dataset = (config.get(f'{loader}_dataloader') or {}).get('dataset') or {}
-        if 'type' in dataset:
-            data[use] = {'type': dataset['type'], 'split': dataset.get('split')}
+    method = getattr(model, 'method', None)
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=str(data[score['use']]['type']),
-            dataset_name=str(data[score['use']]['type']),
-            dataset_split=data[score['use']]['split'],
-            metric_type=score['metric'],
-            metric_value=score['value'],
-        )
-        for score in scores
-        if score['use'] in data and model.num_classes
-    ]
     metadata = ModelCardData(
         library_name='timm',
         pipeline_tag=task,
         tags=[task, 'timm', *(['mixture-of-experts', method] if method else [])],
         license=license_id,
-        model_name=name if results else None,
-        eval_results=results or None,
     )
-    versions = {package: installed(package) for package in _PACKAGES}
-    at = {'vqmoe-vision': f' (commit {now})'} if (now := commit()) else {}
     ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
-        name=name,
-        architecture=model.pretrained_cfg['architecture'],
         classes=model.num_classes,
         method=method,
         preprocessing=model.pretrained_cfg,
-        data=data,
+        config=config,
         started_from=_sources(config),
-        scores=scores,
         license=license_id,
-        versions=[f'{n} {version}{at.get(n, "")}' for n, version in versions.items() if version],
+        versions={name: version for name in PACKAGES if (version := installed(name))},
+        commit=commit(),
         **values,
     ).save(folder / 'README.md')
 
@@ -278,16 +248,12 @@ def _sources(config: Config) -> list[str]:
         if part.get('pretrained'):
             file = (part.get('pretrained_cfg_overlay') or {}).get('file')
             named.append(file or f"timm's weights of {part.get('model_name')}")
-    return [_without_folder(str(name)) for name in named if name]
-
-
-def _without_folder(source: str) -> str:
-    """A source as others may read it: of a path on this machine the last part alone."""
-    if '://' in source:
-        return source
-    scheme, colon, path = source.rpartition('local-dir:')
-    of_files = colon or path[:1] in '/.~' or is_file_name(path) or Path(path).exists()
-    return scheme + colon + (Path(path).name if of_files else path)
+    # those of others, on the web and on the hub, are called in full
+    return [
+        re.sub(r'^(?!\w[\w+-]*://|hf-hub:)(local-dir:)?.*/', r'\1', str(n).rstrip('/'))
+        for n in named
+        if n
+    ]
 
 
 def upcycle(argv: Sequence[str] | None = None) -> None:
@@ -346,16 +312,124 @@ def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     elif {'mean', 'std'} <= stated.keys():
         normalization = Normalization.of(stated, channels=channels)
     if normalization is None:
-        numbers = f'[{",".join(["0.5"] * channels)}]'
-        images = '' if channels == 3 else f' of {channels} channels'
         raise ValueError(
-            f'source={options["upcycle"]!r} does not say how images{images} were normalised for '
-            f'it, which config.json has to: write --cfg-options '
-            f'pretrained_cfg_overlay.mean={numbers} pretrained_cfg_overlay.std={numbers}, with the '
-            'numbers of the weights'
+            f'source={options["upcycle"]!r} does not say how images were normalised for it, which '
+            'config.json has to: write --cfg-options pretrained_cfg_overlay.mean=[...] '
+            f'pretrained_cfg_overlay.std=[...], with {channels} numbers each'
         )
     return preprocessing_of(model.pretrained_cfg) | {
         'input_size': (channels, *model.patch_embed.img_size),
         'mean': normalization.mean,
         'std': normalization.std,
     }
+
+
+def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None = None) -> None:
+    """Writes a model as a file for others, and compares the file with the model.
+
+    `int8`, which writes with `--int8`, is called as `export_onnx`.
+    """
+    parser = argparse.ArgumentParser(
+        description='Write a model as a file of ONNX or of torch.export, and compare the two.'
+    )
+    parser.add_argument(
+        'source',
+        help='config, or work dir of tools/train.py, or name of a timm model, or local-dir:FOLDER '
+        'of tools/publish.py',
+    )
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='weights of the config or the name (default: its own); of a work dir the best or last',
+    )
+    parser.add_argument('out', help='file to write: NAME.onnx or NAME.pt2')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='of the images of a segmentor, in pixels (default: its window)',
+    )
+    parser.add_argument('--batch', type=int, help='images per call (default: any number)')
+    parser.add_argument('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
+    parser.add_argument(
+        '--int8',
+        action='store_const',
+        const=int8,
+        help='linear layers in int8, those of the experts included',
+    )
+    add_config_options(parser)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    check(out.suffix in SUFFIXES, 'out', args.out, f'a name that ends in {" or ".join(SUFFIXES)}')
+    onnx = out.suffix == '.onnx'
+    check(onnx or args.opset is None, '--opset', args.opset, 'only for a file of ONNX')
+    if onnx:
+        require_packages()
+    make_folder(out.parent)
+    model = _exportable(args)
+    if args.int8 is not None:
+        args.int8(model, out, args.batch, args.opset)
+    elif onnx:
+        export_onnx(model, out, args.batch, args.opset)
+    else:
+        save_program(model, out, args.batch)
+    shape = ', '.join(map(str, (args.batch or 'B', *model.input_size)))
+    print(f'wrote {out}: images ({shape}) float32 to {", ".join(model.outputs)}')
+    # in int8 some of many are predicted otherwise
+    batches = (args.batch,) if args.batch is not None else (1, 32 if args.int8 else 4)
+    print(*differences(model, load_exported(out), batches), sep='\n')
+
+
+def _exportable(args: argparse.Namespace) -> Exportable:
+    source, checkpoint, options = args.source, args.checkpoint, args.cfg_options
+    size = tuple(args.size) if args.size else None
+    if source.startswith(FOLDERS) or timm.is_model(source):
+        check(size is None, '--size', size, 'only for a segmentor')
+        return Exportable.of(_timm_model(source, checkpoint, as_arguments(options)))
+    if Path(source).is_dir():
+        folder = Path(source)
+        source = str(config_of(folder))
+        checkpoint = checkpoint or str(chosen_checkpoint(folder))
+    allowed = f'a work dir, a timm model, or a config with its checkpoint: {source} CHECKPOINT OUT'
+    check(checkpoint is not None, 'source', source, allowed)
+    model = load_trained(load_config(source, options), checkpoint, 'cpu')
+    if not hasattr(model, 'exportable'):
+        raise ValueError(
+            f'config {source!r} has a {type(model).__name__}: its model must be a Classifier or a '
+            'MoeEncoderDecoder'
+        )
+    found, content = model.exportable(size), read_content(checkpoint, verify=False)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if classes := ((meta or {}).get('dataset_meta') or {}).get('classes'):
+        found.about['classes'] = list(classes)
+    return found
+
+
+def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
+    model: Any
+    if name.startswith(FOLDERS):
+        check(checkpoint is None, 'checkpoint', checkpoint, f'left out, {name} has its weights')
+        model = create_saved(name, **options)
+    elif checkpoint is not None:
+        model = create_model(name, checkpoint_path=checkpoint, **options)
+    else:
+        pretrained = timm.models.is_model_pretrained(name)
+        check(pretrained, 'checkpoint', None, f'a file of weights: {name} FILE OUT')
+        model = create_model(name, pretrained=True, **options)
+    report = getattr(model, 'weights_report', None)
+    fresh = () if report is None else report.initialised
+    # timm drops a head of other classes in silence; a file in its place was loaded whole
+    given, classes = (model.pretrained_cfg.get('num_classes'), getattr(model, 'num_classes', 0))
+    if report is None and checkpoint is None and classes not in (0, given):
+        fresh = (f'a head of {classes} classes',)
+    if fresh:
+        raise ValueError(
+            f'weights of {checkpoint or name!r} have nothing for {shorten(fresh)}, which would be '
+            'random in the file: leave out the option that asks for it'
+        )
+    return model

@@ -186,8 +186,13 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         """Iterates over what is left of an epoch."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        seen = self._seen()
-        sampler = self.dataloader.sampler
+        hub, sampler = self.runner.message_hub, self.dataloader.sampler
+        seen = hub.get_info(SEEN, 0)
+        for name, value in {SIZE: self.dataloader.batch_size, PROCESSES: get_world_size()}.items():
+            former = hub.get_info(name, value)
+            allowed = f'{former}, in the middle of an epoch that a checkpoint goes on with'
+            check(not seen or former == value, _FIELDS[name], value, allowed)
+            hub.update_info(name, value)
         if hasattr(sampler, 'pass_over') and self.dataloader.batch_size is not None:
             sampler.pass_over(seen * self.dataloader.batch_size)
             batches: Iterable = enumerate(self.dataloader, start=seen)
@@ -195,19 +200,9 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             batches = islice(enumerate(self.dataloader), seen, None)
         for index, batch in batches:
             self.run_iter(index, batch)  # in which `AtomicCheckpointHook` counts
-        self.runner.message_hub.update_info(SEEN, 0)
+        hub.update_info(SEEN, 0)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
-
-    def _seen(self) -> int:
-        hub, now = self.runner.message_hub, {SIZE: self.dataloader.batch_size}
-        seen = hub.get_info(SEEN, 0)
-        for name, value in {**now, PROCESSES: get_world_size()}.items():
-            former = hub.get_info(name, value)
-            allowed = f'{former}, in the middle of an epoch that a checkpoint goes on with'
-            check(not seen or former == value, _FIELDS[name], value, allowed)
-            hub.update_info(name, value)
-        return seen
 
 
 def check_batches(runner: Runner) -> None:
@@ -215,19 +210,12 @@ def check_batches(runner: Runner) -> None:
     loader, size = runner.train_dataloader, get_world_size()
     if isinstance(loader.sampler, InfiniteSampler):
         # which fills a batch with the images of several rounds
-        own = getattr(type(runner.train_loop), 'run_epoch', None)
-        allowed = (
-            'an epoch of it never ends: SeededSampler for training by epochs, or '
-            "train_cfg.type='IterBasedTrainLoop' with max_iters"
-        )
-        ends = own is not ResumableEpochLoop.run_epoch
+        allowed = 'SeededSampler for training by epochs: an epoch of it never ends'
+        ends = not isinstance(runner.train_loop, EpochBasedTrainLoop)
         check(ends, 'train_dataloader.sampler.type', type(loader.sampler).__name__, allowed)
         return
-    allowed = (
-        f'at most {len(loader.sampler)}, the number of training images'
-        f'{f" for each of {size} processes" if size > 1 else ""}: drop_last=True leaves out what '
-        'fills no batch'
-    )
+    each = f' for each of {size} processes' if size > 1 else ''
+    allowed = f'at most {len(loader.sampler)}, the number of training images{each}'
     check(len(loader) > 0, 'train_dataloader.batch_size', loader.batch_size, allowed)
 
 
@@ -282,15 +270,9 @@ def restore_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
         return
     model, kept = unwrapped(runner), checkpoint[_ACCUMULATED]
     parameters, layers = dict(model.named_parameters()), moe_layers(model)
-    try:
-        for name, gradient in kept['gradients'].items():
-            parameter = parameters[name]
-            parameter.grad = gradient.to(parameter.device).view_as(parameter)
-        for name, observed in kept['observed'].items():
-            layers[name].observed = observed
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f'{_ACCUMULATED!r} of the checkpoint does not fit the model: {error}'
-        ) from error
+    for name, gradient in kept['gradients'].items():
+        parameters[name].grad = gradient.to(parameters[name].device).view_as(parameters[name])
+    for name, observed in kept['observed'].items():
+        layers[name].observed = observed
     # mmengine warns that they are lost
     runner.logger.info('What waits for more batches is that of the checkpoint')

@@ -4,9 +4,10 @@ Their files have whole tensors, or parts beside them: any number of processes go
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.optimizer import mixes_experts
 
 from .checkpoint import PARTS, RUN_FILE, checksum, delete_folder, dotted
-from .checkpoint_files import RUN, SaveError, reason_of, remove_unnamed, sync_folder
+from .checkpoint_files import RUN, SaveError, remove_unnamed, sync_folder
 from .model import RoutingStatistics
 from .optim import scales_loss
 from .processes import timeout_of
@@ -42,25 +43,13 @@ _OPTIONS = ('expert_processes', 'param_dtype', 'state_dict_type')
 
 def check_parallel(config: Config) -> None:
     """Refuses options of `parallel` that there are not, or that nothing would follow."""
-    options = config.get(FIELD)
-    if options is None:
+    if (options := config.get(FIELD)) is None:
         return
-    check(
-        isinstance(options, dict) and not options.keys() - set(_OPTIONS),
-        FIELD,
-        options,
-        f'its options are {", ".join(_OPTIONS)}, such as {FIELD}.expert_processes=1',
-    )
+    known = isinstance(options, dict) and not options.keys() - set(_OPTIONS)
+    check(known, FIELD, options, f'its options are {", ".join(_OPTIONS)}')
     check(get_world_size() > 1, FIELD, options, 'it needs several processes, see --launcher')
     wrapper = config.get('model_wrapper_cfg')
     check(wrapper is None, FIELD, options, 'it goes without model_wrapper_cfg')
-
-
-def spread(runner: Runner) -> None:
-    """Lets a run spread its model, if its config has `parallel`."""
-    options = runner.cfg.get(FIELD)
-    if options is not None:
-        runner.register_hook(ShardingHook(**options))
 
 
 def check_optim_wrapper(wrapper: Any) -> None:
@@ -107,6 +96,9 @@ class ShardingHook(Hook):
         self.expert_processes = expert_processes
         self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
         self.in_parts = state_dict_type == 'sharded'
+        self._sharded: Any = None
+        # what belongs to all processes, in a save for the place of what the first one has
+        self._state: dict[str, Any] = {}
 
     def before_run(self, runner: Runner) -> None:
         """Refuses what has no meaning for a part of a model."""
@@ -140,25 +132,56 @@ class ShardingHook(Hook):
             else:
                 wrapper.clip_func = clip_grad_norm
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
-        runner.save_checkpoint = JointSaves(runner, runner.model, self.in_parts)
+        runner.save_checkpoint = partial(self._save, runner, runner.save_checkpoint)
 
     def before_val(self, runner: Runner) -> None:
         """Validates on a whole copy."""
-        if not hasattr(self, '_sharded'):  # a validation that comes before the training
+        if self._sharded is None:  # a validation that comes before the training
             return
         self._whole.load_state_dict(whole_state(self._sharded.state_dict()))
         runner.model = self._whole.to(next(self._sharded.buffers()).device)
 
     def after_val(self, runner: Runner) -> None:
         """Goes on with the parts."""
-        if hasattr(self, '_sharded'):
+        if self._sharded is not None:
             self._whole.cpu()
             runner.model = self._sharded
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Puts what belongs to all in place of the parts of the first process."""
-        if isinstance(runner.save_checkpoint, JointSaves):
-            checkpoint.update(runner.save_checkpoint.state)
+        checkpoint.update(self._state)
+
+    def _save(
+        self,
+        runner: Runner,
+        save_first: Callable[..., None],
+        out_dir: str,
+        filename: str,
+        save_optimizer: bool = True,
+        **options: Any,
+    ) -> None:
+        """Puts a spread model together for the file of the first process, or writes its parts."""
+        state: dict[str, Any] = {'state_dict': self._sharded.state_dict()}
+        if save_optimizer:
+            wrapper = runner.optim_wrapper
+            state['optimizer'] = with_kernels(wrapper.state_dict(), wrapper.optimizer)
+        # as mmengine counts without: in the middle of an iteration
+        done = (options.get('meta') or {}).get('iter', runner.iter + 1)
+        folder, run = Path(out_dir), str(runner.message_hub.get_info(RUN))
+        if self.in_parts:
+            check_own_parts(self._sharded, done, state['state_dict'])
+            self._state = write_parts(folder / filename, state, run)
+        else:
+            self._state = whole_state(state)
+            if is_main_process():
+                check_weights(self._sharded, done, self._state['state_dict'])
+        try:
+            save_first(out_dir, filename, save_optimizer=save_optimizer, **options)
+        finally:
+            self._state = {}
+            # the folder of a file that was written again, or of one that could not be written
+            if self.in_parts and is_main_process():
+                remove_unnamed(folder, run)
 
 
 def clip_grad_norm(
@@ -192,15 +215,13 @@ def _exchange(
         # kernels for lists of tensors take one layout alone, and on CUDA torch takes them unasked
         group.update({name: False for name in KERNELS_FOR_LISTS if name in group})
     for p in [p for p in optimizer.state if p in parts]:
-        optimizer.state[parts[p]] = {
-            name: _part_of(value, parts[p]) for name, value in optimizer.state.pop(p).items()
-        }
-
-
-def _part_of(value: Any, part: Tensor) -> Any:
-    if not isinstance(part, DTensor) or not isinstance(value, Tensor) or value.shape != part.shape:
-        return value
-    return distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
+        part: Any = parts[p]
+        state = optimizer.state.pop(p)
+        for name, value in state.items() if isinstance(part, DTensor) else ():
+            if isinstance(value, Tensor) and value.shape == part.shape:
+                layout = part.device_mesh, part.placements
+                state[name] = distribute_tensor(value, *layout, src_data_rank=None)
+        optimizer.state[part] = state
 
 
 # Options of an optimizer for kernels that take lists of tensors of one layout.
@@ -214,50 +235,6 @@ def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
     return state
 
 
-class JointSaves:
-    """A save in which all processes of a spread model take part.
-
-    They put it together for the file that the first one writes, or each writes its parts first.
-    """
-
-    def __init__(self, runner: Runner, model: nn.Module, in_parts: bool) -> None:
-        self._runner, self._model, self._in_parts = runner, model, in_parts
-        self._save = runner.save_checkpoint
-        # what belongs to all processes, for the place of what the first one has
-        self.state: dict[str, Any] = {}
-
-    def __call__(
-        self,
-        out_dir: str,
-        filename: str,
-        file_client_args: dict | None = None,
-        save_optimizer: bool = True,
-        **options: Any,
-    ) -> None:
-        """Saves, as the runner's method does."""
-        state: dict[str, Any] = {'state_dict': self._model.state_dict()}
-        if save_optimizer:
-            wrapper = self._runner.optim_wrapper
-            state['optimizer'] = with_kernels(wrapper.state_dict(), wrapper.optimizer)
-        # as mmengine counts without: in the middle of an iteration
-        done = (options.get('meta') or {}).get('iter', self._runner.iter + 1)
-        folder, run = Path(out_dir), str(self._runner.message_hub.get_info(RUN))
-        if self._in_parts:
-            check_own_parts(self._model, done, state['state_dict'])
-            self.state = write_parts(folder / filename, state, run)
-        else:
-            self.state = whole_state(state)
-            if is_main_process():
-                check_weights(self._model, done, self.state['state_dict'])
-        try:
-            self._save(out_dir, filename, file_client_args, save_optimizer, **options)
-        finally:
-            self.state = {}
-            # the folder of a file that was written again, or of one that could not be written
-            if self._in_parts and is_main_process():
-                remove_unnamed(folder, run, {filename})
-
-
 def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     """Writes the folder of a checkpoint, before its file; all processes have to call it."""
     tensors: dict[str, Tensor] = {}
@@ -265,7 +242,6 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     def left(path: Any, value: Any) -> Any:
         """A word in the place of each spread tensor."""
         if isinstance(value, DTensor):
-            assert dotted(path) not in tensors
             tensors[dotted(path)] = value.detach()
             return IN_PARTS
         return value.detach().cpu() if isinstance(value, Tensor) else value
@@ -294,9 +270,9 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
         cause: BaseException = error
         if isinstance(error, CheckpointException):  # the same one on all processes
             rank, (cause, _) = next(iter(error.failures.items()))
+        why = f'rank {rank}: {getattr(cause, "strerror", None) or cause}'
         raise SaveError(
-            f'{file} could not be written (rank {rank}: {reason_of(cause)}); what was saved before '
-            'is intact'
+            f'{file} could not be written ({why}); what was saved before is intact'
         ) from error
     files = {name: list(numbers) for files in by_rank for name, numbers in files.items()}
     return {**content, PARTS: {'folder': names[0], 'files': files}}

@@ -4,7 +4,6 @@ The first look reads all of them at once, and stops at one that is not finite.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import groupby
@@ -35,18 +34,13 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
     """Stops at a total loss that is not finite."""
     if math.isfinite(values.get('loss', 0.0)):
         return
-    bad = {
-        name.removesuffix('_loss'): value
-        for name, value in values.items()
-        if name != 'loss' and 'loss' in name and not math.isfinite(value)
-    }
     # MoE layers come before the task's loss and in the order of the network: the first is the
     # nearest to the cause. Finite parts can still overflow in the sum.
-    name, value = next(iter(bad.items())) if bad else ('loss', values['loss'])
-    others = f' (as did {", ".join(list(bad)[1:])})' if len(bad) > 1 else ''
-    raise NonFiniteError(
-        f'{name} became {value} at iteration {iteration}{others}; training has stopped'
-    )
+    losses = ((name, value) for name, value in values.items() if name != 'loss' and 'loss' in name)
+    bad = (one for one in losses if not math.isfinite(one[1]))
+    name, value = next(bad, ('loss', values['loss']))
+    told = f'{name.removesuffix("_loss")} became {value} at iteration {iteration}'
+    raise NonFiniteError(f'{told}; training has stopped')
 
 
 def pass_over_infinite(model: nn.Module) -> None:
@@ -61,15 +55,12 @@ def check_weights(
     """Stops at a parameter or buffer that is not finite."""
     by_design: frozenset[str] = getattr(model, _INFINITE, frozenset())
     finite: dict[str, torch.Tensor] = {}
-    of_devices = defaultdict(list)
     for name, value in (model.state_dict() if state is None else state).items():
         if name in by_design:
             continue
         own = value.to_local() if isinstance(value, DTensor) else value
         finite[name] = torch.isfinite(own).all()
-        of_devices[own.device].append(finite[name])
-    # one wait for each device and not one for each tensor
-    if all(torch.stack(answers).all() for answers in of_devices.values()):
+    if torch.stack([*finite.values()]).all():  # one wait, and not one for each tensor
         return
     name = next(name for name, sound in finite.items() if not sound)
     kind = 'parameter' if name in dict(model.named_parameters()) else 'buffer'
@@ -100,17 +91,6 @@ def read_now(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, StepValuesHook):
             hook.after_train_epoch(runner)
-
-
-def _numbers(tensors: list[Tensor]) -> list[float]:
-    """Reads tensors of one element, with one wait for those of one dtype on one device."""
-    numbers = [0.0] * len(tensors)
-    for kind in {(tensor.device, tensor.dtype) for tensor in tensors}:
-        places = [i for i, tensor in enumerate(tensors) if (tensor.device, tensor.dtype) == kind]
-        values = torch.cat([tensors[i].reshape(1) for i in places]).tolist()
-        for i, number in zip(places, values, strict=True):
-            numbers[i] = number
-    return numbers
 
 
 class _UnreadNorm:
@@ -160,9 +140,11 @@ class StepValuesHook(RuntimeInfoHook):
         """Looks at all of them, and hands them to mmengine."""
         unread, self._unread = self._unread, ()
         tensors = [value for *_, value in unread if isinstance(value, Tensor)]
-        numbers = dict(zip(map(id, tensors), _numbers(tensors), strict=True))
+        # with one wait
+        read = torch.stack([tensor.reshape(()) for tensor in tensors]).tolist() if tensors else []
+        numbers = iter(read)
         for iteration, values in groupby(unread, key=itemgetter(0)):
-            found = {name: numbers.get(id(value), value) for _, name, value in values}
+            found = {n: next(numbers) if isinstance(v, Tensor) else v for _, n, v in values}
             for name, number in found.items():
                 runner.message_hub.update_scalar(_TRAIN + name, number)
             check_losses(found, iteration)

@@ -1,9 +1,8 @@
 """Vision transformers of the timm family with mixture-of-experts layers."""
 
-from . import shipped, vit_moe  # noqa: F401  registers the models with timm
-from .complexity import Complexity, complexity
+from . import vit_moe  # noqa: F401  registers the models with timm
 from .convert import convert_to_moe, to_discrete
-from .moe_vit import MoeVisionTransformer
+from .moe_vit import Complexity, MoeVisionTransformer, complexity
 
 __all__ = [
     'Complexity',

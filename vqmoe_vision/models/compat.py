@@ -8,21 +8,19 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
 from ..moe.raw_patches import ImageReader
-from .hosts import Transformer, method_of, timms_class
+from .layers import Transformer, method_of, timms_class
 from .moe_vit import SparseModel
 
 StateDict = dict[str, Tensor]
@@ -101,14 +99,8 @@ def network_of_run(content: Any) -> Network | None:
         if method is None and isinstance(options, dict):
             method = options.get('method')
         stated = {'method': method, 'options': options}
-    method, size = stated.get('method'), stated.get('img_size')
-    facts, pooling = (
-        {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-        for found in (stated.get('network'), stated.get('pooling'))
-    )
-    size = size if isinstance(size, list) and len(size) == 2 else []
-    size = tuple(size) if all(type(n) is int for n in size) else ()
-    options = None
+    facts, method = dict(stated.get('network') or {}), stated.get('method')
+    size, options = tuple(stated.get('img_size') or ()), None
     if isinstance(method, str) and method in METHODS:
         facts['method'] = repr(method)
         kind, given = METHODS[method].config, stated.get('options')
@@ -116,7 +108,9 @@ def network_of_run(content: Any) -> Network | None:
             given = {k: v for k, v in given.items() if k in kind.option_names()}
             with suppress(TypeError, ValueError):  # of another version of this package
                 options = kind.from_options(**given)
-    return Network('', facts, pooling, options, size) if facts or size else None
+    if not facts and not size:
+        return None
+    return Network('', facts, dict(stated.get('pooling') or {}), options, size)
 
 
 def compare(
@@ -134,38 +128,21 @@ def compare(
     if told := _saved_with(facts, {**ours.facts, **ours.pooling}):
         of = f' of {theirs.name}' if theirs.name else ''
         raise ValueError(f'checkpoint {path!r}{of} does not fit the model: {told}')
-    if ours.options is None or theirs.options is None:
+    before, after = theirs.options, ours.options
+    if before is None or after is None or type(before) is not type(after):
         return ()
-    names = theirs.options.of_weights() & ours.options.of_weights()
+    names = before.of_weights() - {*before.unused(), *after.unused()}
+    old, new = vars(before), vars(after)
     return tuple(
-        f'the experts were trained with {name}={before!r}, the model has {name}={after!r}'
-        for name, before, after in _differing(theirs.options, ours.options)
-        if name in names
+        f'the experts were trained with {name}={old[name]!r}, the model has {name}={new[name]!r}'
+        for name in old
+        if name in names and old[name] != new[name]
     )
 
 
 def other_pooling(model: Any, theirs: Network | None) -> str:
     """How the head of a source is fed otherwise than that of the model; empty if it is not."""
     return _saved_with(theirs.pooling, _pooling(model)) if theirs is not None else ''
-
-
-def options_aside(model: Any, theirs: Network | None) -> str:
-    """Options that a source of the same method has otherwise, for the end of a refusal."""
-    if not isinstance(model, SparseModel) or theirs is None or theirs.options is None:
-        return ''
-    found = [(k, repr(a), repr(b)) for k, a, b in _differing(theirs.options, model.moe_config)]
-    told = _saved_with({k: a for k, a, _ in found}, {k: b for k, _, b in found})
-    return f'; {told}' if told else ''
-
-
-def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:
-    """Options that differ, and both values; what one of both does not use is not theirs to say."""
-    if type(theirs) is not type(ours):
-        return []
-    unused = {**theirs.unused(), **ours.unused()}
-    names = [each.name for each in fields(theirs) if each.name not in unused]
-    both = ((name, getattr(theirs, name), getattr(ours, name)) for name in names)
-    return [(name, before, after) for name, before, after in both if before != after]
 
 
 def _saved_with(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
@@ -251,17 +228,15 @@ def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
             continue
         real = name not in expected or expected[name].is_floating_point()
         if value.is_floating_point() != real:
+            kind = 'real' if real else 'whole'
             raise ValueError(
-                f'checkpoint {path!r} does not fit the model: {name} is of {value.dtype}, the '
-                f'model has {"real" if real else "whole"} numbers there'
+                f'checkpoint {path!r} does not fit the model: {name} is {value.dtype}, not {kind}'
             )
         if real and not torch.isfinite(value.float()).all():
             raise ValueError(f'checkpoint {path!r} is damaged: {name} has values nan or infinite')
 
 
-def refuse_misfits(
-    expected: StateDict, fitted: StateDict, path: str, whole: bool, aside: str = ''
-) -> None:
+def refuse_misfits(expected: StateDict, fitted: StateDict, path: str, whole: bool) -> None:
     """Refuse tensors that only one of both has, or in other shapes: it would be another function.
 
     A backbone (not `whole`) may end before its checkpoint. Free are heads, last norms, and MoE
@@ -279,27 +254,7 @@ def refuse_misfits(
 
     parts = ({k: v for k, v in part.items() if matters(k)} for part in (expected, fitted))
     if problem := misfit(*parts):
-        raise ValueError(f'checkpoint {path!r} does not fit the model: {problem}{aside}')
-
-
-def refuse_arrays(model: Any, path: str) -> None:
-    """Refuse a file of NumPy of another network: timm copies what it finds, and leaves the rest."""
-    if not isinstance(model, VisionTransformer):
-        return
-    attention: Any = model.blocks[0].attn
-    arrays = np.load(path)
-    files = getattr(arrays, 'files', ())
-    theirs = {  # kernels are (width, heads, width of a head)
-        'num_heads': [arrays[name].shape[-2] for name in files if 'query/kernel' in name],
-        'depth': [int(n) + 1 for name in files for n in re.findall(r'encoderblock_(\d+)/', name)],
-        'num_classes': [arrays[n].shape[-1] for n in files if n.endswith('head/bias')] or [0],
-    }
-    before = {name: str(max(found)) for name, found in theirs.items() if found}
-    ours = {'num_heads': str(attention.num_heads), 'depth': str(len(model.blocks))}
-    if model.num_classes:
-        ours['num_classes'] = str(model.num_classes)
-    if told := _saved_with(before, ours):
-        raise ValueError(f'checkpoint {path!r} does not fit the model: {told}')
+        raise ValueError(f'checkpoint {path!r} does not fit the model: {problem}')
 
 
 def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
@@ -332,23 +287,18 @@ def misfit(expected: StateDict, state: StateDict) -> str:
     return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
 
 
-def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> StateDict:
-    """Weights with which can be computed: those of eight bits as float32, which has all of them."""
-    refuse_without_values(state, path)
+def refuse_without_values(
+    state: Mapping[str, Any], path: str, expected: Iterable[str] = ()
+) -> None:
+    """Refuse what no parameter can take: of names of a model no tensors, sparse ones, of meta."""
     for name, value in state.items():
-        if name in expected and not isinstance(value, Tensor):
-            raise ValueError(
-                f'checkpoint {path!r} does not fit the model: {name} is a {type(value).__name__}, '
-                'and weights are tensors'
-            )
-    small = {k for k, v in state.items() if isinstance(v, Tensor) and v.element_size() == 1}
-    return {k: v.float() if k in small and v.is_floating_point() else v for k, v in state.items()}
-
-
-def refuse_without_values(state: Mapping[str, Any], path: str) -> None:
-    """Refuse tensors that are sparse, or of the meta device, which no parameter can take."""
-    for name, value in state.items():
-        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+        if not isinstance(value, Tensor):
+            if name in expected:
+                raise ValueError(
+                    f'checkpoint {path!r} does not fit the model: {name} is a '
+                    f'{type(value).__name__}, and weights are tensors'
+                )
+        elif value.is_meta or value.layout is not torch.strided:
             kind = 'of the meta device' if value.is_meta else f'of {value.layout}'
             raise ValueError(f'checkpoint {path!r} has no values for {name}, which is {kind}')
 

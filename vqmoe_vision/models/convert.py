@@ -18,12 +18,11 @@ from ..moe.config import check
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from ..moe.raw_patches import READER
-from .build import build
-from .hosts import MOE_HOST
-from .layers import MOE_LAYERS, check_method, moe_options, put_layers
+from .fitting import Report
+from .layers import MOE_HOST, MOE_LAYERS, check_method, moe_options, put_layers
 from .moe_vit import MoeEva, MoeVisionTransformer, SparseModel
-from .report import Report
 from .upcycle import Upcycling, read_upcycling
+from .vit_moe import build
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.
 _SPARSE: dict[type[nn.Module], Any] = {
@@ -34,14 +33,11 @@ __all__: list[str] = []  # register_model adds the entry point
 
 
 @register_model
-def moe_host(
-    pretrained: bool = False, host: str | None = None, method: str | None = None, **kwargs: Any
-) -> Any:
+def moe_host(pretrained: bool = False, host: Any = None, method: Any = None, **kwargs: Any) -> Any:
     """A vision transformer of timm with MoE layers, as converted models and configs name it."""
     known = isinstance(host, str) and timm.is_model(host) and get_arch_name(host) != MOE_HOST
     check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
     check_method(method)
-    assert host is not None and method is not None
     check(not kwargs.get('upcycle'), 'upcycle', kwargs.get('upcycle'), 'None: use pretrained')
     return build(partial(_fresh, host), MOE_HOST, method, pretrained, known_as=host, **kwargs)
 
@@ -84,7 +80,7 @@ def convert_to_moe(
         TypeError: The method has no such option.
     """
     how = read_upcycling(upcycling)
-    copied, lost = _put_layers(model, method, how, how, moe_layers, **options)
+    copied = _put_layers(model, method, how, how, moe_layers, **options)
     made: Any = model
     # what was there before is all but what the new layers and a reader of images have
     new, names = (READER, *(f'{name}.' for name in layers_of(model))), list(model.state_dict())
@@ -92,8 +88,6 @@ def convert_to_moe(
         loaded=tuple(name for name in names if not name.startswith(new)),
         copied=copied,
         initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
-        remarks=lost,
-        warnings=lost,
     )
     config = getattr(model, 'pretrained_cfg', None) or {}
     if config.get('architecture'):  # timm has built it by name, and builds it again
@@ -110,22 +104,20 @@ def _put_layers(
     how: Upcycling | None,
     moe_layers: str | Sequence[int] = MOE_LAYERS,
     **options: Any,
-) -> tuple[dict[str, str], tuple[str, ...]]:
+) -> dict[str, str]:
     """As `put_layers`; the model is one of ours from then on."""
     kind = type(model)
     check_method(method)
     allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
     check(kind in _SPARSE, 'model', kind.__name__, allowed)
-    for name in options.keys() - moe_options(method):
-        raise TypeError(f'{name!r} is no option of {method}: {sorted(moe_options(method))}')
     config = METHODS[method].config.from_options(**options)
     # what the model was becomes what reads its images
-    copied, lost = put_layers(model, method, config, moe_layers, partial(copy.deepcopy, model), how)
+    copied = put_layers(model, method, config, moe_layers, partial(copy.deepcopy, model), how)
     given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
     model.__class__ = _SPARSE[kind]
     model.describe(method, config, stated)
     model._model_args = given
-    return copied, lost
+    return copied
 
 
 def changeable_layers(model: nn.Module) -> list[MoeLayer]:
@@ -152,7 +144,8 @@ def to_discrete(model: nn.Module) -> nn.Module:
     """
     layers = changeable_layers(model)
     for layer in layers:
-        layer.check_discrete()
+        kind = type(layer).__name__
+        check(layer.has_discrete, 'layer', kind, 'one that has a discrete branch to keep')
     # nothing is refused from here on
     changed: dict[str, Any] = {}
     for layer in layers:

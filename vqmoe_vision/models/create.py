@@ -7,24 +7,28 @@ from typing import Any
 import timm
 import torch
 from timm.layers import Mlp
-from timm.models import get_arch_name
 from torch import nn
 
 from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
-from .build import Source
-from .hosts import MODULES, MOE_HOST, Transformer, method_of
-from .layers import check_method, moe_options
+from .layers import (
+    MODULES,
+    MOE_HOST,
+    Transformer,
+    check_method,
+    method_of,
+    moe_options,
+    scale_fresh_experts,
+)
 from .moe_vit import SparseModel, check_patches, check_vit_arguments
 from .normalization import check_normalization
-from .saved import record_arguments
 from .upcycle import read_upcycling, refuse_unused
+from .vit_moe import DENSE, Source
 from .weights import (
     GIVEN,
     Described,
     check_one_source,
     find_source,
-    load_checkpoint,
     load_weights,
     overlay_for,
     read_fitting,
@@ -52,7 +56,6 @@ def create_model(
         hint = did_you_mean(model_name, timm.list_models()) or '; timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model{hint}')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
-    check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, 'that of the host')
     check(moe is None or isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
     check_one_source(kwargs)
     if isinstance(stated := kwargs.get('pretrained_cfg'), dict):
@@ -61,14 +64,22 @@ def create_model(
         kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
     method = method_of(model_name)
     dense = method is None
-    given = {} if moe is None else _checked_options(moe, method)
-    for name, value in given.items():
-        check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
-    if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'shipped')):
+    given = dict(moe or {})
+    if given or (dense and moe is not None):
+        own: Any = given.pop('method', method)
+        check_method(own, 'moe.method')
+        check(method in (None, own), 'moe.method', own, f'{method}, as the name of the model says')
+        options = {'method', *moe_options(own)}
+        for name, value in given.items():
+            allowed = f'the options are {", ".join(sorted(options))}{did_you_mean(name, options)}'
+            check(name in options, f'moe.{name}', value, allowed)
+            allowed = f'moe.{name}={value!r} is set, change it'
+            check(name not in kwargs, name, kwargs.get(name), allowed)
+    if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'vit_moe')):
         check_vit_arguments(kwargs)
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
-        kwargs = {'host': model_name, **given, **_from_pretrained(kwargs)}
+        kwargs = {'host': model_name, 'method': own, **given, **_from_pretrained(kwargs)}
         model = timm.create_model(MOE_HOST, **kwargs)
     else:
         kwargs |= given
@@ -76,21 +87,7 @@ def create_model(
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
         model = _create(model_name, kwargs)
     check_patches(model, kwargs)
-    record_arguments(model, kwargs)
     return model
-
-
-def _checked_options(moe: dict[str, Any], method: str | None) -> dict[str, Any]:
-    """Options that experts have, for a model of timm with their method."""
-    if method is None or 'method' in moe:
-        check_method(moe.get('method'), 'moe.method')
-    same = method in (None, moe.get('method', method))
-    check(same, 'moe.method', moe.get('method'), f'{method}, which the name of the model says')
-    options = {'method', *moe_options(method or moe['method'])}
-    for name, value in moe.items():
-        allowed = f'the options are {", ".join(sorted(options))}{did_you_mean(name, options)}'
-        check(name in options, f'moe.{name}', value, allowed)
-    return {name: value for name, value in moe.items() if method is None or name != 'method'}
 
 
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -99,8 +96,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     if fitted and kwargs.get('pretrained') and not kwargs.get('features_only'):
         check(kwargs['pretrained'] is True, 'pretrained', kwargs['pretrained'], 'True or False')
         source, cache_dir = Source(model_name, kwargs), kwargs.get('cache_dir')
-        given = source.config, source.overlay, source.own
-        overlay, described = overlay_for(None, *given, cache_dir)
+        overlay, described = overlay_for(None, source.config, source.overlay, source.own, cache_dir)
         kwargs = {**kwargs, 'pretrained': False, 'pretrained_cfg_overlay': overlay}
         model = timm.create_model(model_name, **kwargs)
         load_weights(model, described, cache_dir, source.follow)
@@ -108,7 +104,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     # timm would compare no checksums, and say nothing of a file that is not there
     model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})
     if checkpoint_path := kwargs.get('checkpoint_path'):
-        load_checkpoint(model, checkpoint_path)
+        model.load_state_dict(read_fitting(model, checkpoint_path))
     return model
 
 
@@ -123,8 +119,7 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
     """The `mlp_ratio` that spreads `extra_mlps` over all blocks."""
-    valid = isinstance(extra_mlps, int) and extra_mlps > 0
-    check(valid, 'extra_mlps', extra_mlps, 'a whole number, at least 0')
+    check(isinstance(extra_mlps, int) and extra_mlps > 0, 'extra_mlps', extra_mlps, 'at least 0')
     with torch.device('meta'):  # for depth and ratio only
         plain = {**kwargs, 'pretrained': False, 'checkpoint_path': ''}
         model: Any = timm.create_model(model_name, **plain)
@@ -211,3 +206,32 @@ def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     if any(model.get(start) for start in STARTS):
         options['upcycling'] = asdict(read_upcycling(model.get('upcycling')))
     return {'method': method, **options}
+
+
+def share_start(model: Any, model_name: str, seed: int, **kwargs: Any) -> None:
+    """Set a freshly built model to the start that all rows of its shape have at a seed."""
+    if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
+        return
+    sparse = isinstance(model, SparseModel)
+    if sparse:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
+            for block, pair in zip(model.blocks, seeds, strict=True):
+                if hasattr(block.mlp, 'experts'):
+                    for part, own in zip(('fc1', 'fc2'), pair, strict=True):
+                        torch.manual_seed(own)
+                        block.mlp.experts.get_submodule(part).init_weights()
+        scale_fresh_experts(model)
+        options = moe_options(model.method) | {'upcycling'}
+        kwargs = {name: value for name, value in kwargs.items() if name not in options}
+        if method_of(model_name) is not None:
+            stem = model_name.partition('.')[0].rpartition('_')[0]
+            model_name = DENSE if stem == 'test_vit' else f'{stem}_patch16_224'
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dense = timm.create_model(model_name, **kwargs)
+    state = model.state_dict()
+    theirs = dense.state_dict().items()
+    shared = {k: v for k, v in theirs if k in state and state[k].shape == v.shape}
+    model.load_state_dict(shared, strict=False)

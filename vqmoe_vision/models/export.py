@@ -1,4 +1,4 @@
-"""Models that leave PyTorch: `torch.export` programs and ONNX files of what a network predicts.
+"""Models that leave this package: folders of timm, `torch.export` programs and ONNX files.
 
 Legend: B images of C channels, H height, W width.
 """
@@ -6,29 +6,46 @@ Legend: B images of C channels, H height, W width.
 import copy
 import importlib.util
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any
 
+import timm
 import torch
-from timm.layers import to_2tuple
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, get_model_input_config, save_for_hf
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from ..moe import moe_layers
 from ..moe.config import check
-from .complexity import has_plain_weights
-from .quiet import quiet
+from .layers import Transformer
+from .moe_vit import SparseModel
+from .weights import CONFIG, DIGEST, OF_TIMM, digest_of
 
 SUFFIXES = ('.onnx', '.pt2')
-# From the oldest that torch's exporter writes to the newest that torch 2.9 does.
+# From the oldest that torch's exporter writes to the newest that its oldest release here does.
 OPSETS = (18, 23)
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 INPUT = 'images'
 _NAMESPACES = ('aten', 'prims', 'export', 'higher_order')  # of torch's operators
-_EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
+
+
+# A model without a last norm: of timm's `VisionTransformer`, and of its `Eva`.
+_NO_NORM = (
+    {'final_norm': False},
+    {'use_post_transformer_norm': False, 'use_fc_norm': False},
+)
+# Of timm's `pretrained_cfg` how images are prepared.
+_PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+# What belongs to the network; the rest is about the weights of others.
+_OF_THE_NETWORK = ('architecture', 'classifier', 'pool_size')
 
 
 @dataclass(frozen=True)
@@ -47,14 +64,10 @@ class Exportable:
             return model
         features = isinstance(getattr(model, 'feature_info', None), FeatureInfo)
         check(not features, 'features_only', True, 'False, or an Exportable of any outputs')
-        config = getattr(model, 'pretrained_cfg', None) or {}
-        channels, *size = config.get('input_size') or (3,)
-        channels = getattr(model, 'in_chans', channels)  # the configuration is of its weights
-        embed = getattr(model, 'patch_embed', None)
-        if getattr(embed, 'img_size', None) is not None:
-            size = list(to_2tuple(embed.img_size))  # type: ignore[union-attr]
-            channels = embed.proj.in_channels  # type: ignore[union-attr]
-        check(len(size) == 2, 'model', type(model).__name__, 'an Exportable, which has input_size')
+        config: Any = getattr(model, 'pretrained_cfg', None)  # of its weights
+        check(bool(config), 'model', type(model).__name__, 'an Exportable, which has input_size')
+        input_size = get_model_input_config(model)['input_size']
+        channels = input_size[0]
         about: dict[str, Any] = {'channels': 'RGB'} if channels == 3 else {}
         # timm's default is one of three channels, whatever the model has
         values = {name: list(config.get(name) or []) for name in ('mean', 'std')}
@@ -62,7 +75,7 @@ class Exportable:
         classes = list(config.get('label_names') or [])
         if classes and len(classes) == getattr(model, 'num_classes', 0):  # not of another head
             about['classes'] = classes
-        return cls(model, (channels, size[0], size[1]), about=about)
+        return cls(model, input_size, about=about)
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
         """Images of noise, (batch, C, H, W)."""
@@ -72,6 +85,20 @@ class Exportable:
     def run(self, images: Tensor) -> list[Tensor]:
         """What PyTorch predicts, in eval mode, one tensor per output."""
         return as_list(for_inference(self.network)(images))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings of what is deprecated in them, and without their log below errors."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)
+            warnings.simplefilter('ignore', FutureWarning)
+            yield
+    finally:
+        logging.disable(before)
 
 
 def require_packages() -> None:
@@ -88,11 +115,12 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     check(valid, 'batch', batch, 'at least 1, or None for any number of images')
     exportable = Exportable.of(model)
     for tensor in [*exportable.network.parameters(), *exportable.network.buffers()]:
-        cpu, whole = tensor.device.type == 'cpu', not tensor.is_floating_point()
-        check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
-        check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, 'float32')
+        check(tensor.device.type == 'cpu', 'device', str(tensor.device), 'cpu: use model.cpu()')
+        real = tensor.is_floating_point()
+        check(not real or tensor.dtype == torch.float32, 'dtype', tensor.dtype, 'float32')
     network = for_inference(exportable.network)
-    images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
+    # of one image, torch would make a graph for one image
+    images = exportable.images(2 if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
     with torch.no_grad(), quiet():
         program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
@@ -122,7 +150,9 @@ def export_onnx(
     exportable = Exportable.of(model)
     network = exportable.network
     allowed = 'one in float, of which contrib.int8.export_int8 makes a file in int8'
-    check(has_plain_weights(network), 'model', f'a quantized {type(network).__name__}', allowed)
+    weights = [part.weight for part in network.modules() if isinstance(part, nn.Linear)]
+    plain = all(type(weight) in (nn.Parameter, Tensor) for weight in weights)
+    check(plain, 'model', f'a quantized {type(network).__name__}', allowed)
     exported = export_program(exportable, batch)
     with quiet():
         program: Any = torch.onnx.export(
@@ -264,3 +294,57 @@ def differences(
                 equal = (int(same.sum()), same.numel())
             found.append(Difference(name, batch, largest, unequal, got.numel(), equal))
     return found
+
+
+def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared, of timm's `pretrained_cfg`, as `save` takes it."""
+    return {name: config[name] for name in _PREPROCESSING if config.get(name) is not None}
+
+
+def save(
+    model: Any,
+    folder: Path,
+    preprocessing: dict[str, Any],
+    label_names: Sequence[str] = (),
+    license_id: str | None = None,
+) -> dict[str, Any]:
+    """Writes `model.safetensors` and `config.json` with its digest, and reads them back."""
+    described = {name: model.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
+    model.pretrained_cfg = model.default_cfg = {**described, **preprocessing, 'license': license_id}
+    names = {'label_names': list(label_names)} if label_names else {}
+    save_for_hf(model, str(folder), names, _changed(model), safe_serialization=True)
+    config = folder / CONFIG
+    described = json.loads(config.read_text()) | {DIGEST: digest_of(folder / OF_TIMM[0])}
+    config.write_text(f'{json.dumps(described, indent=2)}\n')
+    _read_back(model, folder, preprocessing['input_size'])
+    return described['model_args']
+
+
+def _changed(model: Any) -> dict[str, Any]:
+    """Arguments that build a model as it is now, in the place of those that timm has recorded."""
+    args: dict[str, Any] = {}
+    if isinstance(model, Transformer):
+        if len(model.blocks) < len(model.feature_info):
+            args['depth'] = depth = len(model.blocks)
+            if isinstance(model, SparseModel):
+                args['moe_layers'] = left = [int(name.split('.')[1]) for name in moe_layers(model)]
+                check(bool(left), 'out_indices', [depth - 1], 'not before all MoE layers')
+        if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+            args |= _NO_NORM[isinstance(model, Eva)]
+    return args
+
+
+@torch.no_grad()
+def _read_back(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
+    """Compares tensors and answers, to the bit."""
+    try:
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        images = torch.rand(2, *input_size)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+        answers, expected = again.eval()(images), model.eval()(images)
+        torch.testing.assert_close(answers, expected, rtol=0, atol=0, msg='its answers differ')
+    except Exception as error:  # a model that differs can fail in any way
+        short = shorten(str(error), 200, placeholder=' ...')  # torch lists every key
+        raise ValueError(
+            f'timm does not build the model again from its arguments: {short}'
+        ) from error

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
@@ -19,23 +20,21 @@ from .compat import (
     NORMS,
     Network,
     StateDict,
-    as_tensors,
     compare,
-    is_out_of_memory,
     misfit,
-    options_aside,
     other_pooling,
     part_of,
     refuse_misfits,
     refuse_rotary,
     refuse_values,
+    refuse_without_values,
     shorten,
 )
-from .hosts import Transformer
-from .normalization import KEY, of_buffer
-from .report import Report, Size
-from .upcycle import Upcycling, units_left_out, upcycle
+from .layers import Transformer
+from .normalization import KEY, Normalization, of_buffer
+from .upcycle import Upcycling, upcycle
 
+Size = tuple[int, ...]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
 # in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
 _PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
@@ -56,6 +55,75 @@ _FROM_MMSEG = (
 )
 
 
+@dataclass(frozen=True)
+class Report:
+    """What became of each tensor of a model, and of each of a checkpoint."""
+
+    # of the model
+    loaded: tuple[str, ...] = ()
+    resized: dict[str, tuple[Size, Size]] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)  # and of which tensor of the checkpoint
+    initialised: tuple[str, ...] = ()
+    # of the checkpoint: without a place in the model, and outside of the model's part
+    unused: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # those of the remarks that nobody may have meant
+    normalization: Normalization | None = None  # of images, if the checkpoint is of a run
+
+    @classmethod
+    def of(
+        cls,
+        result: StateDict,
+        expected: Iterable[str],
+        resized: dict[str, tuple[Size, Size]],
+        copied: dict[str, str],
+        **others: Any,
+    ) -> 'Report':
+        """That of a state dict which a model loads."""
+        loaded = tuple(k for k in result if k not in resized and k not in copied)
+        return cls(loaded, resized, copied, tuple(k for k in expected if k not in result), **others)
+
+    def joined(self, other: 'Report') -> 'Report':
+        """Both reports as one, of two parts of a model."""
+        pairs = ((name, value, vars(other)[name]) for name, value in vars(self).items())
+        tensors = ((name, a, b) for name, a, b in pairs if name != 'normalization')
+        return Report(**{k: a | b if isinstance(a, dict) else a + b for k, a, b in tensors})
+
+    def lines(self) -> list[str]:
+        """For a log; a head that starts anew has its line among the remarks."""
+        notes = list(self.remarks)
+        notes += [
+            f'{name} resized from {before} to {after}'
+            if before != after
+            else f'{name} resized from another grid of as many positions, {before}'
+            for name, (before, after) in self.resized.items()
+        ]
+        initialised = [name for name in self.initialised if not name.startswith(CLASSIFIERS)]
+        found = [*self.loaded, *self.resized]
+        number = len(found) + len(self.copied) + len(initialised)
+        whole = 'model' if any(name.startswith(CLASSIFIERS) for name in found) else 'backbone'
+        notes.append(f'loaded {len(found)} of the {number} tensors of the {whole}')
+        if self.copied:
+            experts = [name for name in self.copied if '.experts.' in name]
+            notes.append(f'made of dense MLPs: {", ".join(experts)}')
+        if initialised:
+            notes.append(f'not in the checkpoint, as initialised: {", ".join(initialised)}')
+        if self.unused:
+            notes.append(f'not in the model, unused: {", ".join(self.unused)}')
+        return notes
+
+    def listed(self) -> list[str]:
+        """Every tensor, with what became of it."""
+        return [
+            *(f'{name}: loaded' for name in self.loaded),
+            *(f'{name}: resized from {old} to {new}' for name, (old, new) in self.resized.items()),
+            *(f'{name}: made of {source}' for name, source in self.copied.items()),
+            *(f'{name}: as initialised' for name in self.initialised),
+            *(f'{name} of the source: unused' for name in (*self.unused, *self.outside)),
+        ]
+
+
 def transfer(
     model: Transformer,
     state_dict: StateDict,
@@ -71,11 +139,9 @@ def transfer(
     lack: routers, codebooks, slots; and the last norm, with a warning.
     """
     expected = model.state_dict()
-    on_meta = any(value.is_meta for value in expected.values())
-    check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
     others = compare(model, network, path, whole=False)
     state, outside = in_names_of_timm(state_dict, expected, path)
-    state = as_tensors(state, expected, path)
+    refuse_without_values(state, path, expected)
     config = getattr(model, 'pretrained_cfg', None) or {}
     own = network.img_size if network is not None else ()
     sizes = [size for size in (own, *image_sizes, config.get('input_size', ())[1:]) if size]
@@ -119,17 +185,17 @@ def _fit(
     body, dropped, note, asked = _fit_head(state, expected, pooling)
     state = {name: value for name, value in state.items() if name not in dropped}
     positions = _resized_positions(state, model, path, sizes)
-    filtered = _filtered(model, {**state, **positions}, path)
+    filtered = _filtered(model, {**state, **positions})
     lost_by_timm = _left_out(state, filtered)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= _fitted_stem(filtered, body)
     fitted = _fit_layers(filtered, model)
-    refuse_misfits(body, fitted, path, whole, options_aside(model, network))
+    refuse_misfits(body, fitted, path, whole)
     refuse_values(body, filtered, path)
     norms = [name for name in body if name.startswith(NORMS) and name not in fitted]
     lacking = f'the checkpoint has no {shorten(norms)}: the last norm is as initialised'
     no_norm = (lacking,) if norms else ()
-    made, copied, split = _upcycled(model, fitted, path, how) if how is not None else ({}, {}, ())
+    made, copied = _upcycled(model, fitted, path, how) if how is not None else ({}, {})
     result = {name: value for name, value in fitted.items() if name in body} | made
     used = {*result, *copied.values()}
     resized = {
@@ -146,9 +212,9 @@ def _fit(
         copied,
         unused=(*(k for k in filtered if k not in used), *lost_by_timm),
         outside=dropped,
-        remarks=(*doubts, *renamed, *note, *no_norm, *split),
+        remarks=(*doubts, *renamed, *note, *no_norm),
         # of as many classes, nobody has asked for a fresh head
-        warnings=(*doubts, *(() if asked else note), *no_norm, *split),
+        warnings=(*doubts, *(() if asked else note), *no_norm),
     )
 
 
@@ -218,20 +284,11 @@ def _fit_head(
     return body, (*theirs, *between), (note,), bool(problem)
 
 
-def _filtered(model: Transformer, state: StateDict, path: str) -> StateDict:
+def _filtered(model: Transformer, state: StateDict) -> StateDict:
     """By timm's names, in the sizes of the model as far as timm's filter can do that."""
-    try:
-        if isinstance(model, Eva):
-            return eva.checkpoint_filter_fn(state, model)
-        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        said = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise ValueError(
-            f"checkpoint {path!r} does not fit the model: timm's filter could not read its "
-            f'weights: {said}'
-        ) from error
+    if isinstance(model, Eva):
+        return eva.checkpoint_filter_fn(state, model)
+    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
 
 
 def _left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
@@ -301,11 +358,10 @@ def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
 
 def _upcycled(
     model: Transformer, state: StateDict, path: str, how: Upcycling
-) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
-    """Experts made of the dense MLPs in their place, which tensor each was made of, and losses."""
+) -> tuple[StateDict, dict[str, str]]:
+    """Experts made of the dense MLPs in their place, and which tensor each was made of."""
     made: StateDict = {}
     sources: dict[str, str] = {}
-    lost: dict[str, None] = {}
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
         part = part_of(state, prefix)
@@ -316,8 +372,7 @@ def _upcycled(
             )
         if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
-            lost |= dict.fromkeys(units_left_out(part, layer.experts))
             made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
     check(bool(made) or how == Upcycling(), 'upcycling', how, f'None, no dense MLP in {path!r}')
-    return made, sources, tuple(lost)
+    return made, sources

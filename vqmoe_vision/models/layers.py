@@ -4,15 +4,16 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
+import timm
 import torch
 from timm.layers import Mlp, PatchEmbed, register_notrace_module
 from timm.models.eva import Eva
-from timm.models.vision_transformer import Block, get_init_weights_vit
+from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
 from torch import nn
 
-from ..moe.config import MoeConfig, check, did_you_mean
+from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
@@ -26,8 +27,16 @@ from ..moe.raw_patches import (
     RawPatches,
     hand_over,
 )
-from .upcycle import Upcycling, units_left_out, upcycle
+from .upcycle import Upcycling, upcycle
 
+# `Eva` has rotary positions; DINOv3's models are of it.
+Transformer: TypeAlias = VisionTransformer | Eva
+# Modules of timm, and ours, whose models are `VisionTransformer`s, and those with `Eva`s.
+OWN_MODULES = ('vit_moe',)
+VIT_MODULES = ('vision_transformer', 'deit', *OWN_MODULES)
+MODULES = (*VIT_MODULES, 'eva')
+# Entry point that builds one of timm's and puts experts into it.
+MOE_HOST = 'moe_host'
 # Which blocks hold an MoE layer unless a model is told otherwise.
 MOE_LAYERS = 'every2'
 # Parts of an MLP that experts have, and what each may be: a class of its own may compute otherwise.
@@ -38,7 +47,20 @@ _PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     'drop1': (nn.Dropout, nn.Identity),
     'drop2': (nn.Dropout, nn.Identity),
 }
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def method_of(model_name: str) -> str | None:
+    """Key of `METHODS` of one of this package's models, None of any other."""
+    if not timm.models.is_model_in_modules(model_name, OWN_MODULES):
+        return None
+    method = model_name.partition('.')[0].rpartition('_')[2]
+    return method if method in METHODS else None
+
+
+def timms_class(module: nn.Module) -> type:
+    """The class of timm that a module is, or that one of ours builds on."""
+    mro = type(module).__mro__
+    return next((kind for kind in mro if kind.__module__.startswith('timm.')), mro[0])
 
 
 def put_layers(
@@ -48,8 +70,8 @@ def put_layers(
     moe_layers: str | Sequence[int],
     dense: Callable[[], nn.Module],
     how: Upcycling | None = None,
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Changes a model, or leaves it as it is; returns which tensors were made of which, and losses.
+) -> dict[str, str]:
+    """Changes a model, or leaves it as it is; returns which tensors were made of which.
 
     Experts are made of the MLPs by `how`, or drawn. `dense` makes what reads the model's images.
     """
@@ -58,7 +80,6 @@ def put_layers(
     host = Host(stem.num_patches + prefix_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
-    lost: dict[str, None] = {}
     for i in resolve_moe_layers(moe_layers, len(model.blocks)):
         name = f'blocks.{i}.mlp'
         mlp = _plain_mlp(model.blocks[i], name)
@@ -69,18 +90,24 @@ def put_layers(
             for key in made:
                 trains = mlp.get_parameter(key).requires_grad
                 built[i].experts.get_parameter(key).requires_grad_(trains)
-            lost |= dict.fromkeys(units_left_out(mlp.state_dict(), built[i].experts))
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
     # nothing is refused from here on
     for i, layer in built.items():
         model.blocks[i].mlp = layer
     if raw_patches is not None:
-        _show_patches(model, raw_patches)
+        # stem and blocks of the same weights also hand over raw patches
+        model.patch_embed.__class__ = RawPatchEmbed
+        hand_over(model.patch_embed, raw_patches)
+        for block in model.blocks:
+            block.raw_patches, block.__class__ = raw_patches, RawPatchBlock
+            block.grad_checkpointing = model.grad_checkpointing
+        model.grad_checkpointing = False
         if isinstance(raw_patches.read, ImageReader):
+            raw_patches.read.train(model.training)
             copied |= {f'{READER}{NETWORK}{k}': k for k in raw_patches.read.network.state_dict()}
     if how is None:
         scale_fresh_experts(model)
-    return copied, tuple(lost)
+    return copied
 
 
 def _read_patches(model: Any, method: str, config: MoeConfig, dense: Any) -> Any:
@@ -96,19 +123,6 @@ def _read_patches(model: Any, method: str, config: MoeConfig, dense: Any) -> Any
         check(type(block) is Block, 'block_fn', type(block).__name__, allowed)
     factory = {'device': proj.weight.device, 'dtype': proj.weight.dtype}
     return RawPatches(METHODS[method].reader(config, dense, **factory))
-
-
-def _show_patches(model: Any, raw_patches: RawPatches) -> None:
-    """Stem and blocks of the same weights that also hand over raw patches."""
-    model.patch_embed.__class__ = RawPatchEmbed
-    hand_over(model.patch_embed, raw_patches)
-    if isinstance(raw_patches.read, nn.Module):
-        raw_patches.read.train(model.training)
-    for block in model.blocks:
-        block.raw_patches = raw_patches
-        block.__class__ = RawPatchBlock
-        block.grad_checkpointing = model.grad_checkpointing
-    model.grad_checkpointing = False
 
 
 def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any) -> MoeLayer:
@@ -136,7 +150,6 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
 def _plain_mlp(block: nn.Module, name: str) -> Any:
     """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
-    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, 'a block with an mlp')
     kind = type(mlp).__name__
     other = '; gated MLPs (SwiGLU) have another' if 'GLU' in kind.upper() else ''
     check(type(mlp) is Mlp, name, kind, f"timm's Mlp, whose layout experts have{other}")
@@ -144,13 +157,8 @@ def _plain_mlp(block: nn.Module, name: str) -> Any:
         found = type(getattr(mlp, part))
         allowed = f'{" or ".join(kind.__name__ for kind in kinds)} itself, as experts have'
         check(found in kinds, f'{name}.{part}', found.__name__, allowed)
-    hooked = any(getattr(part, hooks) for part in mlp.modules() for hooks in _HOOKS)
-    check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
-    for what, (first, second) in {
-        'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
-        'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
-    }.items():
-        check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
+    rates = _rate(mlp.drop1), _rate(mlp.drop2)
+    check(rates[0] == rates[1], f'{name} drop', rates, 'the same in both layers')
     return mlp
 
 
@@ -201,9 +209,8 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
 
 def check_method(method: Any, field: str = 'method') -> None:
     """Refuse a method that there is not."""
-    hint = did_you_mean(method, METHODS) if isinstance(method, str) else ''
-    allowed = f'one of {", ".join(METHODS)}{hint}'
-    check(isinstance(method, str) and method in METHODS, field, method, allowed)
+    known = isinstance(method, str) and method in METHODS
+    check(known, field, method, f'one of {", ".join(METHODS)}')
 
 
 def moe_options(method: str) -> set[str]:

@@ -1,30 +1,25 @@
 """Models of timm with MoE layers, whose experts are like the MLPs in whose place they stand."""
 
-from __future__ import annotations
-
-import inspect
-import math
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from timm.layers import Mlp, to_2tuple
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..moe.config import MoeConfig, check, check_type, did_you_mean
+from ..moe.config import MoeConfig, check, check_type
 from ..moe.experts import Experts
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from ..moe.raw_patches import RawPatchBlock
-from .complexity import count_params, describe_params
-from .layers import MOE_LAYERS, check_method, draw_as, output_scale, put_layers
+from .layers import MOE_LAYERS, Transformer, check_method, draw_as, output_scale, put_layers
 from .upcycle import BEGINNING, Upcycling, read_upcycling
-
-if TYPE_CHECKING:
-    from .report import Report
 
 _TYPES = get_type_hints(VisionTransformer.__init__)
 
@@ -35,7 +30,7 @@ class SparseModel:
     def describe(self, method: str, config: MoeConfig, upcycling: Upcycling | None) -> None:
         """Set what the model says of itself."""
         self.method, self.moe_config, self.upcycling = method, config, upcycling
-        self.weights_report: Report | None = None
+        self.weights_report: Any = None  # a `Report`, of what was loaded
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -48,12 +43,6 @@ class SparseModel:
         # option of a form that it was before
         left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
-
-    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """In the place of timm's, which reads NumPy's files and would stop at the first expert."""
-        check(
-            False, 'checkpoint_path', checkpoint_path, 'no file of NumPy, which dense models read'
-        )
 
     def no_weight_decay(self: Any) -> set[str]:
         """Names of parameters that should not use weight decay."""
@@ -112,10 +101,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         check_method(method)
         kind = METHODS[method].config
         options = {name: kwargs.pop(name) for name in kind.option_names() & kwargs.keys()}
-        known = [*inspect.signature(VisionTransformer).parameters, *kind.option_names()]
-        for name in kwargs.keys() - {*known}:
-            hint = did_you_mean(name, known)
-            raise TypeError(f'{name!r} is no option of {method} and no argument of timm{hint}')
         check_vit_arguments(kwargs)
         for name, possible in (('scale_mlp_norm', (None, False)), ('mlp_layer', (None, Mlp))):
             allowed = f"one of {possible}, as in timm's Mlp, whose layout experts have"
@@ -165,13 +150,9 @@ def check_vit_arguments(kwargs: dict[str, Any]) -> None:
             # a model that drops every patch would have nothing to look at
             possible = 0 <= value < 1 or (value == 1 and name != 'patch_drop_rate')
             check(possible, name, value, 'from 0 to 1')
-        elif _TYPES[name] is int:
-            least = 0 if name in ('num_classes', 'reg_tokens') else 1
-            check(value >= least, name, value, f'at least {least}')
-        elif name in ('mlp_ratio', 'init_values'):
-            check(math.isfinite(value), name, value, 'finite')
-    skipped = kwargs.get('weight_init') == 'skip'
-    check(not skipped, 'weight_init', 'skip', "'reset', skipping leaves embeddings uninitialised")
+    check(
+        kwargs.get('weight_init') != 'skip', 'weight_init', 'skip', "'reset', which draws them all"
+    )
     width, ratio = kwargs.get('embed_dim', 768), kwargs.get('mlp_ratio', 4.0)
     check(int(width * ratio) >= 1, 'mlp_ratio', ratio, 'wide enough for one hidden feature')
 
@@ -194,3 +175,59 @@ def _check_whole_patches(img_size: Any, patch_size: Any, padded: bool) -> None:
         f'a multiple of patch_size={rows}x{columns}, or any with both '
         'dynamic_img_size=True and dynamic_img_pad=True',
     )
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Size and cost of a model.
+
+    Args:
+        params: Number of parameters.
+        active_params: Parameters that one token uses.
+        macs: Multiply-accumulates per image at the model's input size, of matrix products. What a
+            capacity drops counts as if it were computed.
+    """
+
+    params: int
+    active_params: int
+    macs: int
+
+    def __str__(self) -> str:
+        params = describe_params(self.params, self.active_params)
+        return f'{params}, {self.macs / 1e9:.3f} GMACs per image'
+
+
+def complexity(model: Transformer) -> Complexity:
+    """Count parameters, active parameters and MACs of a timm ViT, dense or with MoE layers.
+
+    Args:
+        model: The model; its current input size counts.
+
+    Raises:
+        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`.
+    """
+    kind = type(model).__name__
+    check(isinstance(model, Transformer), 'model', kind, 'a timm VisionTransformer or Eva')
+    stem: Any = model.patch_embed
+    height, width = stem.img_size
+    shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype
+    images = torch.empty(shape, dtype=dtype, device='meta')
+    weightless = copy.deepcopy(model).to('meta').eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        weightless(images)
+    return Complexity(*count_params(model), counter.get_total_flops() // 2)
+
+
+def count_params(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model, and those that one token uses."""
+    params = sum(p.numel() for p in model.parameters())
+    active = params
+    for layer in [module for module in model.modules() if isinstance(module, MoeLayer)]:
+        idle = max(layer.experts.num_experts - layer.experts_per_token, 0)
+        active -= round(idle * layer.experts.params_per_expert())
+    return params, active
+
+
+def describe_params(params: int, active: int) -> str:
+    """Both counts in words."""
+    return f'{params / 1e6:.2f}M parameters, {active / 1e6:.2f}M active'

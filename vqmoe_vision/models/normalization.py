@@ -35,17 +35,7 @@ class Normalization:
     def of(
         cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3, prefix: str = ''
     ) -> 'Normalization':
-        """That of a configuration, such as timm's `pretrained_cfg`.
-
-        Args:
-            values: Has 'mean' and 'std', a number per channel, or one for all.
-            scale: The value of a white pixel.
-            channels: Of the images.
-            prefix: What stands before both names in messages.
-
-        Raises:
-            ValueError: There is another number of numbers, or one that no images can have.
-        """
+        """That of 'mean' and 'std', a number per channel or one for all; `scale` is white."""
         mean, std = (
             _per_channel(values[name], f'{prefix}{name}', scale, channels)
             for name in ('mean', 'std')
@@ -69,11 +59,7 @@ class Normalization:
         )
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images as they were before: (B, C, H, W) in [0, 1], on the CPU.
-
-        Raises:
-            ValueError: If the images have another number of channels.
-        """
+        """Images as they were before: (B, C, H, W) in [0, 1], on the CPU."""
         channels = images.shape[1]
         check(len(self.mean) == channels, 'mean', self.mean, f'a number per channel, {channels}')
         mean, std = self.values()[..., None, None]
@@ -112,11 +98,12 @@ def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[f
     check(real and len(numbers) in (1, channels), field, value, f'one number, or {channels}')
     parts = [float(number) / scale for number in numbers]
     # the other way to write them, in levels of 255, is the likely mistake
-    inside = all(0 <= part <= 1 for part in parts)
-    check(inside, field, value, f'from 0 to {scale:g}, what a white pixel is')
+    check(
+        all(0 <= part <= 1 for part in parts), field, value, f'from 0 to {scale:g}, a white pixel'
+    )
     # a whole level of 255 is less than any images have, unless they are black
-    in_parts = scale > 1 and 0 < max(numbers) < 1
-    check(not in_parts, field, value, f'in levels of 0 to {scale:g}, as these would be of 0 to 1')
+    allowed = f'in levels of 0 to {scale:g}, as these would be of 0 to 1'
+    check(scale <= 1 or not 0 < max(numbers) < 1, field, value, allowed)
     return tuple(parts * (channels // len(parts)))
 
 
@@ -124,11 +111,6 @@ def of_buffer(values: Any) -> Normalization | None:
     """What the buffer of a run's model says."""
     if not isinstance(values, Tensor) or values.shape != (2, 3):
         return None
-    mean, std = (tuple(map(_shortest, row)) for row in values.float())
+    # NumPy writes 0.485 of a float32 that is 0.48500001430511475: the fewest digits that say it
+    mean, std = (tuple(float(str(x)) for x in row) for row in values.float().cpu().numpy())
     return Normalization(mean, std) if all(std) else None
-
-
-def _shortest(value: Tensor) -> float:
-    """0.485 of a float32 that is 0.48500001430511475: the fewest digits that give it again."""
-    texts = (f'{value.item():.{digits}g}' for digits in range(1, 10))
-    return next((float(x) for x in texts if value.new_tensor(float(x)) == value), value.item())

@@ -4,8 +4,8 @@ Where experts are placed on M of N processes, each of the N / M groups of M proc
 them once, and what FSDP2 spreads of an expert's parameters is spread over the groups.
 """
 
-from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,13 +50,13 @@ def shard_model(
     options: dict[str, Any] = {
         'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         'ignored_params': whole,
-        'shard_placement_fn': _placement(processes),
+        'shard_placement_fn': partial(_place, processes),
     }
     if expert_processes > 1:
         shape = (processes // expert_processes, expert_processes)
         groups = _groups(device, shape, timeout)
         place_experts(model, groups['experts'])
-        in_groups = {**options, 'shard_placement_fn': _placement(shape[0])}
+        in_groups = {**options, 'shard_placement_fn': partial(_place, shape[0])}
         for experts in [m for m in model.modules() if isinstance(m, Experts)]:
             fully_shard(experts, mesh=groups['groups'], **in_groups)
     for block in blocks_of(model):
@@ -78,14 +78,11 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
     return DeviceMesh.from_group(own, device, places, mesh_dim_names=('groups', 'experts'))
 
 
-def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
-    def place(parameter: nn.Parameter) -> Shard:
-        """The dimension of a tensor that FSDP2 is to cut, by default the first."""
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        # what does not divide evenly is filled up, and the filling travels
-        return Shard(next((i for i, size in enumerate(own.shape) if size % processes == 0), 0))
-
-    return place
+def _place(processes: int, parameter: nn.Parameter) -> Shard:
+    """The dimension of a tensor that FSDP2 is to cut, by default the first."""
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    # what does not divide evenly is filled up, and the filling travels
+    return Shard(next((i for i, size in enumerate(own.shape) if size % processes == 0), 0))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

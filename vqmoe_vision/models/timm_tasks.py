@@ -5,7 +5,6 @@ timm's `train.py` takes its classes from `timm.task` by name, and `install` puts
 
 from typing import Any
 
-import timm
 import timm.optim
 import timm.task
 from timm.optim import create_optimizer_v2
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..moe import collect_losses, update_state
-from ..moe.config import check
 from ..moe.optimizer import mixes_experts, per_expert
 
 
@@ -22,10 +20,6 @@ class TrainsExperts:
     """Mixin before a task of timm's, whose `update_ema` a loop calls after each optimizer step."""
 
     trainable_module: nn.Module
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check(_knows_steps(TrainingTask), 'timm', timm.__version__, 'at least 1.0.27')
-        super().__init__(*args, **kwargs)
 
     def forward(self: Any, input: Tensor, target: Tensor) -> dict[str, Any]:
         """What timm's task returns, its loss with the auxiliary losses of the same pass."""
@@ -46,12 +40,9 @@ class MoeClassificationTask(TrainsExperts, ClassificationTask):
 
 def install() -> None:
     """Put tasks and optimizers that know experts in the place of timm's, for scripts."""
-    for name, task in {
-        name: task
-        for name, task in vars(timm.task).items()
-        if isinstance(task, type) and issubclass(task, TrainingTask) and task is not TrainingTask
-    }.items():
-        if _knows_steps(task) and not issubclass(task, TrainsExperts):
+    for name, task in list(vars(timm.task).items()):
+        theirs = isinstance(task, type) and issubclass(task, TrainingTask)
+        if theirs and task is not TrainingTask and not issubclass(task, TrainsExperts):
             ours = type(f'Moe{task.__name__}', (TrainsExperts, task), {'__module__': __name__})
             setattr(timm.task, name, MoeClassificationTask if task is ClassificationTask else ours)
     timm.optim.create_optimizer_v2 = _taught
@@ -63,7 +54,3 @@ def _taught(model_or_params: Any, *args: Any, **kwargs: Any) -> Optimizer:
     if isinstance(model_or_params, nn.Module) and mixes_experts(optimizer):
         per_expert(optimizer, model_or_params)
     return optimizer
-
-
-def _knows_steps(task: type) -> bool:
-    return hasattr(task, 'update_ema')

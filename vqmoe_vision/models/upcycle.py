@@ -8,13 +8,13 @@ Legend: E experts, D width, H hidden width of an expert, F hidden width of the d
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..moe.config import check, check_type, types_of
-from ..moe.experts import Experts, SeparateLinear
+from ..moe.config import check, check_type
+from ..moe.experts import Experts
 
 StateDict = dict[str, Tensor]
 
@@ -41,7 +41,7 @@ class Upcycling:
     split: bool = False
 
     def __post_init__(self) -> None:
-        types = types_of(type(self))
+        types = get_type_hints(type(self))
         for field in fields(self):
             check_type(f'upcycling.{field.name}', types[field.name], getattr(self, field.name))
         check(0 <= self.noise <= 100, 'upcycling.noise', self.noise, 'from 0 to 100')
@@ -68,8 +68,7 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
     number, hidden, _ = experts.fc1.weight.shape
     units = torch.arange(dense).expand(number, -1)  # (E, H), all of them in order
     if hidden != dense:  # or dealt from shuffled copies
-        copies = range(-(-number * hidden // dense))
-        shuffled = torch.cat([torch.randperm(dense) for _ in copies])
+        shuffled = torch.cat([torch.randperm(dense) for _ in range(-(-number * hidden // dense))])
         units = shuffled[: number * hidden].view(number, hidden)
     result = {
         'fc1.weight': mlp['fc1.weight'][units],
@@ -89,51 +88,27 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
     return result | {part: value.clone() for part, value in mlp.items() if part not in _PARTS}
 
 
-def units_left_out(mlp: StateDict, experts: Experts) -> tuple[str, ...]:
-    """What to say of hidden units of a dense MLP that no expert has, where experts split it."""
-    dense, (number, hidden, _) = mlp['fc1.weight'].shape[0], experts.fc1.weight.shape
-    lost = dense - number * hidden
-    if lost <= 0:
-        return ()
-    return (
-        f'{lost} of the {dense} hidden units of an MLP are in none of the {number} experts of '
-        f'{hidden} that split it: num_experts={-(-dense // hidden)} would keep all',
-    )
-
-
 def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> None:
-    if isinstance(experts.fc1, SeparateLinear):
+    theirs = {part: tuple(value.shape) for part, value in mlp.items()}
+    width, hidden, number = experts.fc1.in_features, experts.fc1.out_features, experts.num_experts
+    dense = (theirs.get('fc1.weight') or (0,))[0]
+    ours = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
+    # what an activation learns is one number, and all experts have it
+    other = [k for k in theirs if (theirs[k] != ours[k] if k in ours else mlp[k].numel() != 1)]
+    if mlp.keys() != experts.state_dict().keys() or other:
         raise ValueError(
-            f'{name} cannot become experts, which are linear layers of their own here: load its '
-            'weights before experts_as_linear(model)'
+            f'{name} is no MLP of {width} channels that experts can be made of: it has {theirs}, '
+            f'and experts are of {", ".join(experts.state_dict())}'
         )
-    expected = experts.state_dict()
-    if mlp.keys() != expected.keys():
-        raise ValueError(
-            f'{name} cannot become experts: it has {", ".join(sorted(mlp))}, and experts are of '
-            f'{", ".join(expected)}'
-        )
-    weight = mlp['fc1.weight']
-    dense, width = weight.shape if weight.ndim == 2 else (0, 0)
-    hidden = experts.fc1.out_features
-    shapes = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
-    for part, value in mlp.items():
-        # what an activation learns is one number, and all experts have it
-        if not (tuple(value.shape) == shapes[part] if part in shapes else value.numel() == 1):
-            raise ValueError(
-                f'{name} is no MLP that experts can be made of: its {part} is '
-                f'{tuple(value.shape)}, beside fc1.weight of {tuple(weight.shape)}'
-            )
-    if width != experts.fc1.in_features:
-        raise ValueError(f'{name} is {width} wide, the model {experts.fc1.in_features}')
     if how.split:
-        narrower = f'False, experts have {hidden} hidden units and {name} has no more, {dense}'
-        check(hidden < dense, 'upcycling.split', True, narrower)
+        allowed = (
+            f'False, {number} experts of {hidden} do not share out the {dense} units of {name}'
+        )
+        check(hidden < dense <= number * hidden, 'upcycling.split', True, allowed)
     elif hidden != dense:
         ratio = dense / width
         # timm rounds the product down: the next number above the quotient is always enough
-        possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
-        fits = next(r for r in possible if int(width * r) == dense)
+        fits = ratio if int(width * ratio) == dense else math.nextafter(ratio, math.inf)
         cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
         raise ValueError(
             f'{name} has {dense} hidden units and experts {hidden}: '

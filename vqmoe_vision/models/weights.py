@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +23,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.models import load_checkpoint as load_numpy
 from timm.models import load_model_config_from_hf, load_pretrained
 from timm.models import load_state_dict as load_file
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
@@ -33,16 +33,15 @@ from ..moe.config import check, did_you_mean
 from .compat import (
     Network,
     StateDict,
-    as_tensors,
     compare,
     is_out_of_memory,
     misfit_of,
     network_of_run,
-    refuse_arrays,
     refuse_values,
+    refuse_without_values,
 )
 from .fitting import in_names_of_timm, transfer
-from .hosts import VIT_MODULES, Transformer
+from .layers import VIT_MODULES, Transformer
 from .moe_vit import SparseModel
 from .normalization import Normalization, check_normalization
 from .upcycle import BEGINNING, read_upcycling
@@ -50,7 +49,6 @@ from .upcycle import BEGINNING, read_upcycling
 # What names of timm begin with whose configuration is beside their weights.
 FOLDERS = ('local-dir:', 'hf-hub:')
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
-_OF_NUMPY = ('.npz', '.npy')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
 # timm's description beside them, in which `publish` leaves the digest of the first one.
@@ -100,7 +98,7 @@ def beside_weights(log: type) -> list[Any]:
             raise UnpicklingError(f'{name} of {owner!r} is not part of a log')
 
     # by name: timm and mmengine, which list some themselves, strike theirs out after each file
-    known = [(item, f'{item.__module__}.{item.__qualname__}') for item in _KNOWN]
+    known = ((item, f'{item.__module__}.{item.__qualname__}') for item in _KNOWN)
     return [*known, (log, _LOG), (name_of, 'builtins.getattr')]
 
 
@@ -136,8 +134,6 @@ def reading(source: str, verify: bool = True) -> Iterator[None]:
 
 def unreadable(path: str) -> str:
     """What to say of a file whose bytes are no weights of torch."""
-    if path.lower().endswith(_OF_NUMPY):
-        return f'checkpoint {path!r} is of NumPy, which dense models of timm alone read'
     return (
         f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded, as it may '
         'run code: save its state_dict() alone'
@@ -179,8 +175,8 @@ def check_file(path: str) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             # torch reads nothing of what is marked as a folder
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            spoilt = archive.testzip() or next(iter(folders), None)
+            folders = (each.filename for each in archive.infolist() if each.external_attr & 0x10)
+            spoilt = archive.testzip() or next(folders, None)
     except Exception as error:  # a flipped bit can make it fail in any way
         raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
     if spoilt is not None:
@@ -195,14 +191,6 @@ def digest_of(path: Path) -> str:
 def lacks_tensors(state: Mapping[str, Any]) -> bool:
     """Whether a file has words in the place of some tensors."""
     return any(isinstance(value, str) and value == IN_PARTS for value in state.values())
-
-
-def _in_one_piece(state: Mapping[str, Any], source: str) -> None:
-    if lacks_tensors(state):
-        raise ValueError(
-            f'checkpoint {source!r} is in parts, and timm reads whole files: '
-            'tools/publish.py makes one of it'
-        )
 
 
 @dataclass(frozen=True)
@@ -222,10 +210,6 @@ class Described:
     def network(self, source: str) -> Network | None:
         """The network that is described, built without memory."""
         if not self.name:
-            return None
-        if not timm.is_model(self.name):
-            told = '%s is of %r, which this timm does not know: its architecture was not compared'
-            _logger.warning(told, source, self.name)
             return None
         try:
             with torch.device('meta'):
@@ -270,9 +254,7 @@ def network_of(source: str) -> Network | None:
 
 def check_one_source(arguments: Mapping[str, Any]) -> None:
     """Refuses weights from two places: one would replace the other, and the report tell of one."""
-    names = [name for name in GIVEN if arguments.get(name)]
-    if len(names) > 1:
-        first, second = names[:2]
+    for first, second in pairwise(name for name in GIVEN if arguments.get(name)):
         check(False, first, arguments[first], f'{GIVEN[first]} with {second}={arguments[second]!r}')
     overlay, path = arguments.get('pretrained_cfg_overlay'), arguments.get('checkpoint_path')
     place = source_of(overlay) if path and isinstance(overlay, dict) else ''
@@ -307,8 +289,6 @@ def find_source(
         with reading(name):
             config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
         return place_of(config), Described.of(config, name, arguments)
-    if name.lower().endswith(_OF_NUMPY):
-        raise ValueError(unreadable(name))
     if is_file_name(name) and '://' not in name:
         file = os.path.expanduser(name)
         return place_of({'file': file}), describe(file)
@@ -358,8 +338,7 @@ def read_weights(model: Any, cache_dir: str | Path | None = None) -> StateDict:
     """The weights that a model's `pretrained_cfg` names, as timm reads them."""
     config = {**model.pretrained_cfg, 'custom_load': False}
     source = source_of(config)
-    allowed = f'False, timm has no weights of {config["architecture"]}'
-    check(bool(source), 'pretrained', True, allowed)
+    check(bool(source), 'pretrained', True, f'False, no weights of {config["architecture"]}')
     if config.get('file'):
         config |= {'source': None, 'file': weights_in(config['file'])}
     found: dict[str, Any] = {}
@@ -378,9 +357,7 @@ def read_weights(model: Any, cache_dir: str | Path | None = None) -> StateDict:
             cache_dir=cache_dir,
         )
     state = found.get('model', found)
-    state = state.get('state_dict', state)
-    _in_one_piece(state, source)
-    return state
+    return state.get('state_dict', state)
 
 
 def load_weights(
@@ -405,27 +382,17 @@ def load_weights(
         _logger.log(level, '%s: %s', source, line)
 
 
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is compared."""
-    if path.lower().endswith(_OF_NUMPY):
-        check_file(path)
-        refuse_arrays(model, path)
-        return load_numpy(model, path)
-    model.load_state_dict(read_fitting(model, path))
-
-
 def read_fitting(model: nn.Module, path: str) -> StateDict:
     """A file of all of a model's weights, in its names; it may be on the meta device."""
     with reading(path):
         state = load_file(path)
-    _in_one_piece(state, path)
     expected = model.state_dict()
     if isinstance(model, Transformer):
         for line in compare(model, network_of(path), path):
             _logger.warning('%s: %s', path, line)
         if expected.keys().isdisjoint(state):
             state, _ = in_names_of_timm(state, expected, path)  # of a run
-    state = as_tensors(state, expected, path)
+    refuse_without_values(state, path, expected)
     if problem := misfit_of(model, state):
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: {problem}; options of the model, '

@@ -12,8 +12,6 @@ With torch.distributed losses are those of the batch of all ranks, see `losses.p
 to read them at the same places, or not at all before the end of the block.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,12 +32,10 @@ class Collected:
 
     Args:
         layers: MoE layers by name.
-        like: Any tensor on the device of the model; None for a model without parameters.
     """
 
-    def __init__(self, layers: dict[str, MoeLayer], like: Tensor | None) -> None:
+    def __init__(self, layers: dict[str, MoeLayer]) -> None:
         self._layers = layers
-        self._like = like
         self._closed: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self._added: list[tuple[str, Loss, int]] = []
         # of each layer, and of what was added, what is averaged over ranks already
@@ -98,10 +94,7 @@ class Collected:
         if self._closed is not None:
             raise RuntimeError('collected.total() has no gradient after its block: call it inside')
         losses = list(self.losses.values())
-        if losses:
-            return torch.stack(losses).sum()
-        device = None if self._like is None else self._like.device
-        return torch.zeros((), device=device, dtype=torch.float32)
+        return torch.stack(losses).sum() if losses else torch.zeros(())  # of any device
 
     def summary(self) -> dict[str, float]:
         """One number per layer and statistic, for a log; see `summarize`."""
@@ -143,7 +136,7 @@ def collect_losses(
     layers = moe_layers(model)
     if any(layer.recorder.active for layer in layers.values()):
         raise RuntimeError('collect_losses is already open for this model: blocks do not nest')
-    collected = Collected(layers, next(model.parameters(), None))
+    collected = Collected(layers)
     try:
         for layer in layers.values():
             if layer.apply_begin():
@@ -202,9 +195,9 @@ def restart(model: nn.Module) -> list[str]:
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
     """Numbers of 0-dim tensors, and of shares (E,) or (M,), with one wait for their device."""
-    summary: dict[str, float] = {}
     if not stats:
-        return summary
+        return {}
+    summary: dict[str, float] = {}
     flat = torch.cat([value.reshape(-1).double() for value in stats.values()]).cpu()
     sizes = [value.numel() for value in stats.values()]
     for (name, value), numbers in zip(stats.items(), flat.split(sizes), strict=True):

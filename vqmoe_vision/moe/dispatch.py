@@ -9,8 +9,6 @@ Legend: T tokens, K experts per token or branches, A assignments (T * K, or as m
 names), R rows that stand together by expert, E experts, D width, S rows of each expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,27 +101,24 @@ def _run_experts_exported(experts: Experts, x: Tensor, routing: Routing, chosen:
     return out
 
 
-class Bags(NamedTuple):
-    """Rows and tokens of each other."""
-
-    tokens: Tensor  # (R,) int64, token of each row
-    rows: Tensor  # of each token: (T, K), or (A,) with `starts`
-    starts: Tensor | None  # (T,) int64, where a token's begin in `rows`
+# Of each row the token, (R,) int64; of each token the rows, (T, K), or (A,) with the last, (T,)
+# int64, where those of a token begin.
+Bags = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _sources_and_bags(plan: Plan, routing: Routing, num_inputs: int) -> tuple[Bags, Bags, Tensor]:
     """From where each row gets its input, to where its answer goes, and with which weight."""
     if routing.tokens is None:
         num_tokens, k = routing.indices.shape
-        by_token = Bags(plan.order // k, plan.inverse.view(num_tokens, k), None)
+        by_token = plan.order // k, plan.inverse.view(num_tokens, k), None
         if num_inputs == num_tokens:
             return by_token, by_token, routing.weights
         assert num_inputs == num_tokens * k
-        return Bags(plan.order, plan.inverse[:, None], None), by_token, routing.weights
+        return (plan.order, plan.inverse[:, None], None), by_token, routing.weights
     ranked, order = routing.tokens.sort(stable=True)
     starts = torch.searchsorted(ranked, torch.arange(num_inputs, device=ranked.device))
     # a row that only fills a group repeats an assignment of it, so `order` names a token for all
-    bags = Bags(routing.tokens[plan.order], plan.inverse[order], starts)
+    bags = routing.tokens[plan.order], plan.inverse[order], starts
     return bags, bags, routing.weights[order]
 
 

@@ -14,10 +14,8 @@ Legend: T tokens of this rank, N tokens per sample, R rows sorted by expert, A r
 experts, L = E / M of each of M processes, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +25,6 @@ from torch import Tensor, nn
 from .config import check
 from .experts import Experts, StackedLinear
 from .kernels import make_plan
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -58,7 +53,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
-def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+def place_experts(model: nn.Module, mesh: Any) -> None:
     """Leave to each process of a mesh of one dimension its experts of every layer, in place."""
     # all processes hold the same model before, and call it as often as each other after
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
@@ -72,7 +67,7 @@ def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
         experts.exchange = Exchange(mesh.get_group(), mesh.size())
 
 
-def _distribute(linear: StackedLinear, mesh: DeviceMesh) -> None:
+def _distribute(linear: StackedLinear, mesh: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     for name, whole in list(linear.named_parameters()):
@@ -107,8 +102,7 @@ class Exchange:
         counts = offsets.diff(prepend=offsets.new_zeros(1))
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
-        both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2)
-        sent, received = both.tolist()
+        sent, received = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2).tolist()
         arrived = _Travel.apply(rows[: sum(sent)], sent, received, self.group)
         answers = _compute_mixed(compute, arrived, arriving.view(self.size, -1))
         back: Tensor = _Travel.apply(answers, received, sent, self.group)
@@ -145,5 +139,4 @@ def _compute_mixed(
     experts = torch.arange(num_experts, device=rows.device).repeat(len(counts))
     experts = experts.repeat_interleave(counts.flatten(), output_size=len(rows))
     plan = make_plan(experts, num_experts, rows.dtype)
-    answers = compute(rows.index_select(0, plan.order), plan.offsets)
-    return answers.index_select(0, plan.inverse)
+    return compute(rows.index_select(0, plan.order), plan.offsets).index_select(0, plan.inverse)

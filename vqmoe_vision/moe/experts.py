@@ -6,12 +6,10 @@ Stacked, not a ModuleList: an expert that no token chose has a zero gradient ins
 data-parallel training and timm's test suite need.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +17,6 @@ from torch import Tensor, nn
 
 from .kernels import Plan, grouped_linear, make_plan, refuse_named
 from .kernels.cpu import sorted_plan
-
-if TYPE_CHECKING:
-    from .distributed import Exchange
 
 
 class StackedLinear(nn.Module):
@@ -42,8 +37,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **factory))
-        shift = torch.empty(num_experts, out_features, **factory)
-        self.bias = nn.Parameter(shift) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:2], **factory)) if bias else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -114,8 +108,7 @@ class SeparateLinear(nn.ModuleList):
     def one(self, expert: int, rows: Tensor) -> Tensor:
         """As that of `StackedLinear`."""
         # how many rows there are is unknown to a graph, and torchao asks whether it is one
-        padded = F.pad(rows, (0, 0, 0, 2))
-        return self[expert](padded)[: rows.shape[0]]
+        return self[expert](F.pad(rows, (0, 0, 0, 2)))[: rows.shape[0]]
 
     def evenly(self, rows: Tensor) -> Tensor:
         """As that of `StackedLinear`."""
@@ -125,7 +118,7 @@ class SeparateLinear(nn.ModuleList):
 class Experts(nn.Module):
     """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop."""
 
-    exchange: Exchange | None = None  # how rows get to experts of other processes
+    exchange: Any = None  # the `Exchange` with experts of other processes
 
     def __init__(
         self,
@@ -161,8 +154,7 @@ class Experts(nn.Module):
         return exchange(self._run, rows, offsets) if exchange else self._run(rows, offsets)
 
     def _run(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        hidden = self.drop1(self.act(self.fc1(rows, offsets)))
-        return self.drop2(self.fc2(hidden, offsets))
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(rows, offsets))), offsets))
 
     def separate(self) -> None:
         """Hold copies in `nn.Linear`s, `fc1.EXPERT.weight`, in place of stacked weights."""

@@ -3,8 +3,6 @@
 Legend: B images, N tokens per image, T = B * N, D width, E experts.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codebooks.codebook import Quantized
+from .codebooks import Quantized
 from .dispatch import run_experts
 from .distributed import sum_over_ranks
 from .experts import Experts
@@ -47,10 +45,11 @@ def warn_once(text: str) -> None:
 
 
 class Recorder:
-    """Keeps what a layer reports while a `collect_losses` block is open."""
+    """Keeps what a layer reports while a `collect_losses` block is open, and sums of a step."""
 
     def __init__(self) -> None:
         self.watcher: Watcher | None = None  # of what is decided for every token
+        self.sums: Tensor | None = None  # over passes, which state learns from
         self.stop()
 
     def stop(self) -> None:
@@ -61,24 +60,6 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(type(self)())  # copies and pickles of a model start closed and empty
-
-
-class Counts:
-    """Sums over the passes of a step and all ranks, which state learns from; they await `take`."""
-
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
-
-    def add(self, values: Tensor) -> None:
-        """Add those of a pass, of one shape in all passes; float32, or integers."""
-        self.sums = values.detach() if self.sums is None else self.sums + values.detach()
-
-    def take(self) -> Tensor | None:
-        """The sum over ranks, which all ask, and forget it; None if there was no pass."""
-        sums, self.sums = self.sums, None
-        return None if sums is None else sum_over_ranks(sums)
-
-    __getstate__ = Recorder.__getstate__
 
 
 class MoeLayer(nn.Module):
@@ -96,7 +77,6 @@ class MoeLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.recorder = Recorder()
-        self.counts = Counts()
         self.guard = RecomputationGuard()
 
     # --- you need
@@ -156,12 +136,12 @@ class MoeLayer(nn.Module):
     @property
     def observed(self) -> dict[str, Any]:
         """What passes have left for the next `apply_update`, for a checkpoint; {} if nothing."""
-        return {} if self.counts.sums is None else {'counts': self.counts.sums}
+        return {} if self.recorder.sums is None else {'counts': self.recorder.sums}
 
     @observed.setter
     def observed(self, kept: dict[str, Any]) -> None:
         sums = kept.get('counts')
-        self.counts.sums = None if sums is None else sums.to(next(self.parameters()).device)
+        self.recorder.sums = None if sums is None else sums.to(next(self.parameters()).device)
 
     def apply_begin(self) -> bool:
         """Change state that is due before the next pass; returns whether it may have changed."""
@@ -196,14 +176,14 @@ class MoeLayer(nn.Module):
         """Names of another form's state, relative to the layer, that every loading leaves out."""
         return set()
 
-    def check_discrete(self) -> None:
-        """Refuse `to_discrete` with `ValueError` where the layer has no discrete branch."""
-        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
+    @property
+    def has_discrete(self) -> bool:
+        """Whether there is a discrete branch, which `to_discrete` keeps alone."""
+        return False
 
     def to_discrete(self) -> dict[str, Any]:
         """Keep the discrete branch alone; returns the options that are now others."""
-        self.check_discrete()
-        return {}
+        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
 
     # --- as every layer has it
 
@@ -234,11 +214,6 @@ class MoeLayer(nn.Module):
         raw_patches = self.reads()
         if (self.training and self.moves_state()) or raw_patches is not None:
             self.guard.watch(answer, raw_patches)
-
-    def idle_params(self) -> int:
-        """Parameters of the experts that a token does not use, on average."""
-        idle = max(self.experts.num_experts - self.experts_per_token, 0)
-        return round(idle * self.experts.params_per_expert())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # the one place that torch's, timm's and mmengine's loading have in common
@@ -290,12 +265,13 @@ class RoutedMlp(MoeLayer):
     def observe(self, routing: Routing) -> None:
         """Keep what the router's state learns from, of a pass of training, for `apply_update`."""
         if self.router.has_state:
-            self.counts.add(self.router.observe(routing))
+            seen, before = self.router.observe(routing).detach(), self.recorder.sums
+            self.recorder.sums = seen if before is None else before + seen
 
     def apply_update(self) -> bool:
         """Let the router's state learn from what all passes and ranks have observed."""
-        counts = self.counts.take()
-        return counts is not None and self.router.update(counts)
+        sums, self.recorder.sums = self.recorder.sums, None
+        return sums is not None and self.router.update(sum_over_ranks(sums))
 
     def moves_state(self) -> bool:
         """Whether the router has such state."""

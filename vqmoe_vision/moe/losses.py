@@ -15,17 +15,17 @@ Legend: T tokens, E experts, K experts per token, M codes; scores and probabilit
 (T, M), indices (T, K) int64.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import MoeConfig, option
 from .distributed import rank_and_size, sum_over_ranks
-from .routing import expert_load
+from .routing import ExactBuffers, Routing, TopKRouter, expert_load, top_k_experts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BalanceLoss:
     function: Callable[[Tensor], Tensor]
     weight: float = 1.0
 
-    def __rmul__(self, weight: float) -> BalanceLoss:
+    def __rmul__(self, weight: float) -> 'BalanceLoss':
         return BalanceLoss(self.means, self.function, weight * self.weight)
 
     def value(self, means: Tensor | None = None) -> Tensor:
@@ -80,8 +80,7 @@ def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
     sums, counts = total.split([own.numel(), len(losses)])
     # the value of all ranks, the gradient of this one
     sums = sums + size * (own - own.detach())
-    lengths = [part.numel() for part in parts]
-    by_loss = zip(losses, sums.split(lengths), counts, strict=True)
+    by_loss = zip(losses, sums.split([part.numel() for part in parts]), counts, strict=True)
     return [_value(loss, part / count.clamp(min=1)) for (loss, _), part, count in by_loss]
 
 
@@ -129,12 +128,8 @@ def router_z(logits: Tensor) -> Tensor:
 def diversity(probs: Tensor) -> BalanceLoss:
     """Diversity of codes, wav2vec 2.0 (arXiv 2006.11477, equation 4) of one codebook: ln M - H."""
     # H of mean probabilities; the paper's is -H / M, of the same gradient but for M
-    return BalanceLoss(token_mean(probs), _missing_entropy)
-
-
-def _missing_entropy(means: Tensor) -> Tensor:
     # a share of zero has a finite gradient, and adds nothing
-    return (means * (len(means) * means.clamp(min=1e-10)).log()).sum()
+    return BalanceLoss(token_mean(probs), lambda p: (p * (len(p) * p.clamp(min=1e-10)).log()).sum())
 
 
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
@@ -150,3 +145,43 @@ def _excess_product(means: Tensor) -> Tensor:
     # overloaded expert is pushed to smaller gates, an idle one to larger.
     load, gates = means.unbind()
     return ((load * load.shape[0] - 1) * gates).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFreeConfig(MoeConfig):
+    """Options of loss-free balancing: `bias_update_rate` is u, at least 0; 0 has no bias."""
+
+    bias_update_rate: float = option(0.0, 0.01, bounds='[0, inf)', of_weights=False)
+
+
+class LossFreeRouter(ExactBuffers, TopKRouter):
+    """Base of routers whose choice has a bias, (E,) float32, if its rate is above 0."""
+
+    exact_buffers = ('choice_bias',)
+    choice_bias: Tensor
+
+    def __init__(self, num_experts: int, rate: float, device: Any = None) -> None:
+        super().__init__()
+        self.bias_update_rate, self.has_state = rate, rate > 0
+        if self.has_state:
+            self.register_buffer('choice_bias', torch.empty(num_experts, device=device).float())
+
+    def init_weights(self) -> None:
+        """No bias; a subclass draws its weights too."""
+        if self.has_state:
+            self.choice_bias.zero_()
+
+    def choose(self, scores: Tensor, gates: Tensor) -> Tensor:
+        """Experts (T, K) by gates (T, E) and the bias; without one by scores of the same order."""
+        ranked = gates + self.choice_bias if self.has_state else scores
+        return top_k_experts(ranked, self.config.top_k)[1]
+
+    def observe(self, routing: Routing) -> Tensor:
+        """Assignments of each expert, (E,) int64."""
+        experts = torch.arange(len(self.choice_bias), device=routing.indices.device)
+        return (routing.indices.flatten()[:, None] == experts).sum(dim=0)
+
+    def update(self, observed: Tensor) -> bool:
+        """Move the bias towards experts with less than the mean."""
+        self.choice_bias += self.bias_update_rate * (observed.float().mean() - observed).sign()
+        return True

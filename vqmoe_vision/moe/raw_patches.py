@@ -7,14 +7,11 @@ both come in one backward pass.
 Legend: B images, L patches, F raw features of a patch, N tokens, D width.
 """
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +21,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import check
-
-if TYPE_CHECKING:
-    from .losses import Loss
 
 # images (B, channels, height, width), grid of patches (rows, columns) -> (B, L, F)
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -78,15 +72,6 @@ class RawPatches:
         if not torch.compiler.is_compiling():  # or every number would be compiled for
             self.shown += 1
             self._thread = threading.get_ident()
-
-    @contextmanager
-    def restoring(self, value: Tensor | None) -> Iterator[None]:
-        """Context in which a part of an earlier pass, with this `value`, is repeated."""
-        before, self.value = self.value, value
-        try:
-            yield
-        finally:
-            self.value = before
 
     def __getstate__(self) -> dict[str, Any]:
         return {'read': self.read, 'kept': self.kept}
@@ -167,11 +152,12 @@ class RawPatchBlock(Block):
             return forward(x, *args, **kwargs)
 
         def run(x: Tensor, patches: Tensor | None) -> Tensor:
-            if in_recomputation():
-                with self.raw_patches.restoring(patches):
-                    return forward(x, *args, **kwargs)
-            self.raw_patches.value = patches
-            return forward(x, *args, **kwargs)
+            before, self.raw_patches.value = self.raw_patches.value, patches
+            try:
+                return forward(x, *args, **kwargs)
+            finally:
+                if in_recomputation():  # of a part of an earlier pass
+                    self.raw_patches.value = before
 
         return checkpoint(run, x, self.raw_patches.value, use_reentrant=False)
 
@@ -207,7 +193,7 @@ class RecomputationGuard:
         self._repeated_in = _backward_pass()
         self._check()
 
-    def watch(self, answer: Tensor | Loss, raw_patches: RawPatches | None) -> None:
+    def watch(self, answer: Any, raw_patches: RawPatches | None) -> None:
         """Remember how things stand in a first pass, for the gradient of its answer."""
         left = answer if isinstance(answer, Tensor) else answer.means
         if left.requires_grad:

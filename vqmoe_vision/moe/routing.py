@@ -4,20 +4,15 @@ Legend: B images, N tokens per image, T = B * N tokens, D width, E experts, K ex
 A assignments of a token to an expert (T * K where every token has K), C capacity.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import TopKConfig
 from .raw_patches import RawPatches
-
-if TYPE_CHECKING:
-    from .losses import Loss
 
 
 @dataclass(frozen=True)
@@ -26,7 +21,7 @@ class Routing:
 
     indices: Tensor  # (T, K) or (A,) int64 in [0, E), expert of each assignment
     weights: Tensor  # as `indices`, float32, of each answer in the sum
-    losses: dict[str, Loss] = field(default_factory=dict)  # weighted; none in eval mode
+    losses: dict[str, Any] = field(default_factory=dict)  # `Loss`, weighted; none in eval mode
     stats: dict[str, Tensor] = field(default_factory=dict)  # detached
     kept: Tensor | None = None  # (T, K) bool, False if a capacity dropped it
     tokens: Tensor | None = None  # (A,) int64 in [0, T), where tokens have any number
@@ -152,8 +147,7 @@ def within_capacity(
         by_token = indices[served]
     queue = by_token.t().reshape(-1)  # (T, K) -> (K * T,), choice-major
     ranked, order = queue.sort(stable=True)
-    experts = torch.arange(num_experts, device=queue.device)
-    first = torch.searchsorted(ranked, experts)
+    first = torch.searchsorted(ranked, torch.arange(num_experts, device=queue.device))
     place = torch.arange(queue.numel(), device=queue.device) - first[ranked]
     kept = torch.empty_like(queue, dtype=torch.bool).scatter(0, order, place < capacity)
     kept = kept.view(k, num_tokens).t()

@@ -19,7 +19,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
 
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
-from . import datasets, evaluation, transforms, visualization  # noqa: F401
+from . import datasets, mmseg_patches, transforms, visualization  # noqa: F401
 from .backbone import TimmViT
 from .inference import Prediction, predict
 from .segmentor import MoeEncoderDecoder

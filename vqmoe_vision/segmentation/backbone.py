@@ -10,9 +10,9 @@ from mmseg.registry import MODELS
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from vqmoe_vision.engine.trained import start_model
+from vqmoe_vision.engine.model import start_model
 from vqmoe_vision.models.create import create_to_start
-from vqmoe_vision.models.hosts import MODULES
+from vqmoe_vision.models.layers import MODULES
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check, check_type
 
@@ -68,7 +68,7 @@ class TimmViT(BaseModule):
         features: str | None = None,
         norm_eps: float | None = None,
         grad_checkpointing: bool = False,
-        moe: dict[str, Any] | None = None,
+        moe: dict | None = None,
         extra_mlps: int = 0,
         **model_kwargs: Any,
     ) -> None:
@@ -79,10 +79,9 @@ class TimmViT(BaseModule):
             # beside variances of about 1 more would be no epsilon, but a forgotten minus
             check(0 < norm_eps <= 0.01, 'norm_eps', norm_eps, 'above 0 and at most 0.01, or None')
             arguments['norm_layer'] = partial(LayerNorm, eps=norm_eps)
-        known = not timm.is_model(model_name) or timm.models.is_model_in_modules(
-            model_name, MODULES
-        )
-        check(known, 'model_name', model_name, "one of timm's VisionTransformers or Evas")
+        if timm.is_model(model_name):
+            known = timm.models.is_model_in_modules(model_name, MODULES)
+            check(known, 'model_name', model_name, "one of timm's VisionTransformers or Evas")
         self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
         self._arguments = {'model_name': model_name, **arguments}
         depth = len(self.model.blocks)
@@ -94,8 +93,7 @@ class TimmViT(BaseModule):
         # parameters that no map depends on would have no gradient, which DDP does not allow
         self.model.prune_intermediate_layers(self.out_indices, prune_norm=not norm, prune_head=True)
         self.model.set_grad_checkpointing(grad_checkpointing)
-        self.norm = norm
-        self.checkpoint, self.features = checkpoint, features
+        self.norm, self.checkpoint, self.features = norm, checkpoint, features
         self.weights_normalization: Normalization | None = None
 
     def init_weights(self) -> None:

@@ -19,28 +19,25 @@ from vqmoe_vision.engine.images import DIGITS, TrainingPart, digit_scans
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
-from .loading import LOADING, named
+from .transforms import LOADING, named
 
 PARTS = ('all', 'train', 'dev')
 _PAGE = 'docs/segmentation.md says where to get the data set, and how to lay it out'
-_BLOCK = 20  # neighbours, such as frames of a video, are set aside together
 # Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
 _SIDES = (40, 48)
-_DIGITS = (3, 6)  # per scene, the upper end excluded
-_ATTEMPTS = 20
 
 
-def complete_metainfo(
-    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _rgb(colours: str) -> list[list[int]]:
+    return [list(bytes.fromhex(colour)) for colour in colours.split()]
+
+
+def complete_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping | None) -> dict:
     """The `metainfo` that a data set of a config has, without loading it."""
     empty = type('Empty', (BaseSegDataset,), {'METAINFO': dataset.METAINFO})
     return empty(metainfo=coloured(dataset, metainfo), lazy_init=True).metainfo
 
 
-def coloured(
-    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
+def coloured(dataset: type[BaseSegDataset], metainfo: Mapping | None) -> dict | None:
     """The `metainfo` of a config with names of a file, and with colours of chosen classes."""
     chosen, own = dict(metainfo or {}), dataset.METAINFO
     if 'classes' not in {**own, **chosen}:
@@ -67,23 +64,15 @@ def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
     if part == 'all':
         return list(range(num_pairs))
     check(0 < dev_size < num_pairs, 'dev_size', dev_size, f'from 1 to {num_pairs - 1}, of pairs')
-    blocks = np.array_split(np.arange(num_pairs), -(-num_pairs // _BLOCK))
-    order = np.random.default_rng(0).permutation(len(blocks))
-    dev = np.concatenate([blocks[i] for i in order])[:dev_size]
-    return sorted(dev.tolist() if part == 'dev' else set(range(num_pairs)) - set(dev.tolist()))
-
-
-class SeededDataset(BaseSegDataset):
-    """A data set that augments with the seed that an index of `SeededInfiniteSampler` brings."""
-
-    def __getitem__(self, idx: int) -> Any:
-        """Loads and augments a sample."""
-        seed_sample(idx)
-        return super().__getitem__(idx)
+    # about twenty neighbours, such as frames of a video, are set aside together
+    blocks = np.array_split(np.arange(num_pairs), -(-num_pairs // 20))
+    drawn = [blocks[i] for i in np.random.default_rng(0).permutation(len(blocks))]
+    dev = np.concatenate(drawn)[:dev_size].tolist()
+    return sorted(dev if part == 'dev' else {*range(num_pairs)} - {*dev})
 
 
 @DATASETS.register_module()
-class CheckedDataset(SeededDataset):
+class CheckedDataset(BaseSegDataset):
     """A folder of images and one of label maps, complete or refused.
 
     Without a `palette`, mmseg generates one, always the same for a number of classes.
@@ -109,7 +98,7 @@ class CheckedDataset(SeededDataset):
 
     def __init__(
         self,
-        metainfo: dict[str, Any] | None = None,
+        metainfo: dict | None = None,
         part: str = 'all',
         dev_size: int = 0,
         **kwargs: Any,
@@ -128,33 +117,35 @@ class CheckedDataset(SeededDataset):
     @property
     def training_part(self) -> TrainingPart:
         """Which part of which pairs these are."""
-        files = (self.data_prefix['img_path'], self.ann_file)
-        source = (*(str(Path(file).resolve()) for file in files), self.img_suffix)
-        return TrainingPart(source, self.part, self.dev_size)
+        files = map(Path.resolve, map(Path, (self.data_prefix['img_path'], self.ann_file)))
+        return TrainingPart((*map(str, files), self.img_suffix), self.part, self.dev_size)
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def load_data_list(self) -> list[dict]:
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are."""
         folders = [self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
-        paths = filter(None, [*folders, self.ann_file])
-        problems = [f'{path} does not exist' for path in paths if not Path(path).exists()]
+        problems = [
+            f'{path} does not exist'
+            for path in (*folders, self.ann_file)
+            if path and not Path(path).exists()
+        ]
         pairs = [] if problems else super().load_data_list()
         if not pairs:
-            listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
-            problems.append(f'{listed} names no image')
-        labels = ((pair, pair.get('seg_map_path')) for pair in pairs)
+            problems.append(f'{self.ann_file or f"{folders[0]}/*{self.img_suffix}"} names no image')
         problems += [
-            f'{pair["img_path"]} has no label map {label_map}'
-            for pair, label_map in labels
-            if label_map is not None and not Path(label_map).is_file()
+            f'{pair["img_path"]} has no label map {file}'
+            for pair in pairs
+            if (file := pair.get('seg_map_path')) is not None and not Path(file).is_file()
         ]
         if problems:
             raise ValueError(f'{problems[0]}; {self.source}')
-        chosen = part_indices(len(pairs), self.part, self.dev_size)
-        num_classes = len(self.metainfo['classes'])
-        return [dict(pairs[i], num_classes=num_classes) for i in chosen]
+        return [
+            dict(pairs[i], num_classes=len(self.metainfo['classes']))
+            for i in part_indices(len(pairs), self.part, self.dev_size)
+        ]
 
     def prepare_data(self, idx: int) -> Any:
-        """Loads and augments a pair; names an image that a transform cannot take."""
+        """Loads and augments a pair by its seed; names an image that a transform cannot take."""
+        seed_sample(idx)
         with named(self.get_data_info(idx)['img_path']):
             return super().prepare_data(idx)
 
@@ -195,11 +186,9 @@ class CamVid(CheckedDataset):
             'sky', 'building', 'pole', 'road', 'pavement', 'tree',
             'sign symbol', 'fence', 'car', 'pedestrian', 'bicyclist',
         ),
-        palette=[
-            [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [0, 0, 192],
-            [128, 128, 0], [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0],
-            [0, 128, 192],
-        ],
+        palette=_rgb(
+            '808080 800000 c0c080 804080 0000c0 808000 c08080 404080 400080 404000 0080c0'
+        ),
     )  # fmt: skip
     source = _PAGE
 
@@ -210,7 +199,7 @@ class CamVid(CheckedDataset):
 
 
 @DATASETS.register_module()
-class DigitScenes(SeededDataset):
+class DigitScenes(BaseSegDataset):
     """Scenes of handwritten digits, composed on the fly from scikit-learn's scans.
 
     A scene depends on its index, the split and the seed only. Each split has scans of its own.
@@ -229,12 +218,10 @@ class DigitScenes(SeededDataset):
 
     METAINFO: ClassVar = dict(
         classes=('background', *DIGITS),
-        palette=[
-            [0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
-            [245, 130, 48], [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60],
-            [250, 190, 212],
-        ],
-    )  # fmt: skip
+        palette=_rgb(
+            '000000 e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c fabed4'
+        ),
+    )
 
     def __init__(
         self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
@@ -249,28 +236,25 @@ class DigitScenes(SeededDataset):
             reduce_zero_label=False,
         )
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def load_data_list(self) -> list[dict]:
         """An entry per scene; the path is a name for overlays, there is no such file."""
-        # Validation compares at the original size: mmseg's transforms resize what is listed.
-        seg_fields = ['gt_seg_map'] if self.split == 'train' else []
         return [
             dict(
                 img_path=f'{self.split}_{index:05d}.png',
                 label_map=None,
                 reduce_zero_label=False,
-                seg_fields=list(seg_fields),
+                # validation compares at the original size: mmseg resizes what is listed
+                seg_fields=['gt_seg_map'] if self.split == 'train' else [],
             )
             for index in range(self.num_scenes)
         ]
 
     def prepare_data(self, idx: int) -> Any:
-        """Composes a scene and runs the pipeline on it."""
+        """Composes a scene and runs the pipeline on it, with the seed of its index."""
+        seed_sample(idx)
         image, labels = self.scene(idx)
-        size = labels.shape
-        info = self.get_data_info(idx)
-        return self.pipeline(
-            {**info, 'img': image, 'gt_seg_map': labels, 'img_shape': size, 'ori_shape': size}
-        )
+        info = {**self.get_data_info(idx), 'img': image, 'gt_seg_map': labels}
+        return self.pipeline(info | dict.fromkeys(('img_shape', 'ori_shape'), labels.shape))
 
     def scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) uint8 BGR, and labels (H, W) uint8: 0, and d + 1 for strokes of d."""
@@ -280,9 +264,9 @@ class DigitScenes(SeededDataset):
         image: Any = cv2.resize(coarse, shape, interpolation=cv2.INTER_LINEAR)
         labels = np.zeros(shape, np.uint8)
         taken = np.zeros(shape, bool)
-        for chosen in rng.integers(len(self._scans), size=rng.integers(*_DIGITS)):
+        for chosen in rng.integers(len(self._scans), size=rng.integers(3, 6)):
             side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
-            for _ in range(_ATTEMPTS):  # to find a square where nothing is yet
+            for _ in range(20):  # attempts to find a square where nothing is yet
                 top, left = rng.integers(0, self.size - side + 1, 2)
                 place = slice(top, top + side), slice(left, left + side)
                 if not taken[place].any():

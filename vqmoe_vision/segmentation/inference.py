@@ -1,5 +1,7 @@
-"""Predictions for images that need no data set: a file, a folder, or an array."""
+"""Predictions for images that need no data set: files, folders and arrays; `tools/predict.py`."""
 
+import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +12,19 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
+from mmengine.utils import track_iter_progress
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.config import innermost
+from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP, load_config, run
+from vqmoe_vision.engine.config import add_config_options, innermost
 from vqmoe_vision.engine.hooks import check_class_names
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.moe.config import check
 
 from .datasets import complete_metainfo
-from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr, named
+from .transforms import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr, named
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def predict(
     images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
     device: str | None = None,
     opacity: float = 0.5,
-    options: dict[str, Any] | None = None,
+    options: dict | None = None,
 ) -> Iterator[Prediction]:
     """Segments images one by one, in the order of their names or as given.
 
@@ -69,7 +72,7 @@ def predict(
         FileNotFoundError: There is no such config.
     """
     predictor = Predictor(config, checkpoint, device, options)
-    for index, image in enumerate(list_images(images)):
+    for index, image in enumerate(_list_images(images)):
         yield predictor(image, f'image_{index}', opacity)
 
 
@@ -77,11 +80,7 @@ class Predictor:
     """A trained model with the pipeline of its tests, and how it reads images."""
 
     def __init__(
-        self,
-        config: str,
-        checkpoint: str,
-        device: str | None = None,
-        options: dict[str, Any] | None = None,
+        self, config: str, checkpoint: str, device: str | None = None, options: dict | None = None
     ) -> None:
         settings = load_config(config, options)
         for name in ('model', 'test_dataloader'):
@@ -113,8 +112,7 @@ class Predictor:
         self, image: str | Path | np.ndarray, name: str = 'image', opacity: float = 0.5
     ) -> Prediction:
         """Segments an image."""
-        if isinstance(image, str | Path):
-            name = Path(image).stem
+        name = Path(image).stem if isinstance(image, str | Path) else name
         pixels = _read(image, self.load)
         height, width = pixels.shape[:2]
         with named(f'{name}, of {width}x{height} pixels,'):
@@ -125,16 +123,15 @@ class Predictor:
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
 
 
-def list_images(images: Any) -> list[Any]:
+def _list_images(images: Any) -> list[Any]:
     """The files and arrays that `predict` was asked for."""
     if not isinstance(images, str | Path):
         return [images] if isinstance(images, np.ndarray) else list(images)
     if not Path(images).is_dir():
         return [images]
-    files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f'{images} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
-    return files
+    if files := sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+        return files
+    raise ValueError(f'{images} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
 
 
 def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
@@ -143,10 +140,44 @@ def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
             raise ValueError(f'image {str(image)!r} does not exist')
         return load.read(str(image))
     shape = image.shape
-    known = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+    known = len(shape) > 1 and shape[2:] in ((), (3,), (4,))
     fits = known and 0 not in shape and image.dtype == np.uint8
     check(fits, 'image', f'{image.dtype} {shape}', 'uint8 (H, W), (H, W, 3) or (H, W, 4)')
     pixels = np.ascontiguousarray(in_bgr(image)[..., :3])
     if load.color_type.startswith('grayscale'):
         pixels = mmcv.bgr2gray(pixels)
     return load.shifted(pixels)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Segments an image or a folder of images."""
+    parser = argparse.ArgumentParser(description='Segment images.')
+    parser.add_argument('config', help=CONFIG_HELP)
+    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
+    parser.add_argument('images', nargs='+', help='image files, or folders of images')
+    parser.add_argument(
+        '--out-dir',
+        type=Path,
+        default=Path('work_dirs/predictions'),
+        help='gets overlays/<name>.png and labels/<name>.png (class indices)',
+    )
+    parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
+    parser.add_argument('--opacity', type=float, default=0.5, help='of the colours, 0 to 1')
+    add_config_options(parser)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _predict)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    check(0 <= args.opacity <= 1, '--opacity', args.opacity, 'from 0 to 1')
+    files = [Path(file) for images in args.images for file in _list_images(images)]
+    seen: dict[str, Path] = {}
+    for file in files:
+        same = seen.setdefault(file.stem, file)
+        check(same is file, 'images', str(file), f'one without the output of {same}')
+    predictor = Predictor(args.config, args.checkpoint, args.device, args.cfg_options)
+    for file in track_iter_progress(files, file=sys.stdout):
+        result = predictor(file, opacity=args.opacity)
+        mmcv.imwrite(result.overlay, str(args.out_dir / 'overlays' / f'{result.name}.png'))
+        mmcv.imwrite(result.labels, str(args.out_dir / 'labels' / f'{result.name}.png'))
+    print(f'\nwrote {args.out_dir}/overlays and {args.out_dir}/labels')

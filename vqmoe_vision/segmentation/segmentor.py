@@ -1,7 +1,11 @@
-"""mmseg's encoder-decoder with the auxiliary losses of its backbone."""
+"""mmseg's encoder-decoder with the auxiliary losses of its backbone, and the graph of its tests.
+
+Legend: B images, H height, W width, C classes, N windows.
+"""
 
 import inspect
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,15 +22,34 @@ from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
 from vqmoe_vision.models.compat import StateDict, part_of
 from vqmoe_vision.models.export import Exportable
+from vqmoe_vision.models.fitting import from_mmseg, is_of_mmseg, replaced
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
 
 from . import mmseg_patches
 from .backbone import TimmViT
-from .export import SegmentorGraph
-from .preprocessor import class_of, completed, converts_channels, follow, normalization_of
-from .published import in_our_names
-from .source import source
+from .preprocessor import (
+    class_of,
+    completed,
+    converts_channels,
+    follow,
+    normalization_of,
+    survey_source,
+)
+
+# Names in a Segmenter of its authors, rstrudel/segmenter, and in mmseg's.
+_DECODER = (
+    (r'^decoder\.proj_dec\.', 'decode_head.dec_proj.'),
+    (r'^decoder\.proj_(patch|classes)$', r'decode_head.\1_proj.weight'),
+    (r'^decoder\.head\.', 'decode_head.conv_seg.'),
+    (r'^decoder\.blocks\.', 'decode_head.layers.'),
+    (r'^decoder\.', 'decode_head.'),
+    (r'\.norm([12])\.', r'.ln\1.'),
+    (r'\.attn\.qkv\.', '.attn.attn.in_proj_'),
+    (r'\.attn\.proj\.', '.attn.attn.out_proj.'),
+    (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+    (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+)
 
 
 @MODELS.register_module()
@@ -53,16 +76,15 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def __init__(
         self,
-        neck: dict[str, Any] | None = None,
-        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        neck: dict | None = None,
+        data_preprocessor: dict | nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (kwargs.get('test_cfg') or {}).items():
             known = ('mode', 'crop_size', 'stride')  # mmseg passes over all others
             check(name in known, f'model.test_cfg.{name}', value, f'it has {", ".join(known)}')
-        allowed = 'left out: load_from=FILE loads all, model.backbone.checkpoint=FILE starts a part'
         init_cfg = kwargs.get('init_cfg')  # of another file mmengine would take what fits
-        check(init_cfg is None, 'model.init_cfg', init_cfg, allowed)
+        check(init_cfg is None, 'model.init_cfg', init_cfg, 'left out: load_from=FILE loads all')
         mmseg_patches.apply()
         self._neck = neck  # mmseg would build it before its width is known
         self._stated: tuple[str, ...] = ('mean', 'std')
@@ -75,9 +97,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         kind = type(self.backbone)
         check(issubclass(kind, TimmViT), 'model.backbone.type', kind.__name__, "'TimmViT'")
         if self._neck is not None:
-            width = self.backbone.model.embed_dim
-            levels = [width] * len(self.backbone.out_indices)
-            sizes = dict(in_channels=levels, out_channels=width, embed_dim=width)
+            width, levels = self.backbone.model.embed_dim, len(self.backbone.out_indices)
+            sizes = dict(in_channels=[width] * levels, out_channels=width, embed_dim=width)
             self.neck = MODELS.build(_completed(self._neck, **sizes))
         check(isinstance(decode_head, dict), 'model.decode_head', decode_head, 'one head')
         super()._init_decode_head(self._fitted(decode_head))
@@ -86,37 +107,33 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     def init_weights(self) -> None:
         """Starts a new training; neck and heads start alike in all rows at one seed."""
         super().init_weights()
-        weights = self.backbone.weights_normalization
-        if weights is not None:  # a run that resumes may have had another
-            super().normalize_as(weights)
+        if (weights := self.backbone.weights_normalization) is not None:
+            super().normalize_as(weights)  # a run that resumes may have had another
 
     def normalize_as(self, normalization: Normalization) -> None:
         """Takes over how images are normalised, and lets the data preprocessor do so."""
         super().normalize_as(normalization)
-        known = self.known_normalization  # as rounded in the buffer: tests are fed the same bits
-        assert known is not None
+        known: Any = self.known_normalization  # rounded in the buffer: tests are fed the same bits
         follow(self.data_preprocessor, known, self._stated)
         fed = normalization_of(self.data_preprocessor)
         if fed is not None and fed.differing(known):  # the config states it
             super().normalize_as(fed)
 
-    def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
+    def normalize_inputs(self, datasets: Mapping) -> None:
         """As `MoeTrainingMixin`: the data preprocessor normalises the images of every data set."""
-        known = self.known_normalization or normalization_of(self.data_preprocessor)
-        if known is not None:
+        if known := self.known_normalization or normalization_of(self.data_preprocessor):
             self.normalize_as(known)
 
     @drawn_apart(1)
     def _init_auxiliary_head(self, auxiliary_head: Any) -> None:
-        several = isinstance(auxiliary_head, list)
-        heads = []
-        for config in auxiliary_head if several else filter(None, [auxiliary_head]):
-            heads.append(head := self._fitted(config, num_classes=self.num_classes))
-            own, number = head.get('num_classes', self.num_classes), self.num_classes
+        several, number = isinstance(auxiliary_head, list), self.num_classes
+        configs = auxiliary_head if several else filter(None, [auxiliary_head])
+        heads = [self._fitted(config, num_classes=number) for config in configs]
+        for own in [head.get('num_classes', number) for head in heads]:
             check(own == number, 'model.auxiliary_head.num_classes', own, f'{number}, as all heads')
         super()._init_auxiliary_head(heads if several else next(iter(heads), None))
 
-    def _fitted(self, head: dict[str, Any], **values: Any) -> dict[str, Any]:
+    def _fitted(self, head: dict, **values: Any) -> dict:
         """A head's config with what follows from backbone and neck."""
         model: Any = self.backbone.model
         width = getattr(self.neck if self.with_neck else None, 'out_channels', model.embed_dim)
@@ -132,23 +149,40 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def in_own_names(self, state: StateDict) -> StateDict:
         """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'."""
-        return in_our_names(super().in_own_names(state))[0]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if note := in_our_names(part_of(state_dict, prefix))[1]:
-            print_log(f'checkpoint: {note}', logger='current')
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        state = super().in_own_names(state)
+        backbone, encoder = (part_of(state, prefix) for prefix in ('backbone.', 'encoder.'))
+        if is_of_mmseg(backbone):
+            network, theirs, whose = from_mmseg(backbone), 'backbone.', 'mmseg'
+            if 'patch_embed.projection.bias' not in backbone:
+                whose += '; the stem has no bias there, and one of zeros here'
+        elif 'patch_embed.proj.weight' in encoder:
+            network = {k: v for k, v in encoder.items() if not k.startswith('head.')}
+            theirs, whose = 'encoder.', "rstrudel/segmenter; left out is the encoder's own head"
+        else:
+            return state
+        print_log(f'checkpoint: the names are those of {whose}', logger='current')
+        renamed = {f'backbone.model.{name}': value for name, value in network.items()}
+        for name, value in state.items():
+            if name.startswith('decoder.'):
+                # projections are linear layers in mmseg's head, and its linear head a convolution
+                if name in ('decoder.proj_patch', 'decoder.proj_classes'):
+                    value = value.t()
+                elif name == 'decoder.head.weight':
+                    value = value[:, :, None, None]
+                name = replaced(name, _DECODER)
+            if not name.startswith(theirs):
+                renamed[name] = value
+        return renamed
 
     @property
     def routed_model(self) -> nn.Module:
         """The timm model in the backbone."""
         return self.backbone.model
 
-    def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
+    def test_preprocessing(self, dataset: ConfigDict) -> dict:
         """As `MoeTrainingMixin`: images of any size, of which the model's own is named."""
-        converted = converts_channels(self.data_preprocessor)
-        allowed = "True: mmseg's images are BGR, timm's are RGB"
-        check(converted, 'model.data_preprocessor.bgr_to_rgb', converted, allowed)
+        converted, field = converts_channels(self.data_preprocessor), 'model.data_preprocessor'
+        check(converted, f'{field}.bgr_to_rgb', converted, "True: timm's images are RGB")
         stem = self.backbone.model.patch_embed
         return {
             'input_size': (stem.proj.in_channels, *stem.img_size),
@@ -159,33 +193,25 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
         """As `MoeTrainingMixin`: logits and label maps of images of one size, or the window."""
-        own = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
-        height, width = size or own
+        height, width = size or self._window()
         known = self.known_normalization or normalization_of(self.data_preprocessor)
-        converted = converts_channels(self.data_preprocessor)
-        numbers = {} if known is None else {k: list(v) for k, v in vars(known).items()}
-        about = {'channels': 'RGB' if converted else 'BGR', **numbers}
+        about: dict = {k: list(v) for k, v in vars(known).items()} if known else {}
+        about['channels'] = 'RGB' if converts_channels(self.data_preprocessor) else 'BGR'
         graph = SegmentorGraph(self, (height, width))
         return Exportable(graph, (3, height, width), ('logits', 'labels'), about)
 
-    def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
-        """Images for a survey of the routing: what one window of a test sees.
+    def _window(self) -> tuple[int, int]:
+        return self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
 
-        Args:
-            dataset: Config of the data set of its tests.
-            folder: Images without labels in its place.
-        """
-        size = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
-        return source(dataset, self.data_preprocessor, size, folder)
+    def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
+        """Images of tests, or those of a folder without labels, as one window of a test sees."""
+        return survey_source(dataset, self.data_preprocessor, self._window(), folder)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """As mmseg's, where a map covers more than the images (B, 3, H, W), as in last patches."""
         height, width = (int(side) for side in inputs.shape[2:])
-        covered = self._covered(height, width)
-        if covered == (height, width):
-            return super().encode_decode(inputs, batch_img_metas)
-        # of this type it is what mmseg's heads resize to
-        metas = [{**meta, 'img_shape': torch.Size(covered)} for meta in batch_img_metas]
+        covered = torch.Size(self._covered(height, width))  # of this type: heads resize to it
+        metas = [{**meta, 'img_shape': covered} for meta in batch_img_metas]
         return super().encode_decode(inputs, metas)[..., :height, :width]
 
     def _covered(self, height: int, width: int) -> tuple[int, int]:
@@ -198,10 +224,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         found = [sample.clone() for sample in data_samples]
         for sample in found:
             labels = sample.gt_sem_seg.data
-            height, width = labels.shape[-2:]
-            rows, columns = self._covered(height, width)
-            sides = 0, columns - width, 0, rows - height
-            if any(sides):
+            (height, width), (rows, columns) = labels.shape[-2:], self._covered(*labels.shape[-2:])
+            if any(sides := (0, columns - width, 0, rows - height)):
                 filled = F.pad(labels, sides, value=self._ignored_by_all())
                 sample.gt_sem_seg = PixelData(data=filled)
         return found
@@ -219,11 +243,10 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         """Each auxiliary loss, then mmseg's losses and accuracy, of normalised (B, 3, H, W)."""
         with self.collect() as collected:
             found = super().loss(inputs, self._labelled_as_covered(data_samples))
-            numbers = self.parse_losses(found)[1]  # of an entry that is a list, too
+            _, numbers = self.parse_losses(found)  # of an entry that is a list, too
             losses = {name: numbers[name] for name in found if 'loss' in name}
             collected.add(losses, len(inputs))
-            others = {name: value for name, value in found.items() if name not in losses}
-            return {**loss_entries(collected), **others}
+            return loss_entries(collected) | {k: v for k, v in found.items() if k not in losses}
 
     def predict(self, inputs: Tensor, data_samples: list | None = None) -> list:
         """As mmseg's, and counts the routing."""
@@ -231,16 +254,67 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             return super().predict(inputs, data_samples)
 
 
-def _completed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
+def _completed(config: dict, **values: Any) -> dict:
     """A config with those of `values` that it lacks and its class cannot be built without."""
     kind = class_of(config)
     if kind is None:  # the registry says what is wrong
         return config
-    parameters: dict[str, inspect.Parameter] = {}
+    needed: dict[str, bool] = {}
     for base in kind.__mro__:  # each hands on to the next what it has no name for
         own = inspect.signature(base.__init__).parameters
-        parameters = {**own, **parameters}
+        needed = {n: p.default is p.empty for n, p in own.items()} | needed
         if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
             break
-    needed = {n for n, p in parameters.items() if p.default is p.empty}
-    return {**{name: value for name, value in values.items() if name in needed}, **config}
+    return {**{name: value for name, value in values.items() if needed.get(name)}, **config}
+
+
+class SegmentorGraph(nn.Module):
+    """What mmseg predicts of normalised images of one size, as tensors alone."""
+
+    def __init__(self, segmentor: EncoderDecoder, size: tuple[int, int]) -> None:
+        super().__init__()
+        check(min(size) >= 1, 'size', size, 'two positive numbers of pixels, height and width')
+        self.segmentor, self.size = segmentor, size
+        preprocessor: Any = segmentor.data_preprocessor
+        # pixels that are added at the right and below, as mmseg's tests do
+        config = getattr(preprocessor, 'test_cfg', None) or {}
+        divisor = config.get('size_divisor') or 1
+        padded = config.get('size') or [-(-side // divisor) * divisor for side in size]
+        self.padding = (padded[1] - size[1], padded[0] - size[0])
+        check(min(self.padding) >= 0, 'size', size, f'at most {tuple(padded)}, of padded images')
+        self.pad_value = float(getattr(preprocessor, 'pad_val', 0))
+        test, whole = segmentor.test_cfg, (padded, padded)
+        crops, strides = (test.crop_size, test.stride) if test.mode == 'slide' else whole
+        self.windows = list(product(*map(_places, padded, crops, strides)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) to logits (B, C, H, W) and labels (B, H, W) int64."""
+        right, below = self.padding
+        padded = F.pad(images, (0, right, 0, below), value=self.pad_value)
+        # all windows of all images are one batch
+        cut = torch.stack([padded[:, :, rows, columns] for rows, columns in self.windows])
+        logits = self.segmentor.encode_decode(cut.flatten(0, 1), [{}])
+        if len(self.windows) > 1:
+            logits = self._averaged(logits.unflatten(0, (len(self.windows), -1)), padded)
+        logits = logits[:, :, : self.size[0], : self.size[1]]
+        if logits.shape[1] == 1:  # mmseg's head of two classes
+            return logits, (logits.sigmoid() > self.segmentor.decode_head.threshold)[:, 0].long()
+        return logits, logits.argmax(dim=1)
+
+    def _averaged(self, logits: Tensor, padded: Tensor) -> Tensor:
+        """Windows (N, B, C, h, w) put together: (B, C, H, W)."""
+        height, width = (int(side) for side in padded.shape[2:])
+        total: Any = 0
+        count = torch.zeros(height, width)
+        for window, (rows, columns) in zip(logits, self.windows, strict=True):
+            sides = columns.start, width - columns.stop, rows.start, height - rows.stop
+            total = total + F.pad(window, sides)
+            count[rows, columns] += 1
+        return total / count
+
+
+def _places(side: int, window: int, stride: int) -> list[slice]:
+    """As mmseg: the last window ends with the image; one that is larger than it is cut."""
+    steps = range(max(side - window + stride - 1, 0) // stride + 1)
+    ends = (min(step * stride + window, side) for step in steps)
+    return [slice(max(end - window, 0), end) for end in ends]

@@ -15,7 +15,7 @@ from mmseg.registry import HOOKS, VISUALIZERS
 from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor
 
-from .loading import LoadImage, image_loader, in_bgr
+from .transforms import LoadImage, image_loader, in_bgr
 
 
 @VISUALIZERS.register_module()
@@ -32,14 +32,7 @@ class OverlayVisualizer(SegLocalVisualizer):
         return super().get_instance(name, **kwargs)
 
     def add_datasample(self, name: str, image: np.ndarray, *args: Any, **kwargs: Any) -> None:
-        """As mmseg's, also for an image in another order of memory, as browse_dataset.py has it.
-
-        Args:
-            name: Of the picture.
-            image: (H, W, 3) uint8 RGB.
-            *args: As mmseg's.
-            **kwargs: As mmseg's.
-        """
+        """As mmseg's, also for an image in another order of memory, as browse_dataset.py has it."""
         super().add_datasample(name, np.ascontiguousarray(image), *args, **kwargs)
 
 
@@ -52,28 +45,17 @@ class OverlayHook(SegVisualizationHook):
     different folders, are numbered as they come: `frame_0.png`, `frame_1.png`.
 
     Args:
-        draw: Whether to draw; `--show-dir` turns it on.
-        interval: Iterations of validation between two pictures.
-        show: Whether to open windows, and write no files then; `--show` of mmseg's own
-            tools/test.py turns it on.
-        wait_time: Seconds for which a window stays open; 0 waits for a key.
-        backend_args: Of mmengine's file backend that reads the images, where the pipeline that
-            reads them names none.
+        *args: As mmseg's.
+        **kwargs: As mmseg's: `draw`, which `--show-dir` turns on, `interval`, iterations of
+            validation between two pictures, and `backend_args` where the pipeline names none.
     """
 
-    def __init__(
-        self,
-        draw: bool = False,
-        interval: int = 50,
-        show: bool = False,
-        wait_time: float = 0.0,
-        backend_args: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():  # most runs draw nothing, which is no news
             warnings.filterwarnings('ignore', 'The draw is False')
-            super().__init__(draw, interval, show, wait_time, backend_args)
+            super().__init__(*args, **kwargs)
         self._drawn: Counter[str] = Counter()
-        self._load = LoadImage(backend_args=backend_args)
+        self._load = LoadImage(backend_args=self.backend_args)
 
     def before_test(self, runner: Runner) -> None:
         """A test begins to number its pictures, and reads their images as it does."""
@@ -81,34 +63,20 @@ class OverlayHook(SegVisualizationHook):
         self.before_val(runner, 'test_dataloader')
 
     def before_val(self, runner: Runner, loader: str = 'val_dataloader') -> None:
-        """Reads images as the validation does.
-
-        Args:
-            runner: Of the run.
-            loader: Field of the config, of its data loader.
-        """
+        """Reads images as the validation does."""
         if self.draw and isinstance(config := runner.cfg.get(loader), dict):
             self._load = image_loader(config['dataset'], backend_args=self.backend_args)
 
     def after_val_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Draws the first prediction of a batch, where it is its turn."""
         step = runner.iter + batch_idx
-        if not self.draw or step % self.interval:
-            return
-        self._draw(data_batch['inputs'][0], outputs[0], 'val_', step)
+        if self.draw and not step % self.interval:
+            self._draw(data_batch['inputs'][0], outputs[0], 'val_', step)
 
     def after_test_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Draws every prediction of a batch."""
         if not self.draw:
@@ -136,8 +104,8 @@ class OverlayHook(SegVisualizationHook):
         """The image behind a sample, (H, W, 3) RGB, at the size of its prediction."""
         if fileio.exists(sample.img_path, backend_args=self._load.backend_args):
             # turned as the prediction is, which depends on the label map
-            pixels = self._load.read(sample.img_path, sample.get('seg_map_path'))
-            return mmcv.bgr2rgb(np.ascontiguousarray(in_bgr(pixels)))
-        image = mmcv.bgr2rgb(np.ascontiguousarray(tensor.transpose(1, 2, 0)))
-        height, width = sample.pred_sem_seg.shape
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            pixels = in_bgr(self._load.read(sample.img_path, sample.get('seg_map_path')))
+        else:
+            height, width = sample.pred_sem_seg.shape
+            pixels = cv2.resize(tensor.transpose(1, 2, 0), (width, height))
+        return mmcv.bgr2rgb(np.ascontiguousarray(pixels))

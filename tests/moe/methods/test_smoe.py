@@ -102,16 +102,6 @@ def test_losses_are_the_weighted_functions():
     torch.testing.assert_close(values_of(routing.losses), expected)
 
 
-def test_the_load_loss_sees_the_noise_of_the_routing():
-    router, x = make_router(load_weight=2.0), torch.randn(20, D)
-    torch.manual_seed(3)
-    actual = router(x).losses['load'].value()
-    torch.manual_seed(3)
-    logits = x @ router.weight.t()
-    noisy = logits + torch.randn_like(logits) / E
-    torch.testing.assert_close(actual, 2.0 * losses.load(logits, noisy, 1 / E, top_k=2).value())
-
-
 # --- what the router learns from
 
 
@@ -136,16 +126,6 @@ def test_capacity_known_answers(num_tokens, top_k, factor, capacity):
     routing = router(torch.randn(1, D).expand(num_tokens, D))
     expected = torch.arange(num_tokens)[:, None].expand(-1, top_k) < capacity
     assert torch.equal(routing.kept, expected)
-
-
-@pytest.mark.parametrize('factor', [float(E), 1e30])
-@pytest.mark.parametrize('batch_prioritized', [True, False])
-def test_capacity_for_everybody_equals_dropless(make_layer, batch_prioritized, factor):
-    options = {'eval_capacity_factor': factor, 'batch_prioritized': batch_prioritized}
-    capped, dropless = make_layer('smoe', **options).eval(), make_layer('smoe').eval()
-    dropless.load_state_dict(capped.state_dict())
-    x = torch.randn(3, 5, D)
-    assert torch.equal(capped(x), dropless(x))
 
 
 def test_prioritized_routing_drops_exactly_the_tokens_with_the_least_weight():

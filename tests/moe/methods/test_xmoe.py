@@ -43,15 +43,6 @@ def test_output_and_every_gradient(make_layer, gate, options):
     assert_by_hand(net, naive, torch.randn(2, 7, D), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ('gate', 'start', 'balance'), [('softmax', 0.3, 0.3), ('sigmoid', 0.07, 0.07)]
-)
-def test_temperatures_start_as_in_the_paper(gate, start, balance):
-    router = XMoERouter(D, XMoEConfig(num_experts=E, gate=gate))
-    assert router.log_temperature.exp().item() == pytest.approx(start)
-    assert router.balance_temperature == balance
-
-
 def test_the_balance_loss_does_not_move_the_temperature(make_layer):
     layer = make_layer('xmoe', balance_weight=1.0)
     with collect_losses(layer) as collected:
@@ -87,13 +78,6 @@ def test_group_preset_normalises_experts_only():
     assert torch.equal(routing.indices, expected.indices)
     torch.testing.assert_close(routing.weights, expected.values.softmax(dim=-1))
     assert routing.losses == {}
-
-
-@pytest.mark.parametrize('num_experts', [4, 8, 32])
-def test_expert_embeddings_start_with_the_length_of_the_authors_code(num_experts):
-    router = XMoERouter(D, XMoEConfig(num_experts=num_experts))
-    lengths = router.expert_embed.norm(dim=-1)
-    torch.testing.assert_close(lengths, torch.full((num_experts,), 1.5))
 
 
 def test_renormalised_sigmoid_gates_stay_finite_at_a_small_temperature():

@@ -18,8 +18,6 @@ are Euclidean, an option of the authors' code, whose default cosine leaves lengt
 Legend: T tokens, D width, M codes.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import ExactBuffers, full_precision
-from .codebook import Codebook
+from . import Codebook, SimVQCodebook
 from .usage import CodeUsage, anchor_probabilities, code_usage, kmeans, random_choice
 
 
@@ -36,7 +34,6 @@ class UsageCodebook(ExactBuffers, Codebook):
 
     OPTIONS = (*Codebook.OPTIONS, 'ema_decay')
     exact_buffers = ('usage', 'embed', 'token_sums')
-    _pending: CodeUsage | None = None
     usage: Tensor
     started: Tensor
     updates: Tensor
@@ -60,32 +57,20 @@ class UsageCodebook(ExactBuffers, Codebook):
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:
         """Keep statistics of tokens (T, D), codes (T,) for `update`; their memory does not grow."""
-        before, x = self._pending, x.detach().float()
+        before, x = self.pending, x.detach().float()
         number, codes = 0 if before is None else before.num_passes, self.num_codes
         cosine = self.use_cosine_sim
         seen = code_usage(x, indices, codes, self.updates, number, cosine, tokens_per_sample)
-        self._pending = seen if before is None else before.merged(seen)
+        self.pending = seen if before is None else before.merged(seen)
         return x.shape[0] - seen.num_tokens
-
-    @property
-    def observed(self) -> dict[str, Any]:
-        """What passes have left for the next `update`, as `CodeUsage`; {} if there were none."""
-        return {} if self._pending is None else dict(vars(self._pending))
-
-    @observed.setter
-    def observed(self, kept: dict[str, Any]) -> None:
-        device, moved = self.updates.device, {**kept}
-        for name, value in kept.items():
-            moved[name] = value.to(device) if isinstance(value, Tensor) else value
-        self._pending = CodeUsage(**moved) if moved else None
 
     @torch.no_grad()
     def update(self) -> bool:
         """Learn from the observed passes of all ranks; returns whether the codes may change."""
-        if self._pending is None:
+        if self.pending is None:
             return False
         # without a token nothing is learned, but every rank has taken part
-        usage, self._pending = self._pending.over_ranks(), None
+        usage, self.pending = self.pending.over_ranks(), None
         learns = usage.num_tokens > 0
         self.updates += learns
         with full_precision(usage.tokens):
@@ -96,11 +81,10 @@ class UsageCodebook(ExactBuffers, Codebook):
         raise NotImplementedError
 
     def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
-        rate = learns * (1 - self.ema_decay)
-        average.lerp_(value.to(average.dtype), rate.to(average.dtype))
+        average.lerp_(value.to(average.dtype), (learns * (1 - self.ema_decay)).to(average.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_pending': None}
+        return {**self.__dict__, 'pending': None}
 
 
 class EmaCodebook(UsageCodebook):
@@ -109,7 +93,6 @@ class EmaCodebook(UsageCodebook):
     OPTIONS = (*UsageCodebook.OPTIONS, 'dead_code_threshold')
     codebook_scale = 0.0
     token_sums: Tensor
-    epsilon = 1e-5
 
     def __init__(
         self, num_codes: int, dim: int, dead_code_threshold: float = 0.01, **options: Any
@@ -146,7 +129,10 @@ class EmaCodebook(UsageCodebook):
         if self._start_due:
             # even without a usable token: `learns` decides on the device
             codes = kmeans(usage.tokens, self.num_codes, self.use_cosine_sim, usage.usable)
-            learns = self._start(codes, learns)
+            # what has started before is not taken over, and learns even so
+            starts, learns = learns & ~self.started, learns & self.started
+            self._put(starts, codes)
+            self.started |= starts
             # only unusable tokens: codes start without usage, for the next update to replace
             self.usage.masked_fill_(usage.seen & ~self.started, 0)
             self.started |= usage.seen
@@ -155,19 +141,12 @@ class EmaCodebook(UsageCodebook):
         num_tokens = usage.num_tokens.clamp(min=1)
         self._average(self.usage, usage.counts / num_tokens, learns)
         self._average(self.token_sums, usage.token_sums / num_tokens, learns)
-        total, epsilon = self.usage.sum(), self.epsilon / num_tokens
+        total, epsilon = self.usage.sum(), 1e-5 / num_tokens
         smoothed = (self.usage + epsilon) / (total + self.num_codes * epsilon) * total
         moved = (self.token_sums / smoothed[:, None]).to(self.embed.dtype)
         self.embed.copy_(torch.where(learns, moved, self.embed))
         if self.dead_code_threshold > 0:
             self._replace_dead(usage, learns)
-
-    def _start(self, codes: Tensor, learns: Tensor) -> Tensor:
-        """Take over codes unless there was a start before; returns whether to learn even so."""
-        starts, again = learns & ~self.started, learns & self.started
-        self._put(starts, codes)
-        self.started |= learns
-        return again
 
     def _replace_dead(self, usage: CodeUsage, learns: Tensor) -> None:
         dead = self.usage * self.num_codes < self.dead_code_threshold
@@ -200,3 +179,11 @@ class CVQCodebook(UsageCodebook):
         anchors = usage.tokens.index_select(0, random_choice(probabilities, self.updates))
         moved = before.lerp(anchors, rate[:, None].float()).to(self.embed.dtype)
         self.embed.copy_(torch.where(learns, moved, self.embed))
+
+
+CODEBOOKS: dict[str, type[Codebook]] = {
+    'ema': EmaCodebook,
+    'plain': Codebook,
+    'simvq': SimVQCodebook,
+    'cvq': CVQCodebook,
+}

@@ -14,8 +14,6 @@ one that is model state. The mixing function is [16 21f0aaad 15 735a2d97 15] of 
 Legend: T tokens, N tokens per sample, D width, M codes, S = SAMPLE_SIZE sampled tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from ..distributed import joint_rows, rank_and_size, sum_over_ranks
 from ..routing import full_precision
-from .codebook import NORM_EPS, nearest_code
+from . import NORM_EPS, nearest_code
 
 SAMPLE_SIZE = 1024  # tokens kept of all passes, for starting codes and replacing dead ones
 SPOILT = 2**62  # the draw of a token that cannot be used, behind all others
@@ -60,7 +58,7 @@ class CodeUsage:
         """Whether there was any token, usable or not, 0-dim bool."""
         return self.draws[0] < NONE
 
-    def merged(self, later: CodeUsage) -> CodeUsage:
+    def merged(self, later: 'CodeUsage') -> 'CodeUsage':
         """Usage in the passes of both."""
         return CodeUsage(
             self.counts + later.counts,
@@ -71,7 +69,7 @@ class CodeUsage:
             self.num_passes + later.num_passes,
         )
 
-    def over_ranks(self) -> CodeUsage:
+    def over_ranks(self) -> 'CodeUsage':
         """Usage on all ranks; the same object in a single process."""
         rank, size = rank_and_size()
         if size == 1:
@@ -130,8 +128,7 @@ def kmeans(
     sample: Tensor, num_codes: int, cosine: bool = False, usable: Tensor | None = None
 ) -> Tensor:
     """Codes (M, D) of a sample (S, D) by k-means++ and Lloyd, of length one if `cosine`."""
-    if usable is None:
-        usable = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
+    usable = torch.ones_like(sample[:, 0], dtype=torch.bool) if usable is None else usable
     codes = _spread(sample, num_codes, usable)
     with full_precision(sample):
         for _ in range(KMEANS_ITERATIONS):
@@ -157,8 +154,7 @@ def _spread(sample: Tensor, num_codes: int, usable: Tensor) -> Tensor:
 def _means(sample: Tensor, codes: Tensor, cosine: bool, usable: Tensor) -> Tensor:
     """An iteration of Lloyd: the mean of those that are nearest to each code."""
     numbers = torch.arange(len(codes), device=sample.device)
-    is_member = nearest_code(sample, codes)[:, None] == numbers
-    members = (is_member & usable[:, None]).to(sample.dtype)
+    members = ((nearest_code(sample, codes)[:, None] == numbers) & usable[:, None]).to(sample.dtype)
     counts = members.sum(dim=0)[:, None]
     means = members.t() @ sample / counts.clamp(min=1)
     if cosine:
@@ -186,9 +182,8 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
     # never 0, and fine near 0, where the first clocks ring
     uniform = (random_integers(rows, *counters).float() + 0.5) * 2.0**-32
     # it may round to 1: such a clock rings last, but still before those that never do
-    rates = torch.where(weights > 0, weights / -torch.log1p(-uniform), -1.0)
     # exponential clocks, and the first to ring: no sums, which differ between runs on a GPU
-    return rates.argmax(dim=-1)
+    return torch.where(weights > 0, weights / -torch.log1p(-uniform), -1.0).argmax(dim=-1)
 
 
 def _numbers(rows: Tensor, first: list[Tensor], others: list[int]) -> Tensor:

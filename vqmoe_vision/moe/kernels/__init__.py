@@ -6,8 +6,6 @@ know plans and `grouped_linear`.
 Legend: A assignments, R rows sorted by expert, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +27,8 @@ class Kernel:
     # rows (R, in), weight (E, out, in), bias (E, out) or None, of one dtype, and ends (E,) int32 to
     # (R, out), where rows past the last end are zero
     grouped_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
-    # of rows and weight: why it cannot compute, None if it can
-    misfit: Callable[[Tensor, Tensor], str | None] = lambda x, weight: None
+    # of rows and weight: whether it can compute
+    fits: Callable[[Tensor, Tensor], bool] = lambda x, weight: True
     # the rows that suit it, see `make_plan`
     make_plan: Callable[[Tensor, int, torch.dtype], Plan] = lambda indices, e, _: sorted_plan(
         indices, e
@@ -51,7 +49,7 @@ def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
 KERNELS = {
     'reference': Kernel(_one_by_one),
     'batched': Kernel(cpu.grouped_linear, make_plan=cpu.make_plan),
-    'grouped_mm': Kernel(cuda.grouped_linear, cuda.misfit),
+    'grouped_mm': Kernel(cuda.grouped_linear, cuda.fits),
 }
 _named: str | None = None
 
@@ -111,9 +109,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _chosen(x: Tensor, weight: Tensor) -> Kernel:
     if _named is None:
-        fast = x.device.type == 'cuda' and cuda.is_fast(x, weight)
-        return KERNELS['grouped_mm' if fast else 'batched']
-    if problem := KERNELS[_named].misfit(x, weight):
-        fitting = [name for name, kernel in KERNELS.items() if kernel.misfit(x, weight) is None]
-        check(False, 'kernel', _named, f'one of {", ".join(fitting)} here: {problem}')
+        return KERNELS['grouped_mm' if cuda.is_fast(x, weight) else 'batched']
+    allowed = f'one that computes {x.dtype} on {x.device.type} in widths {(*weight.shape[1:],)}'
+    check(KERNELS[_named].fits(x, weight), 'kernel', _named, allowed)
     return KERNELS[_named]

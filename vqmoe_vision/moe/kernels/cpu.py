@@ -11,8 +11,6 @@ no other expert.
 Legend: A assignments, R rows, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
@@ -57,7 +55,8 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
     """As `kernels.make_plan`: padded on the CPU."""
     if indices.device.type != 'cpu':
         return sorted_plan(indices, num_experts)
-    block, length = _row_block(dtype), 0
+    low, length = dtype in (torch.bfloat16, torch.float16), 0
+    block = (_AMX_BLOCK if _HAS_AMX else _BLOCK) if low else 1
     if torch.compiler.is_compiling():
         # an argument, so that a graph that was cached by another version keeps its own length
         length = _most_rows(indices.shape[0], num_experts, block)
@@ -76,12 +75,6 @@ def _sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     ranked, order = indices.sort(stable=True)
     experts = torch.arange(num_experts, device=indices.device)
     return ranked, order, torch.searchsorted(ranked, experts, right=True).to(torch.int32)
-
-
-def _row_block(dtype: torch.dtype) -> int:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return 1
-    return _AMX_BLOCK if _HAS_AMX else _BLOCK
 
 
 # One opaque operator: what is decided by the load here makes no graph of torch.compile break.
@@ -113,7 +106,9 @@ def _padded_plan(
 def _group_sizes(loads: list[int], block: int) -> list[int]:
     sizes = [_whole_blocks(load, block) for load in loads]
     several = torch.get_num_threads() > 1
-    for length in _run_lengths(len(loads), block):
+    # how many neighbours to give one size: all experts, pairs, or all and else pairs
+    for most in _AMX_RUNS if block == _AMX_BLOCK else (_RUNS if block == 1 else _LOW_RUNS):
+        length = most or len(loads)
         for i in range(0, len(loads), length):
             run, load = sizes[i : i + length], loads[i : i + length]
             spare = _spare_rows(sum(load), len(run), block, several)
@@ -131,26 +126,14 @@ def _whole_blocks(load: int, block: int) -> int:
     return -(-load // block) * block
 
 
-def _run_lengths(num_experts: int, block: int) -> tuple[int, ...]:
-    """How many neighbours to give one size: all experts, pairs, or all and else pairs."""
-    without_amx = _RUNS if block == 1 else _LOW_RUNS
-    runs = _AMX_RUNS if block == _AMX_BLOCK else without_amx
-    return tuple(num_experts if run == _ALL else run for run in runs)
-
-
 def _spare_rows(num_assignments: int, num_experts: int, block: int, several: bool) -> int:
     """Rows that may be computed for nothing, on one thread or `several`."""
     if block == _AMX_BLOCK:
         spare = _AMX_SPARE * num_experts + (num_assignments // _AMX_SHARE if several else 0)
     else:
         spare = (_SPARE if several else _SPARE_ALONE) * num_experts
-    return _smaller(num_assignments // _MOST_SPARE, spare)
-
-
-# Python's `min` would make torch.export ask which one it is; torch.compile knows what to do with
-# it, and up to torch 2.9 not with `sym_min`.
-def _smaller(a: int, b: int) -> int:
-    return (min if torch.compiler.is_dynamo_compiling() else torch.sym_min)(a, b)
+    # Python's `min` would make torch.export ask which one it is
+    return torch.sym_min(num_assignments // _MOST_SPARE, spare)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
@@ -237,18 +220,6 @@ def _empty_grads(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor,
     shapes = (x.shape, weight.shape, weight.shape[:2])
     made = [x.new_empty(s if w else (0,)) for s, w in zip(shapes, wanted, strict=True)]
     return made[0], made[1], made[2]
-
-
-@register_flop_formula(torch.ops.vqmoe_vision.grouped_linear_backward)
-def _backward_flops(
-    grad: torch.Size,
-    x: torch.Size,
-    weight: torch.Size,
-    offsets: torch.Size,
-    wanted: list[bool],
-    **_: Any,
-) -> int:
-    return 2 * x[0] * weight[1] * weight[2] * sum(wanted[:2])
 
 
 @_grouped_linear_backward.register_fake

@@ -7,38 +7,26 @@ their ends back. It takes no bias, no float64, and no rows that are not a multip
 Legend: R rows sorted by expert, E experts.
 """
 
-from __future__ import annotations
-
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-_SINCE = '2.10'  # before, `grouped_mm` was private
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
 
 
-def misfit(x: Tensor, weight: Tensor) -> str | None:
-    """Why it cannot compute rows (R, in) and weight (E, out, in); None if it can."""
-    if not hasattr(F, 'grouped_mm'):
-        return f'it needs torch {_SINCE}, this is {torch.__version__}'
-    if x.dtype not in _DTYPES or (x.device.type == 'meta' and x.dtype != torch.bfloat16):
-        return f'it has no {x.dtype} on {x.device.type}'
-    for width in weight.shape[1:]:
-        if width * x.element_size() % _ALIGNMENT:
-            least = _ALIGNMENT // x.element_size()
-            return f'in {x.dtype} it takes widths that are multiples of {least}, not {width}'
-    return None
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether it can compute rows (R, in) and weight (E, out, in)."""
+    known = x.dtype in _DTYPES[: 1 if x.device.type == 'meta' else None]
+    return known and all(n * x.element_size() % _ALIGNMENT == 0 for n in weight.shape[1:])
 
 
 def is_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether it is one kernel for (R, in) and (E, out, in) that reads nothing back."""
     is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
-    return is_cuda and misfit(x, weight) is None and _has_kernel(x.device.index or 0)
+    return is_cuda and fits(x, weight) and _has_kernel(x.device.index or 0)
 
 
 @torch.compiler.assume_constant_result
@@ -58,8 +46,7 @@ def _product(
     a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool = False, turn_b: bool = False
 ) -> Tensor:
     """`F.grouped_mm` of contiguous tensors, or of them with their last two dimensions exchanged."""
-    product = _opaque if torch.compiler.is_compiling() else _torchs
-    return product(a, b, offsets, turn_a, turn_b)
+    return (_opaque if torch.compiler.is_compiling() else _torchs)(a, b, offsets, turn_a, turn_b)
 
 
 def _torchs(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
@@ -80,23 +67,6 @@ def _opaque(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -
 @_opaque.register_fake
 def _(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
     return a.new_empty(_shape(a, b, offsets, turn_a, turn_b))
-
-
-@register_flop_formula(torch.ops.vqmoe_vision.grouped_product)
-def _opaque_flops(
-    a: torch.Size, b: torch.Size, _: torch.Size, turn_a: bool, turn_b: bool, **__: Any
-) -> int:
-    return 2 * math.prod(a) * b[-2 if turn_b else -1]
-
-
-def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """From shapes: of (R, in) and (E, in, out), and of (out, R) and (R, in), all rows in groups."""
-    return 2 * math.prod(a) * b[-1]
-
-
-# torch 2.13 counts its own operator as nothing
-if torch.ops.aten._grouped_mm not in flop_registry:
-    register_flop_formula(torch.ops.aten._grouped_mm)(_flops)
 
 
 def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> list[int]:

@@ -1,7 +1,5 @@
 """The methods by name. docs/add-a-method.md says how to add one."""
 
-from __future__ import annotations
-
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass

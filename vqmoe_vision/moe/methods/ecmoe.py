@@ -17,8 +17,6 @@ paper's limit on the experts of a token is not offered.
 Legend: B images, N tokens per image, D width, E experts, C tokens per expert and image (k above).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -16,8 +16,6 @@ MultiHash cuts one expert into K pieces. Positions repeat after 4,096 tokens.
 Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,8 +56,7 @@ class HashRouter(TopKRouter):
         super().__init__()
         self.config = config
         shape, device = (POSITIONS, config.top_k), factory.get('device')
-        table = torch.empty(shape, dtype=torch.int64, device=device)
-        self.register_buffer('hash', table)
+        self.register_buffer('hash', torch.empty(shape, dtype=torch.int64, device=device))
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -8,7 +8,7 @@ V-MoE, "Scaling Vision with Sparse Mixture of Experts" (arXiv 2106.05974), numbe
 TOP_k keeps the k largest and does not renormalise (`renormalize=True` gives GShard's and Mixtral's
 softmax over the selected logits). Auxiliary losses: importance (6) and load (9), at 0.005 each as
 in its released configurations. Options are the balance loss of Switch (arXiv 2101.03961, 4) and the
-z-loss of ST-MoE (arXiv 2202.08906, 5), and a bias in the place of a loss, see `loss_free.py`.
+z-loss of ST-MoE (arXiv 2202.08906, 5), and a bias in the place of a loss, see `losses.py`.
 
 Where we differ: dropless unless `capacity_factor` is set, then capacity = ceil(k T C / E), not
 rounded up to a multiple of 4 as by the released code. The routing group is the batch on a device,
@@ -16,8 +16,6 @@ for losses that on all devices. Experts start from different draws, in the relea
 
 Legend: T tokens, D width, E experts, K experts per token, C capacity.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,8 +26,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
-from ..loss_free import LossFreeConfig, LossFreeRouter
-from ..losses import Loss
+from ..losses import Loss, LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
 from ..routing import Routing, full_precision, init_lecun_normal, renormalized, within_capacity
 

@@ -22,8 +22,6 @@ one of 1,000). The large logits of 'lucidrains' stay float32: 2.8 % instead of 0
 Legend: B images, N tokens per image, D width, E experts, P slots per expert, S = E * P slots.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -104,8 +102,7 @@ class SoftMoEMlp(MoeLayer):
         slots = float(host.num_tokens)
         if config.slots_per_token is not None:
             slots = config.slots_per_token * (host.num_tokens - host.num_prefix_tokens)
-        default_slots = max(round(slots / config.num_experts), 1)
-        self.slots_per_expert = config.slots_per_expert or default_slots
+        self.slots_per_expert = config.slots_per_expert or max(round(slots / config.num_experts), 1)
         self.num_slots = config.num_experts * self.slots_per_expert
         self.experts = experts
         self.slot_embed = nn.Parameter(torch.empty(self.num_slots, in_features, **factory))
@@ -124,12 +121,7 @@ class SoftMoEMlp(MoeLayer):
             nn.init.ones_(self.slot_gain)
 
     def mixing_logits(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The one logits tensor behind both softmaxes; (B, N, D) -> (B, N, S).
-
-        Args:
-            x: Tokens.
-            dtype: Of the product of unit vectors; with 'rms' it is float32.
-        """
+        """The one logits tensor behind both softmaxes; (B, N, D) -> (B, N, S)."""
         if self.slot_gain is not None:
             gain = self.slot_gain.float()
             return x.float() @ F.rms_norm(self.slot_embed.float(), gain.shape, gain).t()
@@ -168,8 +160,7 @@ class SoftMoEMlp(MoeLayer):
             return {}
         if self.config.slots_per_token is None:
             return {'slots_per_expert': self.slots_per_expert}
-        patches = num_tokens - self.num_prefix_tokens
-        return {'slots_per_token': self.num_slots / patches}
+        return {'slots_per_token': self.num_slots / (num_tokens - self.num_prefix_tokens)}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """State of a layer of other slots per expert: thinned, or with copies.
@@ -191,7 +182,3 @@ class SoftMoEMlp(MoeLayer):
     def no_weight_decay(self) -> set[str]:
         """The slots, as in the released code."""
         return {'slot_embed'}
-
-    def extra_repr(self) -> str:
-        """Slots, for print(model)."""
-        return f'slots_per_expert={self.slots_per_expert}, slot_norm={self.slot_norm!r}'

@@ -29,14 +29,11 @@ experts per token, F = 16 * channels raw features of a patch, W = 50 distilled w
 tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .. import losses
@@ -148,8 +145,7 @@ class DistilledRouter(nn.Module):
         """The parameter, or its frozen copy in stage 2 (then with a gradient of exact zeros)."""
         # a copy: autograd keeps it, and another block may begin before a backward that comes later
         frozen = self.frozen.clone()
-        chosen = torch.where(frozen, getattr(self, f'frozen_{name}'), getattr(self, name))
-        return chosen.float()
+        return torch.where(frozen, getattr(self, f'frozen_{name}'), getattr(self, name)).float()
 
     def forward(self, cells: Tensor) -> Tensor:
         """Scores (6); raw patches (B, L, F) -> (B * (G + L), E) float32."""
@@ -236,9 +232,8 @@ class StableRouter(TopKRouter):
         distill = -losses.token_mean(chosen.mean(dim=1))
         # without gates it is zero
         gates = torch.where(stage1, gates, 0.0)
-        balance = losses.overload(gates, indices, config.num_experts)
         terms: dict[str, Loss] = {
-            'balance': config.balance_weight * balance,
+            'balance': config.balance_weight * losses.overload(gates, indices, config.num_experts),
             'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
         }
         return losses.balanced(terms, config.global_balance)
@@ -313,18 +308,6 @@ class StableMoEMlp(RoutedMlp):
             self.router.distilled.steps += 1
             self._counted = True
         return False
-
-    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The distilled router of images of three channels, for others: as timm's stem."""
-        fitted = super().fit_state(state)
-        width, features = self.router.distilled.project.shape
-        for name in ('router.distilled.project', 'router.distilled.frozen_project'):
-            value = fitted.get(name)
-            if value is not None and value.shape == (width, 3 * CELLS**2) != (width, features):
-                by_channel = value.view(width, 3, CELLS, CELLS)
-                adapted = adapt_input_conv(features // CELLS**2, by_channel)
-                fitted[name] = adapted.reshape(width, features)
-        return fitted
 
     def restart(self) -> str | None:
         """Back to the start of stage 1 with what was frozen."""

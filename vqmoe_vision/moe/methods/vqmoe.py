@@ -26,8 +26,6 @@ Preset 'official' is the released code; docs/methods.md names what it lacks of i
 Legend: B images, N tokens per image, T = B * N, D width, E experts, M codes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -38,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import losses
-from ..codebooks import CODEBOOKS
-from ..codebooks.codebook import Codebook, Quantized, rotate_to
+from ..codebooks import Codebook, Quantized, rotate_to
+from ..codebooks.ema import CODEBOOKS
+from ..codebooks.usage import CodeUsage
 from ..config import BalancedConfig, Named, loss_weight, option
 from ..dispatch import Branch, run_branches
 from ..experts import Experts
@@ -247,8 +246,7 @@ class Quantizer(nn.Module):
         self.codebook = kind(num_codes, in_features, **options, **factory)
         if not config.train_codebook:
             self.codebook.freeze()
-        normed = config.input_norm
-        self.norm = nn.LayerNorm(in_features, **factory) if normed else nn.Identity()
+        self.norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
         self.reading, self.rotation_trick = config.expert_input, config.rotation_trick
         self.code_share = FIXED_SHARES.get(config.expert_input, config.code_share)
 
@@ -268,8 +266,7 @@ class Quantizer(nn.Module):
         if share == 1 and not official:
             # exactly the code, in half precision too, and the gradient of the token
             return code.detach() + (x - x.detach())
-        kept = (1 - share) * x if official else x
-        return torch.add(kept, (code - x).detach(), alpha=share)
+        return torch.add(((1 - share) * x if official else x), (code - x).detach(), alpha=share)
 
     def observe(self, tokens: Tensor, quantized: Quantized, per_image: int) -> dict[str, Tensor]:
         """Statistics of tokens (T, D) float32; a codebook in training sees them."""
@@ -393,12 +390,15 @@ class VQMoEMlp(MoeLayer):
     @property
     def observed(self) -> dict[str, Any]:
         """The codebook's."""
-        return {} if self.quantizer is None else self.quantizer.codebook.observed
+        pending = None if self.quantizer is None else self.quantizer.codebook.pending
+        return {} if pending is None else dict(vars(pending))
 
     @observed.setter
     def observed(self, kept: dict[str, Any]) -> None:
         if self.quantizer is not None:
-            self.quantizer.codebook.observed = kept
+            device = next(self.parameters()).device
+            moved: Any = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}
+            self.quantizer.codebook.pending = CodeUsage(**moved) if moved else None
 
     # --- the discrete form
 
@@ -409,14 +409,13 @@ class VQMoEMlp(MoeLayer):
         found = {name for name in names if name.startswith(('router.', 'gate.'))}
         return found if self.router is None and full and found == _OF_FULL else set()
 
-    def check_discrete(self) -> None:
-        """The continuous form has none."""
-        if self.quantizer is None:
-            raise ValueError(f'form={self.config.form!r} has no discrete branch to keep')
+    @property
+    def has_discrete(self) -> bool:
+        """Unless it has the continuous form."""
+        return self.quantizer is not None
 
     def to_discrete(self) -> dict[str, Any]:
         """Form 'discrete' (5), equal to the full form (4) with g(x)_d = 1: router and gate go."""
-        self.check_discrete()
         changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
         self.config = replace(self.config, **changed)
         self.router = self.gate = None

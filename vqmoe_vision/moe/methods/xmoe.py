@@ -15,8 +15,6 @@ how far a step of the optimizer turns them.
 Legend: T tokens, D width, E experts, K experts per token, R router width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -27,8 +25,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
-from ..loss_free import LossFreeConfig, LossFreeRouter
-from ..losses import Loss
+from ..losses import Loss, LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
 from ..routing import Routing, full_precision, init_orthogonal, renormalized
 
