@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.comparison.rows import ROWS as ROWS
-from vqmoe_vision.comparison.rows import row_options as named_row_options
+from vqmoe_vision.comparison.spec import ROWS as ROWS
+from vqmoe_vision.comparison.spec import row_options as named_row_options
 from vqmoe_vision.engine.config import parse_options as parse
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 TOOLS = PACKAGE.parent / 'tools'
 # A part may import itself and the parts of a lower layer.
 LAYERS = {
-    'installed': 0,
     'provenance': 0,
     'moe': 0,
     'models': 1,

@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
 from vqmoe_vision.classification.datasets import ImageClassification, digits
-from vqmoe_vision.comparison.rows import FEATURE_ROWS, PRESET_ROWS
+from vqmoe_vision.comparison.spec import FEATURE_ROWS, PRESET_ROWS
 from vqmoe_vision.engine.cli import load_config
 
 from .rows import CONFIGS, ROWS, row_options

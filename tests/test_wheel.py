@@ -1,6 +1,8 @@
 """What the wheel holds: the package, configs and tools, and neither benchmark nor tests."""
 
-import runpy
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -31,7 +33,10 @@ def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path: Path)
     (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision'}
     assert info.endswith('.dist-info')
     # and its configs are found in it
-    config_path = runpy.run_path(str(wheel / 'vqmoe_vision/installed.py'))['config_path']
     name = 'classification/cifar10.py'
-    assert Path(config_path(name)) == wheel / 'vqmoe_vision/.mim/configs' / name
-    assert Path(config_path(name)).read_text() == (ROOT / 'configs' / name).read_text()
+    program = f'import vqmoe_vision; print(vqmoe_vision.config_path({name!r}))'
+    environment = {**os.environ, 'PYTHONPATH': str(wheel)}
+    command = [sys.executable, '-c', program]
+    path = Path(subprocess.check_output(command, text=True, env=environment, cwd=wheel).strip())
+    assert path == wheel / 'vqmoe_vision/.mim/configs' / name
+    assert path.read_text() == (ROOT / 'configs' / name).read_text()

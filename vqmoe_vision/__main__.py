@@ -4,7 +4,7 @@ import argparse
 import runpy
 import sys
 
-from .installed import FOLDER
+from . import FOLDER
 
 
 def main() -> None:

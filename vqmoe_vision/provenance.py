@@ -48,22 +48,18 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def processor() -> str:
     """Name of the processor, and what is set that chooses its kernels; files without folders."""
-    cpu = _cpuinfo()
+    # what Linux says of the first one
+    first = _CPUINFO.read_text().partition('\n\n')[0] if _CPUINFO.exists() else ''
+    cpu = dict(re.findall(r'^(.*?)\s*:[^\S\n]*(.*?)\s*$', first, re.MULTILINE))
     name = cpu.get('model name') or platform.processor() or platform.machine()
     if 'cpu family' in cpu:
         name += f' (family {cpu["cpu family"]}, model {cpu["model"]})'
     given = {v: os.environ[v] for v in _CHOOSE_KERNELS if os.environ.get(v)}
     if 'LD_PRELOAD' in given:  # what is private, and no other machine where it lies elsewhere
-        files = re.findall('[^ :]+', given['LD_PRELOAD'])
-        given['LD_PRELOAD'] = ':'.join(Path(file).name for file in files)
+        given['LD_PRELOAD'] = ':'.join(
+            Path(file).name for file in re.findall('[^ :]+', given['LD_PRELOAD'])
+        )
     return ', '.join([name, *(f'{v}={value}' for v, value in given.items())])
-
-
-def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor; {} elsewhere."""
-    first = _CPUINFO.read_text().partition('\n\n')[0] if _CPUINFO.exists() else ''
-    pairs = (line.partition(':')[::2] for line in first.splitlines())
-    return {field.strip(): value.strip() for field, value in pairs}
 
 
 def installed(package: str) -> str | None:

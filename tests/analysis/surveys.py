@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vqmoe_vision.analysis.surveyed import Codes, Example, LayerSurvey, Patch, Survey
+from vqmoe_vision.analysis.survey import Codes, Example, LayerSurvey, Patch, Survey
 
 EXPERTS, ROWS = 4, 6
 CLASSES = ['cat', 'dog', 'tree']

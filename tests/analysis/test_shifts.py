@@ -1,11 +1,22 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.analysis.corruptions import corruption, corruptions
-from vqmoe_vision.analysis.shifts import Shift, ShiftTally, crop, flip, noise
+from vqmoe_vision.analysis.shifts import (
+    Shift,
+    ShiftTally,
+    convergence,
+    corruption,
+    corruptions,
+    crop,
+    flip,
+    noise,
+    routing_changes,
+)
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.experts import Experts
@@ -58,17 +69,6 @@ def test_experts_by_content_follow_their_patches(by_content) -> None:
     assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
 
 
-def test_experts_by_position_change_with_it(make_tiny) -> None:
-    model = make_tiny('hashmoe')
-    grid = moe_layers(model)[ROUTER.removesuffix('.router')].router.hash[1:17, 0].view(4, 4)
-    expected = {
-        'flip': (grid != grid.flip(1)).double().mean().item(),
-        'crop': (grid[1:, 1:] != grid[:-1, :-1]).double().mean().item(),
-        'noise 0.1': 0,  # no pixel matters
-    }
-    assert shares(model, torch.rand(4, 3, 32, 32), flip(), crop(), noise(0.1)) == expected
-
-
 def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content) -> None:
     found = shares(by_content, torch.zeros(2, 3, 32, 48), flip(), noise(0.05))
     assert found == {'flip': 0, 'noise 0.05': 0}
@@ -107,3 +107,31 @@ def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused() -> Non
     assert changed.shape == (2, 1, 32, 32)
     with pytest.raises(ValueError, match='images='):
         corruption('fog', 1).change(torch.rand(1, 3, 31, 40), 0, PATCH)
+
+
+NAME = 'blocks.1.mlp'
+
+
+def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny) -> None:
+    before = make_tiny('smoe')
+    after = copy.deepcopy(before)
+    images = torch.rand(3, 3, 32, 32)
+    assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 0}
+    with torch.no_grad():
+        router = moe_layers(after)[NAME].router
+        router.weight.copy_(router.weight.roll(1, dims=0))  # every expert has another number
+    assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 1}
+
+
+def test_a_part_that_arrives_first_has_converged_first(make_tiny) -> None:
+    # the router has its last weights at the second checkpoint of three, the experts are half way
+    start = make_tiny('vqmoe', num_experts=2).state_dict()
+    moved = {n: torch.randn_like(v) for n, v in start.items() if v.is_floating_point()}
+    end = {n: v + moved.get(n, 0) for n, v in start.items()}
+    middle = {n: v + moved.get(n, 0) * (1 if '.router.' in n else 0.5) for n, v in start.items()}
+    found = convergence([start, middle, end], [NAME])
+    assert found.keys() == {f'{NAME}.{part}' for part in ('router', 'quantizer', 'gate', 'experts')}
+    assert found[f'{NAME}.router']['distance'] == pytest.approx([1, 0, 0], abs=1e-6)
+    assert found[f'{NAME}.experts']['distance'] == pytest.approx([1, 0.5, 0], abs=1e-6)
+    first, second, third = found[f'{NAME}.experts']['similarity']
+    assert first < second < third == pytest.approx(1)

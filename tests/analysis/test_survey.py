@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.analysis.record import recorded
 from vqmoe_vision.analysis.shifts import flip
-from vqmoe_vision.analysis.survey import survey
-from vqmoe_vision.analysis.surveyed import LayerSurvey, Survey
-from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS
+from vqmoe_vision.analysis.survey import MOST_PATCHES, MOST_TOKENS, Survey, survey
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 
@@ -144,7 +142,8 @@ def test_the_numbers_are_those_of_the_record(make_tiny, cosine: bool) -> None:
     experts, codes = record.experts['router'].flatten(), record.codes['quantizer.codebook']
     assert torch.equal(layer.load['router'], experts.bincount(minlength=E) / 51)
     assert torch.equal(layer.codebook.usage, codes.flatten().bincount(minlength=8) / 51)
-    assert torch.equal(layer.codebook.codes[layer.codebook.indices], chosen_codes(layer))
+    nearest = torch.cdist(layer.codebook.tokens, layer.codebook.codes).argmin(dim=1)
+    assert torch.equal(layer.codebook.indices, nearest)
     sampled = layer.codebook.tokens.norm(dim=1)
     assert torch.allclose(sampled, torch.ones(len(sampled))) == cosine
     tokens = record.inputs.flatten(0, 1).double()
@@ -163,12 +162,6 @@ def test_the_numbers_are_those_of_the_record(make_tiny, cosine: bool) -> None:
         shares = shares / shares.sum()
         expected = math.exp(-(shares * shares.log()).sum())
         assert layer.numbers[f'effective_rank_{name}'] == pytest.approx(expected, rel=1e-4)
-
-
-def chosen_codes(layer: LayerSurvey) -> Tensor:
-    """The nearest code of every sampled token, by torch's distance."""
-    nearest = torch.cdist(layer.codebook.tokens, layer.codebook.codes).argmin(dim=1)
-    return layer.codebook.codes[nearest]
 
 
 def test_batches_change_nothing(make_tiny) -> None:

@@ -1,8 +1,13 @@
 """Arithmetic of times, the order of rounds, and peak memory."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from benchmark.environment import MALLOC
 from benchmark.timing import WARM_UP, interleave, median, peak_memory, ratio
 
 
@@ -37,3 +42,24 @@ def test_peak_counts_what_is_alive_together() -> None:
 
     # the allocator's sizes are exact, blocks are aligned but not rounded
     assert peak_memory(step, 'cpu') == pytest.approx(6000, abs=128)
+
+
+PROGRAM = """
+import os
+from benchmark.environment import MALLOC, restart_prepared
+restart_prepared(3)
+print(os.environ['OMP_NUM_THREADS'], *(os.environ.get(name) for name in MALLOC))
+"""
+
+
+def test_restarts_once_with_the_environment_it_needs() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in MALLOC}
+    environment['OMP_NUM_THREADS'] = '1'
+    environment['PYTHONPATH'] = os.pathsep.join(sys.path)
+    command = [sys.executable, '-c', PROGRAM]
+    lines = subprocess.check_output(command, text=True, env=environment).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith('restarting with OMP_NUM_THREADS=3')
+    assert lines[1].startswith('3 ')
+    if 'MALLOC_TOP_PAD_' in lines[0]:  # glibc
+        assert lines[1] == ' '.join(['3', *MALLOC.values()])

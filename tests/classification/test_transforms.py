@@ -10,7 +10,7 @@ from timm.data import create_transform
 from torchvision import transforms
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
-from vqmoe_vision.analysis.corruptions import Corruption
+from vqmoe_vision.analysis.shifts import Corruption
 from vqmoe_vision.classification.transforms import normalization_of, preprocessing_of
 from vqmoe_vision.models.normalization import Normalization
 

@@ -9,9 +9,8 @@ import pytest
 
 from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.cli import compare
-from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.store import Store
+from vqmoe_vision.comparison.store import Run, Store
 
 # What the queue needs of a training: files, an exit status, time. Rows choose by their options.
 TRAIN = """

@@ -14,13 +14,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from scipy.stats import t, ttest_1samp, ttest_rel
 
 from vqmoe_vision.comparison.cli import Work
 from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, scores_of, tidy
-from vqmoe_vision.comparison.runs import WORK_DIR
 from vqmoe_vision.comparison.spec import Comparison
-from vqmoe_vision.comparison.statistics import Scores, differences, pooled_noise, with_noise
+from vqmoe_vision.comparison.statistics import (
+    Difference,
+    Scores,
+    differences,
+    holm,
+    paired_difference,
+    pooled_noise,
+    with_noise,
+)
+from vqmoe_vision.comparison.store import WORK_DIR
 
 from ..rows import CONFIGS
 
@@ -104,64 +111,29 @@ def sets_of_scores(outcome: Outcome) -> Iterator[Scores]:
     yield from outcome.shifted()
 
 
-def interval(differences: list[float]) -> Interval:
-    """The mean and its 95 % interval by Student's t, unrounded."""
-    n = len(differences)
-    mean = sum(differences) / n
-    variance = sum((each - mean) ** 2 for each in differences) / (n - 1)
-    half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
-    return mean, mean - half, mean + half
+def with_p(
+    found: Mapping[str, Difference], planned: int
+) -> Iterator[tuple[Difference, set[float]]]:
+    """Differences with an interval, and p corrected for all planned ones; none of equal rows."""
+    corrected = holm({name: each.p for name, each in found.items() if each.p == each.p}, planned)
+    for name, each in found.items():
+        if each.pairs > 1:
+            yield each, {corrected[name]} if name in corrected else set()
 
 
-def as_printed(mean: float, low: float, high: float, digits: int) -> Interval:
-    """Without the sign of the mean, which prose has in its words; the bounds tell it."""
-    return round(abs(mean), digits), round(low, digits) + 0.0, round(high, digits) + 0.0
-
-
-def holm(alone: Mapping[str, float], planned: int) -> dict[str, float]:
-    """Each p times the number of comparisons that are left with it, and never below one before."""
-    corrected, least = {}, 0.0
-    for rank, row in enumerate(sorted(alone, key=alone.__getitem__)):
-        least = max(least, min(1.0, alone[row] * (planned - rank)))
-        corrected[row] = least
-    return corrected
-
-
-def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
+def differences_of(outcome: Outcome) -> Iterator[tuple[Difference, set[float]]]:
     """Every interval that the rows give, and p of it corrected for all rows."""
-    if outcome.screens:  # with the noise of all rows
-        for reference in outcome.scores:
-            alone = differences(outcome.scores, reference)
-            noise = pooled_noise([outcome.scores])
-            turned = {row: with_noise(each, *noise) for row, each in alone.items()}
-            p = {row: each.p for row, each in turned.items() if not math.isnan(each.p)}
-            corrected = holm(p, len(outcome.comparison.rows) - 1)
-            for row, each in turned.items():
-                yield (each.mean, each.low, each.high), {corrected.get(row, math.nan)}
-        return
-    for scores in sets_of_scores(outcome):
+    planned = len(outcome.comparison.rows) - 1
+    for scores in [outcome.scores] if outcome.screens else sets_of_scores(outcome):
         for reference in scores:
-            yield from dict(paired(scores, reference, len(outcome.comparison.rows) - 1)).values()
+            found = differences(scores, reference)
+            if outcome.screens:  # with the noise of all rows
+                noise = pooled_noise([scores])
+                found = {row: with_noise(each, *noise) for row, each in found.items()}
+            yield from with_p(found, planned)
 
 
-def paired(
-    scores: Scores, reference: str, planned: int
-) -> Iterator[tuple[str, tuple[Interval, set[float]]]]:
-    """Each other row, the interval of it less the reference, and its corrected p."""
-    pairs = {}
-    for row in scores.keys() - {reference}:
-        seeds = scores[row].keys() & scores[reference].keys()
-        if len(seeds) > 1:
-            pairs[row] = [[scores[each][s] for s in seeds] for each in (row, reference)]
-    # the same run under two names has no p
-    p = {r: float(ttest_rel(a, b).pvalue) for r, (a, b) in pairs.items() if a != b}
-    corrected = holm(p, planned)
-    for row, (a, b) in pairs.items():
-        found = interval([x - y for x, y in zip(a, b, strict=True)])
-        yield row, (found, {corrected[row]} if row in p else set())
-
-
-def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval, set[float]]]:
+def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Difference, set[float]]]:
     """What one more option gives each row, and by how much more it gives one than another.
 
     The first is corrected for all rows, the second for all pairs of them.
@@ -169,32 +141,29 @@ def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval
     rows = [row for row in more.comparison.rows if row in less.comparison.rows]
     for with_it, without in zip(scores_of_images(more), scores_of_images(less), strict=True):
         gains = {
-            row: [with_it[row][s] - without[row][s] for s in more.comparison.seeds]
+            row: paired_difference(with_it[row], without[row])
             for row in rows
             if with_it.get(row, {}).keys() >= set(more.comparison.seeds)
         }
         pairs = {
-            f'{a} {b}': [x - y for x, y in zip(gains[a], gains[b], strict=True)]
+            f'{a} {b}': paired_difference(gains[a].each, gains[b].each)
             for a, b in combinations(gains, 2)
         }
-        for family, planned in ((gains, len(rows)), (pairs, math.comb(len(rows), 2))):
-            p = {name: float(ttest_1samp(each, 0).pvalue) for name, each in family.items()}
-            corrected = holm(p, planned)
-            for name, each in family.items():
-                yield interval(each), {corrected[name]}
+        yield from with_p(gains, len(rows))
+        yield from with_p(pairs, math.comb(len(rows), 2))
 
 
-def pooled(of: Iterable[Outcome]) -> Iterator[tuple[Interval, set[float]]]:
+def pooled(of: Iterable[Outcome]) -> Iterator[tuple[Difference, set[float]]]:
     """SMoE less its frozen router, over the pairs of all comparisons that have both."""
     for kind in ('scores', 'held_out'):
-        differences = []
+        found: list[float] = []
         for outcome in (each for each in of if not each.screens):
             rows = getattr(outcome, kind)
             made = '_started' if 'smoe_started' in rows else ''  # of a dense checkpoint
             smoe, frozen = (rows.get(f'{row}{made}', {}) for row in ('smoe', 'smoe_frozen'))
-            differences += [smoe[seed] - frozen[seed] for seed in smoe.keys() & frozen.keys()]
-        assert len(differences) == 38
-        yield interval(differences), set()
+            found += paired_difference(smoe, frozen).each.values()
+        assert len(found) == 38
+        yield paired_difference(dict(enumerate(found)), dict.fromkeys(range(38), 0.0)), set()
 
 
 @pytest.fixture(scope='module')
@@ -208,10 +177,11 @@ def known() -> tuple[Known, set[tuple[float, ...]]]:
     found = [differences_of(outcome) for outcome in of.values()]
     found += [differences_between(of[more], of[less]) for more, less in ONCE_MORE.items()]
     found.append(pooled(of.values()))
-    for (mean, low, high), p in chain.from_iterable(found):
-        for turned in ((mean, low, high), (-mean, -high, -low)):  # prose may turn a difference
-            for digits in (1, 2):
-                intervals.setdefault(as_printed(*turned, digits), set()).update(p)
+    for d, p in chain.from_iterable(found):
+        for turned in ((d.low, d.high), (-d.high, -d.low)):  # prose may turn a difference
+            for digits in (1, 2):  # without the sign of the mean: the bounds tell it
+                printed = tuple(round(value, digits) + 0.0 for value in (abs(d.mean), *turned))
+                intervals.setdefault(printed, set()).update(p)
     for outcome in of.values():
         for by_row in sets_of_scores(outcome):
             scores |= {tuple(round(of[s], 2) for s in sorted(of)) for of in by_row.values()}
@@ -301,11 +271,11 @@ def test_the_table_of_the_readme_is_that_of_rows(monkeypatch: pytest.MonkeyPatch
     of = {each.comparison.name: each for each in outcomes()}
     for column, name in enumerate(COLUMNS):
         scores, planned = of[name].scores, len(of[name].comparison.rows) - 1
-        compared = dict(paired(scores, 'dense_2x', planned))
+        found_of = differences(scores, 'dense_2x')
+        p = holm({row: each.p for row, each in found_of.items() if each.p == each.p}, planned)
         for line, row in LINES.items():
             expected = f'{sum(scores[row].values()) / len(scores[row]):.1f}'
-            if row in compared:
-                (mean, _, _), (p,) = compared[row]
-                word = 'n.s.' if p >= 0.05 else 'better' if mean > 0 else 'worse'
-                expected = f'{expected} {word}'
+            if row in p:
+                word = 'better' if found_of[row].mean > 0 else 'worse'
+                expected += ' n.s.' if p[row] >= 0.05 else f' {word}'
             assert found[line][column] == expected, (line, name)

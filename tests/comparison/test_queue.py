@@ -10,14 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
 from vqmoe_vision.comparison.queue import _lock, visible_gpus
-from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.store import Run
 
-ROWS = Path('docs/results/rows/spec')
+from .conftest import SPEC
+
+WORK = Path('work_dirs/comparisons')
+ROWS = Path('docs/results/rows')
 QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
 needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
 
@@ -25,6 +29,10 @@ needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='ne
 def calls() -> list[str]:
     """Command lines of all trainings so far."""
     return Path('calls').read_text().splitlines() if Path('calls').exists() else []
+
+
+def collected(name: str = 'spec') -> set[str]:
+    return {path.stem for path in (ROWS / name).glob('*.json')}
 
 
 def until(happens: Callable[[], bool]) -> None:
@@ -35,11 +43,11 @@ def until(happens: Callable[[], bool]) -> None:
 def test_finished_runs_leave_rows_and_are_not_repeated(spec, says) -> None:
     path = spec(other='train_cfg.row=3')
     assert '0 of 4 runs are there already' in says('run', path)
-    assert len(list(ROWS.glob('*.json'))) == len(calls()) == 4
-    row = json.loads((ROWS / 'other-seed2.json').read_text())
+    assert len(collected()) == len(calls()) == 4
+    row = json.loads((ROWS / 'spec/other-seed2.json').read_text())
     assert row['test']['mIoU'] == 3.0
     assert row['held_out'] == [[1, 1.0], [2, 2.0]]
-    run = Run(read_comparison(path), 'other', 2, Path('work_dirs/comparisons'))
+    run = Run(read_comparison(path), 'other', 2, WORK)
     assert row['recipe'] == run.recipe and row['images'] == 2
     assert shlex.join(run.train(run.folder)[2:]) in calls()
     assert '4 of 4 runs are there already' in says('run', path)
@@ -50,7 +58,7 @@ def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, c
     path = spec('seeds = [1]', bad='train_cfg.kind=fails', dead='train_cfg.kind=killed', good='')
     line = says('run', path)
     assert line == 'error: 2 of 4 runs failed: bad-seed1, dead-seed1'
-    assert {path.name for path in ROWS.glob('*.json')} == {'dense-seed1.json', 'good-seed1.json'}
+    assert collected() == {'dense-seed1', 'good-seed1'}
     said = capsys.readouterr().out
     assert 'bad-seed1 failed: error: there is no memory left (work_dirs/' in said
     assert 'dead-seed1 failed: killed by SIGKILL' in said
@@ -68,26 +76,24 @@ def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, c
 def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, said) -> None:
     """Beside one that runs meanwhile, and one that would come later."""
     path = spec('seeds = [1]', slow='train_cfg.kind=slow', good='')
-    folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
+    folder = Run(read_comparison(path), 'dense', 1, WORK).folder
     folder.mkdir(parents=True)
     harm(folder)
     train = Path('tools/train.py').read_text()
     Path('tools/train.py').write_text(f'import time; time.sleep(0.5)\n{train}')
     line = says('run', path, '--jobs', '2')
-    others = {'slow-seed1.json', 'good-seed1.json'}
-    if said is None:
-        others |= {'dense-seed1.json'}
-    else:
+    others = {'slow-seed1', 'good-seed1'}
+    assert collected() == (others if said else others | {'dense-seed1'})
+    if said:
         assert line == 'error: 1 of 3 runs failed: dense-seed1'
         shown = capsys.readouterr().out
         assert f'{folder}/{said}' in shown.split('dense-seed1 failed: ')[1].splitlines()[0]
-    assert {path.name for path in ROWS.glob('*.json')} == others
 
 
 def test_jobs_run_at_the_same_time(spec, says) -> None:
     """Each of two waits until the other is there."""
     says('run', spec(both='train_cfg.kind=meets'), '--rows', 'both', '--jobs', '2')
-    assert len(list(ROWS.glob('*.json'))) == 2
+    assert len(collected()) == 2
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
     queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)
     until(Path('pid').exists)
-    run = Run(read_comparison(path), 'slow', 1, Path('work_dirs/comparisons'))
+    run = Run(read_comparison(path), 'slow', 1, WORK)
     queue.send_signal(signal_)
     said = queue.communicate()[1].splitlines()
     assert queue.returncode != 0
@@ -110,7 +116,7 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
         lock.close()
         assert said[-1].startswith('error: stopped; the same command goes on')
     says('run', path)
-    assert {path.name for path in ROWS.glob('*.json')} == {'dense-seed1.json', 'slow-seed1.json'}
+    assert collected() == {'dense-seed1', 'slow-seed1'}
     slow = [line for line in calls() if 'kind=waits' in line]
     assert len(calls()) == 3 and len(slow) == 2
     assert '--resume' not in slow[0] and '--resume' in slow[1]
@@ -118,19 +124,16 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
 
 def test_two_queues_do_not_work_on_the_same_run(spec, says) -> None:
     path = spec('seeds = [1]')
-    run = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons'))
+    run = Run(read_comparison(path), 'dense', 1, WORK)
     run.folder.mkdir(parents=True)
     other = _lock(run.folder / 'lock')
 
     def finish() -> None:
-        time.sleep(0.5)
         assert calls() == []
         other.close()
 
-    finisher = threading.Thread(target=finish)
-    finisher.start()
+    threading.Timer(0.5, finish).start()
     says('run', path)
-    finisher.join()
     assert len(calls()) == 1
 
 
@@ -157,7 +160,7 @@ def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says) -> None:
     says('run', path)
     operator.join()
     assert states == ['T']
-    assert len(list(ROWS.glob('*.json'))) == 2
+    assert len(collected()) == 2
 
 
 @pytest.mark.parametrize(
@@ -173,3 +176,83 @@ def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says) -> None:
 )
 def test_runs_get_the_gpus_that_cuda_sees(named: str | None, count: int, gpus: list[str]) -> None:
     assert visible_gpus(named, count) == gpus
+
+
+STARTED = 'smoe model.checkpoint={start}'
+
+
+@pytest.fixture
+def started(spec):
+    """Writes `first.py`, and a comparison with a row that starts from its row dense."""
+
+    def write(dense: str = 'train_cfg.row=1', **rows: str) -> str:
+        Path('first.py').write_text(SPEC.format(rows=f'dense={dense!r}'))
+        return spec("start = 'first.py dense iter_2.pth'", started=STARTED, **rows)
+
+    return write
+
+
+def trained() -> list[str]:
+    """The work dirs of all trainings so far, without what decides them."""
+    folders = [Path(line.split('--work-dir ')[1].split()[0]) for line in calls()]
+    return [f'{f.parent.name}/{f.name.rpartition("-")[0]}' for f in folders]
+
+
+def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, says) -> None:
+    path = started()
+    says('run', 'first.py')
+    rmtree(WORK)
+    Path('calls').unlink()
+    before = {path: path.stat().st_mtime_ns for path in (ROWS / 'first').iterdir()}
+    said = says('run', path)
+    assert '2 runs that others start from come first: first/dense-seed1, first/dense-seed2' in said
+    # a seed is whole before the next begins
+    one = ['first/dense-seed1', 'spec/dense-seed1', 'spec/started-seed1']
+    assert trained() == [*one, *(name.replace('seed1', 'seed2') for name in one)]
+    assert {path: path.stat().st_mtime_ns for path in (ROWS / 'first').iterdir()} == before
+    assert not list((WORK / 'first').rglob('test.json'))
+    assert collected() == {'dense-seed1', 'dense-seed2', 'started-seed1', 'started-seed2'}
+    assert '4 of 4 runs are there already' in says('run', path)
+    assert len(trained()) == 6
+
+
+def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) -> None:
+    path = started('dense_1x')  # as the row dense of the other
+    said = says('run', path, '--rows', 'dense', 'started', '--seeds', '2')
+    assert '0 of 2 runs are there already' in said
+    assert trained() == ['first/dense-seed2', 'spec/started-seed2']
+    assert collected('first') == {'dense-seed2'} and collected() == {'started-seed2'}
+    assert '2 of 2 runs are there already' in says('run', path, '--seeds', '2')
+
+
+def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, capsys) -> None:
+    path = started('train_cfg.kind=fails', other='train_cfg.row=3')
+    line = says('run', path, '--seeds', '1')
+    assert line == 'error: 2 of 4 runs failed: first/dense-seed1, started-seed1'
+    assert collected() == {'dense-seed1', 'other-seed1'}
+    said = capsys.readouterr().out
+    assert 'started-seed1 failed: first/dense-seed1 has left no work_dirs/' in said
+
+
+def test_runs_wait_while_their_source_is_trained(started, says) -> None:
+    """Though there is room for all of them at once: they would fail without its checkpoint."""
+    says('run', started(), '--jobs', '6')
+    assert len(collected()) == 4
+
+
+def test_sources_of_sources_come_first(started, spec, says) -> None:
+    Path('second.py').write_text(Path(started()).read_text())
+    path = spec("start = 'second.py started iter_2.pth'", third=STARTED)
+    says('run', path, '--rows', 'third', '--seeds', '1')
+    assert trained() == ['first/dense-seed1', 'second/started-seed1', 'spec/third-seed1']
+
+
+def test_a_source_that_was_trained_and_not_tested_is_tested(started, says) -> None:
+    path = started()
+    says('run', path, '--seeds', '1')
+    next((WORK / 'first').rglob('test.json')).unlink()
+    (ROWS / 'first/dense-seed1.json').unlink()
+    (ROWS / 'spec/started-seed1.json').unlink()
+    says('run', path, '--seeds', '1')
+    assert collected('first') == {'dense-seed1'}
+    assert len(trained()) == 3

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from vqmoe_vision.comparison import recipe
-from vqmoe_vision.comparison.recipe import canonical, recipe_of
-from vqmoe_vision.comparison.runs import Run
-from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison import spec as spec_module
+from vqmoe_vision.comparison.spec import canonical, recipe_of
 from vqmoe_vision.moe import METHODS
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
@@ -17,7 +15,7 @@ ROWS = Path('docs/results/rows/spec')
 SCORES = {'dense': [10.0, 20.0], 'other': [11.0, 20.0]}
 CONFIG: Any = METHODS['smoe'].config
 MODEL = {'type': 'Classifier', 'model_name': 'vit_tiny_vqmoe', 'moe': {'preset': 'matched'}}
-# An option that a method gets belongs into `recipe._ADDED`, with the value that changes nothing. A
+# An option that a method gets belongs into `spec._ADDED`, with the value that changes nothing. A
 # default that changes makes another recipe, and all rows that had it stale: then its line changes.
 RECIPES = {
     'smoe': '512ba48df4e4b278',
@@ -83,7 +81,7 @@ def test_what_may_change_a_number_changes_the_recipe(change: dict[str, Any]) -> 
 def test_an_option_that_is_added_leaves_recipes_unless_it_is_used(monkeypatch) -> None:
     config, used = {'model': MODEL}, {'model': {**MODEL, 'moe': {'output_norm': True}}}
     before, other = canonical(config), recipe_of(used)
-    monkeypatch.setattr(recipe, '_ADDED', {'moe.output_norm': False})
+    monkeypatch.setattr(spec_module, '_ADDED', {'moe.output_norm': False})
     assert canonical(config) == {n: v for n, v in before.items() if n != 'moe.output_norm'}
     assert recipe_of(used) == other
 
@@ -109,20 +107,6 @@ def test_a_changed_default_or_preset_makes_rows_stale(fill, says, monkeypatch, o
     assert '2 of 4 runs are there already' in says('run', path)
     says('table', path)
     assert 'stale' not in table()
-
-
-def test_half_a_run_goes_on_unless_a_default_has_changed(spec, says, monkeypatch) -> None:
-    path = spec('seeds = [1]', half='train_cfg.row=3', same='train_cfg.row=4')
-    for row in ('half', 'same'):
-        run = Run(read_comparison(path), row, 1, Path('work_dirs/comparisons'))
-        run.folder.mkdir(parents=True)
-        (run.folder / 'iter_1.pth').touch()
-    says('run', path, '--rows', 'same')
-    assert '--resume' in Path('calls').read_text()
-    Path('calls').unlink()
-    change_default(monkeypatch)
-    says('run', path, '--rows', 'half')
-    assert '--resume' not in Path('calls').read_text()
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from mmengine.registry import MODELS, DefaultScope
 import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.figures import curve_styles
-from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
-from vqmoe_vision.comparison.runs import Run
-from vqmoe_vision.comparison.spec import STARTS, read_comparison
+from vqmoe_vision.comparison.spec import CONTROLS, FEATURE_ROWS, ROWS, SOURCE, read_comparison
+from vqmoe_vision.comparison.store import Run
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.model import without_sources
@@ -75,7 +74,7 @@ def test_whatever_learns_to_route_meets_both_controls(path: Path, root: None) ->
     for options in comparison.rows.values():
         line = ' '.join(options)
         if 'moe.method=' in line or re.search(r'model_name=vit_tiny_\w*moe', line):
-            made = '_started' if STARTS.search(line) else ''
+            made = '_started' if SOURCE.search(line) else ''
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
@@ -184,17 +183,6 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec) -> None:
         assert Run(comparison, row, 2, Path('work')).resolved['model']['features'] == str(file)
 
 
-def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(fill, says) -> None:
-    first = Path(fill({'a': [1.0, 2.0], 'b': [1.0, 2.0]})).read_text()
-    Path('first.py').write_text(first)
-    Path('docs/results/rows/spec').rename('docs/results/rows/first')
-    # in the second, row b is another one
-    second = first.replace('train_cfg.row=b', 'train_cfg.row=c')
-    Path('spec.py').write_text(f"{second}\nstart = 'first.py a iter_2.pth'")
-    assert says('run', 'spec.py', '--rows', 'a').startswith('2 of 2 runs are there already')
-    assert says('run', 'spec.py', '--rows', 'a', 'b').startswith('2 of 4 runs are there already')
-
-
 FROM = "start = 'first.py dense a.pth'\n"
 
 
@@ -238,22 +226,20 @@ def test_mistakes_are_one_line_and_start_no_run(spec, says, more: str, field: st
 
 
 @pytest.mark.parametrize(
-    ('config', 'rows', 'said'),
+    ('config', 'said'),
     [
-        ('classification/finetune/imagenette.py', ['dense_2x'], 'extra_mlps=2'),
-        ('classification/test_vit.py', [], "model.model_name='test_vit_vqmoe'"),
-        ('classification/imagenet/vit_tiny_dense_imagenet.py', [], 'model.moe=None'),
+        ('classification/finetune/imagenette.py', 'extra_mlps=2'),
+        ('classification/test_vit.py', "model.model_name='test_vit_vqmoe'"),
+        ('classification/imagenet/vit_tiny_dense_imagenet.py', 'model.moe=None'),
     ],
 )
-def test_models_that_rows_cannot_be_made_of(says, root: None, tmp_path, config, rows, said) -> None:
-    path = f'configs/{config}'
-    if rows:
-        given = {row: row for row in rows}
-        spec = f"config = {path!r}\nmetric = 'accuracy/top1'\nseeds = [1]\nrows = {given}\n"
-        (tmp_path / 'own.py').write_text(spec)
-        path = str(tmp_path / 'own.py')
+def test_models_that_rows_cannot_be_made_of(says, root: None, tmp_path, config, said) -> None:
+    fields = (
+        "metric = 'accuracy/top1'\nseeds = [1]\nrows = {'dense_2x': 'dense_2x', 'smoe': 'smoe'}\n"
+    )
+    (tmp_path / 'own.py').write_text(f"config = 'configs/{config}'\n{fields}")
     folders = ['--work-dir', str(tmp_path), '--results', str(tmp_path)]
-    assert said in says('run', path, *folders)
+    assert said in says('run', str(tmp_path / 'own.py'), *folders)
 
 
 def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:

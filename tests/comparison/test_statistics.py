@@ -123,7 +123,7 @@ def test_differences_that_agree_by_chance_have_the_noise_of_others() -> None:
 @pytest.mark.parametrize(('effect', 'pairs'), [(0.5, 34), (1.0, 10)])
 def test_pairs_that_tables_of_power_give(effect: float, pairs: int) -> None:
     """Of the two-sided paired t-test at 5 % with 80 % power."""
-    assert detectable(2.0, pairs) <= 2.0 * effect < detectable(2.0, pairs - 1)
+    assert detectable(2.0, pairs, pairs - 1) <= 2.0 * effect < detectable(2.0, pairs - 1, pairs - 2)
 
 
 def test_an_interval_over_images_by_hand() -> None:

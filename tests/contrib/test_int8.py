@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vqmoe_vision.contrib.int8 import experts_as_linear, export_int8, quantize_int8
 from vqmoe_vision.models.export import Exportable, differences, load_exported
@@ -16,7 +16,6 @@ from vqmoe_vision.moe.experts import StackedLinear
 
 from ..models.conftest import make
 from ..models.elsewhere import IMAGES, run_elsewhere
-from ..variants import VARIANTS
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -36,62 +35,18 @@ def started(method: str, **options: object) -> nn.Module:
     return model.eval()
 
 
-def rows_of_experts(model: nn.Module, images: Tensor) -> list[list[int]]:
-    """By stacked layer, how many rows each expert computes; none that is called for none."""
-    found: list[list[int]] = []
-    for layer in moe_layers(model).values():
-        for linear in (layer.experts.fc1, layer.experts.fc2):
-            found.append(rows := [0] * layer.experts.num_experts)
-            if isinstance(linear, StackedLinear):
-                linear.register_forward_pre_hook(
-                    lambda _, given, rows=rows: rows.__setitem__(
-                        slice(None), given[1].diff(prepend=given[1].new_zeros(1)).tolist()
-                    )
-                )
-                continue
-            for expert, own in enumerate(linear):
-
-                def count(_: nn.Module, given: tuple, rows=rows, expert=expert) -> None:
-                    assert len(given[0]) > 0
-                    rows[expert] += len(given[0])
-
-                own.register_forward_pre_hook(count)
-    with torch.no_grad():
-        model(images)
-    return found
-
-
 def is_int8(module: nn.Module) -> bool:
     return type(module.weight).__name__ == 'Int8Tensor'
 
 
-def assert_experts_alone(model: nn.Module) -> None:
-    """Of a MoE layer, all experts are int8, and nothing that decides is."""
-    (layer,) = moe_layers(model).values()
-    inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
-    assert len(inside) == 2 * layer.experts.num_experts
-    assert all(name.startswith('experts.') for name in inside)
-
-
-def check_the_same(model: nn.Module, images: Tensor) -> None:
+def test_answers_are_the_same(method: str) -> None:
+    model, images = started(method), torch.randn(3, 3, 32, 32)
     separate = experts_as_linear(copy.deepcopy(model))
     assert not any(isinstance(module, StackedLinear) for module in separate.modules())
     with torch.no_grad():
         torch.testing.assert_close(separate(images), model(images), **CLOSE)
-    assert rows_of_experts(separate, images) == rows_of_experts(copy.deepcopy(model), images)
     again = experts_as_linear(copy.deepcopy(separate))
     assert list(again.state_dict()) == list(separate.state_dict())
-
-
-def test_answers_and_rows_of_experts_are_the_same(method: str) -> None:
-    check_the_same(started(method), torch.randn(3, 3, 32, 32))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_so_they_are_in_every_variant(variant: str) -> None:
-    method, options = VARIANTS[variant]
-    check_the_same(started(method, **options), torch.randn(3, 3, 32, 32))
 
 
 def test_separate_experts_learn() -> None:
@@ -119,7 +74,11 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method: str) 
     for each in (separate, quantized):
         torch.save(each.state_dict(), file := io.BytesIO())
         sizes.append(file.tell())
-    assert_experts_alone(quantized)
+    # of a MoE layer all experts are int8, and nothing that decides is
+    (layer,) = moe_layers(quantized).values()
+    inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
+    assert len(inside) == 2 * layer.experts.num_experts
+    assert all(name.startswith('experts.') for name in inside)
     layers = [m for m in quantized.modules() if isinstance(m, nn.Linear) and is_int8(m)]
     # of four bytes per weight one is left, and an output has a scale (4) and a zero point (1)
     saved = sum(3 * m.weight.numel() - 5 * m.out_features for m in layers)
@@ -128,29 +87,24 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method: str) 
     assert saved > 0.5 * sizes[0] or METHODS[method].needs_features
 
 
-def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
+@pytest.mark.long
+def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
     """Int8 in as many layers, near to the model, which stays as it was."""
     onnx = pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
     pytest.importorskip('onnxruntime')
+    exportable = Exportable.of(started(method, **SMALL))
     before = copy.deepcopy(exportable.network.state_dict())
     file = export_int8(exportable, tmp_path / 'model.onnx')
     torch.testing.assert_close(exportable.network.state_dict(), before, rtol=0, atol=0)
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
     graph = onnx.load(file)
     integers = [node for node in graph.graph.node if node.op_type == 'MatMulInteger']
-    assert len(integers) == layers
+    assert len(integers) == 2 + 2 * SMALL['num_experts'] + 1
     assert {entry.key for entry in graph.metadata_props} == {'onnx.infer', *exportable.about}
-    run = load_exported(file, threads=1)
-    for difference in differences(exportable, run, (1, 8)):
+    for difference in differences(exportable, load_exported(file, threads=1), (1, 8)):
         # a step of seven bits is 1/126 of a range; a token that goes elsewhere changes more
         assert 1e-6 < difference.largest < 0.2
-
-
-@pytest.mark.long
-def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
-    exportable = Exportable.of(started(method, **SMALL))
-    check_onnx(exportable, tmp_path, 2 + 2 * SMALL['num_experts'] + 1)
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vqmoe_vision.contrib.mocle import fit_reader, load_features
-from vqmoe_vision.models import complexity, convert_to_moe
+from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.compat import misfit_of
 from vqmoe_vision.models.fitting import transfer
 from vqmoe_vision.moe import METHODS
@@ -31,15 +31,7 @@ def dense(**kwargs: Any) -> Any:
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
-    reader = image_reader(model)
-    assert reader is not None
-    return reader.features(images)
-
-
-def averaged(model: Any, images: Tensor) -> Tensor:
-    """Of a dense model: the mean over patches after the last norm, or the norm of the mean."""
-    tokens = model.eval().forward_features(images)
-    return model.fc_norm(tokens[:, model.num_prefix_tokens :].mean(dim=1))
+    return image_reader(model).features(images)
 
 
 POOLS = [
@@ -55,9 +47,10 @@ POOLS = [
 @pytest.mark.parametrize('kwargs', POOLS)
 @torch.no_grad()
 def test_features_are_those_of_the_dense_model(images: Tensor, kwargs: dict) -> None:
-    source = dense(**kwargs)
-    expected = averaged(source, images)
-    state = source.state_dict()
+    source = dense(**kwargs).eval()
+    tokens, state = source.forward_features(images), source.state_dict()
+    # the mean over patches after the last norm, or the norm of the mean
+    expected = source.fc_norm(tokens[:, source.num_prefix_tokens :].mean(dim=1))
     loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
     load_features(loaded, state, 'dense.pth')
     upcycled.load_state_dict(transfer(upcycled, state, 'dense.pth')[0], strict=False)
@@ -65,20 +58,6 @@ def test_features_are_those_of_the_dense_model(images: Tensor, kwargs: dict) -> 
     for model in (loaded, upcycled, converted):
         torch.testing.assert_close(features(model.train(), images), expected)
         assert not image_reader(model).fitted
-
-
-def warned(call: Callable[[], Any]) -> list[str]:
-    """What a call says of models that are not fitted."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        call()
-    return [str(w.message) for w in caught if 'not fitted to the training set' in str(w.message)]
-
-
-@pytest.fixture
-def anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nothing had been warned of yet."""
-    monkeypatch.setattr(layer_module, '_said', set())
 
 
 def loaded(model: nn.Module, strict: bool, assign: bool = False) -> nn.Module:
@@ -98,26 +77,22 @@ AGAIN = {
 }
 
 
-@pytest.mark.usefixtures('anew')
 @pytest.mark.parametrize('fitted', [True, False])
 @pytest.mark.parametrize('again', AGAIN.values(), ids=AGAIN)
 def test_a_model_knows_whether_it_is_fitted_wherever_it_comes_from(
-    images: Tensor, again: Callable, fitted: bool
+    images: Tensor, again: Callable, fitted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layer_module, '_said', set())  # as if nothing had been warned of yet
     model = make(METHOD, num_clusters=2)
     if fitted:
         fit_reader(model, [images])
     model = again(model)
-    assert len(warned(lambda: model(images))) == (not fitted)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        model(images)
+    said = [w for w in caught if 'not fitted to the training set' in str(w.message)]
+    assert len(said) == (not fitted)
     assert bool(image_reader(model).fitted) == fitted
-
-
-def test_features_from_another_image_size_are_resized(images: Tensor) -> None:
-    model, source = make(METHOD), dense(img_size=64)
-    report = load_features(model, source.state_dict(), 'f.pth')
-    assert report.resized == {'pos_embed': ((1, 65, 32), (1, 17, 32))}
-    # a crop of another size than the network's is resized to it
-    assert features(model, torch.randn(2, 3, 40, 24)).shape == (2, 32)
 
 
 def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> Any:
@@ -187,18 +162,3 @@ def test_mistakes_change_nothing(call: Callable, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_network_is_counted_in_the_macs_and_not_in_the_parameters() -> None:
-    # As test_known_answer_of_smoe of test_complexity.py; per image of 17 tokens:
-    #   the dense network: stem 98 304, attention 4 * 88 128, MLPs 4 * 139 264
-    #   the nearest of 64 centroids  64 * 32 = 2 048
-    #   an MoE layer: a gate of 7 * 32 = 224, two experts 17 * 2 * 2 * 32 * 128 = 278 528
-    network = 98_304 + 4 * 88_128 + 4 * 139_264
-    expected = 98_304 + 4 * 88_128 + 2 * 139_264 + 2 * (224 + 278_528) + 320 + network + 2_048
-    counts = complexity(make(METHOD))
-    assert counts.macs == expected
-    router = 64 * 32 + 7 * 32 + 7
-    experts = 8 * (2 * 32 * 128 + 128 + 32)
-    dense_params = sum(p.numel() for p in dense().parameters())
-    assert counts.params == dense_params + 2 * (router + experts - experts // 8)

@@ -38,19 +38,6 @@ model = dict(
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 """
-TASKS = pytest.mark.parametrize(
-    ('text', 'field', 'files'),
-    [
-        pytest.param(
-            *(CLASSIFICATION, 'model', ('epoch_1.pth', 'epoch_2.pth')),
-            id='classification',
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            *(SEGMENTATION, 'model.backbone', ('iter_1.pth', 'iter_2.pth')), id='segmentation'
-        ),
-    ],
-)
 READER = '.reader.'
 
 
@@ -85,11 +72,9 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
-@TASKS
-def test_clusters_come_first_and_a_resumed_run_is_the_same(
-    leave_dense, tmp_path: Path, text: str, field: str, files: tuple[str, str]
-) -> None:
-    config, work = write(tmp_path, text), tmp_path / 'work'
+def test_clusters_come_first_and_a_resumed_run_is_the_same(leave_dense, tmp_path: Path) -> None:
+    field, files = 'model.backbone', ('iter_1.pth', 'iter_2.pth')
+    config, work = write(tmp_path, SEGMENTATION), tmp_path / 'work'
     dense = leave_dense(config, field)
     given = ['--cfg-options', f'{field}.features={dense}']
     train([config, '--work-dir', str(work), *given])

@@ -1,6 +1,8 @@
 """V-MoE's files and trees as `vit_*_smoe`: what they compute, what is refused."""
 
+import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,15 @@ import timm
 import torch
 from torch import Tensor
 
-from vqmoe_vision.contrib.vmoe_checkpoints import arguments_of, in_our_names, load_vmoe
+from vqmoe_vision.contrib.vmoe_checkpoints import (
+    arguments_of,
+    convert_vmoe,
+    in_our_names,
+    load_vmoe,
+)
 from vqmoe_vision.models.compat import misfit
 
-from .vmoe import B16, S32, TINY, forward, make_tree, padded_capacity, shard_file
-from .vmoe import write_files as write
+from .vmoe import B16, S32, TINY, forward, make_tree, padded_capacity, shard_file, write_files
 
 # float32 here and float64 there; with logits of about one. The other form of GELU is 1e-4 off.
 CLOSE = {'rtol': 0, 'atol': 1e-5}
@@ -40,7 +46,7 @@ def answers(model: Any, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize('top_k', [1, 2])
 def test_logits_are_those_of_jax(tree: Tree, images: Tensor, top_k: int, tmp_path: Path) -> None:
-    write(tmp_path / 'tiny', tree)
+    write_files(tmp_path / 'tiny', tree)
     model: Any = load_vmoe(str(tmp_path / 'tiny'), top_k=top_k)
     assert not model.training and model.method == 'smoe'
     torch.testing.assert_close(answers(model, images), forward(tree, images, top_k), **CLOSE)
@@ -48,14 +54,14 @@ def test_logits_are_those_of_jax(tree: Tree, images: Tensor, top_k: int, tmp_pat
 
 def test_without_head_the_answers_are_the_features(images: Tensor, tmp_path: Path) -> None:
     tree = make_tree(**TINY, representation=True)
-    write(tmp_path / 'tiny', tree)
+    write_files(tmp_path / 'tiny', tree)
     features = {name: value for name, value in tree.items() if not name.startswith('head')}
     model = load_vmoe(str(tmp_path / 'tiny.index'), head=False)
     torch.testing.assert_close(answers(model, images), forward(features, images, 2), **CLOSE)
 
 
 def test_a_full_expert_drops_the_same_tokens(tree: Tree, images: Tensor, tmp_path: Path) -> None:
-    write(tmp_path / 'tiny', tree)
+    write_files(tmp_path / 'tiny', tree)
     model = load_vmoe(str(tmp_path / 'tiny'), eval_capacity_factor=1.05)
     # the batch is one group, and this number is a multiple of four without rounding
     capacity = padded_capacity(4 * 17, 4, 2, 1.05)
@@ -103,22 +109,16 @@ def test_files_of_both_versions(
     tree: Tree, shards: int, version: str | None, tmp_path: Path
 ) -> None:
     tree = {name: value.bfloat16() for name, value in tree.items()}  # which is read too
-    write(tmp_path / 'tiny', tree, shards, version)
+    write_files(tmp_path / 'tiny', tree, shards, version)
     state = load_vmoe(str(tmp_path / 'tiny')).state_dict()
     assert all(torch.equal(state[k], v.float()) for k, v in in_our_names(tree).items())
 
 
 def changed(name: str, value: Any) -> Callable[[Tree], Tree]:
-    def change(tree: Tree) -> Tree:
-        others = {k: v for k, v in tree.items() if k != name}
-        return others if value is None else {**others, name: value}
-
-    return change
+    return lambda tree: {k: v for k, v in {**tree, name: value}.items() if v is not None}
 
 
 BLOCK = 'Encoder/encoderblock_2'
-
-
 POSITIONS = 'Encoder/posembed_input/pos_embedding'
 
 
@@ -142,7 +142,7 @@ POSITIONS = 'Encoder/posembed_input/pos_embedding'
 def test_what_does_not_fit_is_one_line(
     tree: Tree, change: Callable, options: dict, message: str, tmp_path: Path
 ) -> None:
-    write(tmp_path / 'tiny', change(tree))
+    write_files(tmp_path / 'tiny', change(tree))
     with pytest.raises(ValueError, match=message):
         load_vmoe(str(tmp_path / 'tiny'), **options)
 
@@ -151,10 +151,6 @@ def without_a_chunk(prefix: Path) -> None:
     content = msgpack.unpackb(shard_file(prefix).read_bytes())
     del content['0']
     shard_file(prefix).write_bytes(msgpack.packb(content))
-
-
-def shorter(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
 
 
 def changed_index(content: bytes) -> Callable[[Path], object]:
@@ -166,7 +162,7 @@ def changed_index(content: bytes) -> Callable[[Path], object]:
     [
         (lambda p: Path(f'{p}.index').unlink(), r"tiny\.index' does not exist; a checkpoint of"),
         (lambda p: shard_file(p, 1).unlink(), r"tiny\.data-00001-of-00002' does not exist"),
-        (lambda p: shorter(shard_file(p, 1)), r"00001-of-00002' is truncated or damaged"),
+        (lambda p: os.truncate(shard_file(p, 1), 99), r"00001-of-00002' is truncated or damaged"),
         (without_a_chunk, r'incomplete or damaged: of Encoder/encoder_norm/bias, .* 16 of 32'),
         (changed_index(b'\x80\x04K\x01.'), 'truncated or damaged'),
         (changed_index(msgpack.packb({'params': {}})), "no file of V-MoE: 'shard_count'"),
@@ -175,8 +171,57 @@ def changed_index(content: bytes) -> Callable[[Path], object]:
 def test_files_that_cannot_be_read_are_one_line(
     tree: Tree, damage: Callable, message: str, tmp_path: Path
 ) -> None:
-    write(tmp_path / 'tiny', tree)
+    write_files(tmp_path / 'tiny', tree)
     damage(tmp_path / 'tiny')
     with pytest.raises(ValueError, match=message) as caught:
         load_vmoe(str(tmp_path / 'tiny'))
     assert '\n' not in str(caught.value)
+
+
+def test_the_folder_is_the_model(tmp_path: Path, capsys) -> None:
+    tree = make_tree(**TINY)
+    write_files(tmp_path / 'tiny', tree)
+    out = tmp_path / 'converted'
+    convert_vmoe([str(tmp_path / 'tiny'), str(out), '--cfg-options', 'top_k=1'])
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f'wrote {out}: vit_tiny_smoe with 4 experts in blocks 0, 2, images of 16'
+    )
+    assert said.endswith('top_k=1, eval_capacity_factor=None\n')
+    assert sorted(path.name for path in out.iterdir()) == ['config.json', 'model.safetensors']
+    model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    images = torch.rand(2, 16, 16, 3) * 2 - 1
+    with torch.no_grad():
+        logits = model(images.permute(0, 3, 1, 2))
+    # float32, of logits of about one
+    torch.testing.assert_close(logits.double(), forward(tree, images, 1), rtol=0, atol=1e-5)
+    expected = {'mean': [0.5] * 3, 'std': [0.5] * 3, 'crop_pct': 1.0, 'crop_mode': 'squash'}
+    assert {name: model.pretrained_cfg[name] for name in expected} == expected
+    with pytest.raises(ValueError, match=r'shapes: blocks'):
+        timm.create_model(f'local-dir:{out}', pretrained=True, num_experts=8)
+
+
+def test_images_of_224_pixels_are_the_middle(tmp_path: Path) -> None:
+    write_files(tmp_path / 'tiny', make_tree(**{**TINY, 'image': 224, 'patch': 56}))
+    convert_vmoe([str(tmp_path / 'tiny'), str(tmp_path / 'out')])
+    content = json.loads((tmp_path / 'out/config.json').read_text())
+    expected = {'input_size': [3, 224, 224], 'crop_pct': 0.875, 'crop_mode': 'center'}
+    assert content['pretrained_cfg'].items() >= expected.items()
+    assert content['model_args'].items() >= {'top_k': 2, 'num_experts': 4}.items()
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    write_files(tmp_path / 'tiny', make_tree(**TINY))
+    before = sorted(tmp_path.iterdir())
+    source, out = str(tmp_path / 'tiny'), str(tmp_path / 'out')
+    for arguments, message in (
+        ([str(tmp_path / 'none'), out], r"none\.index' does not exist"),
+        ([source, source + '.index'], 'a folder that does not exist'),
+        ([source, out, '--cfg-options', 'num_experts=8'], r'num_experts=8.* 4, which checkpoint'),
+        ([source, out, '--cfg-options', 'eval_capacity_factor=-1.0'], 'eval_capacity_factor=-1.0'),
+        ([source, out, '--cfg-options', 'capacity=1'], "'capacity'"),
+    ):
+        with pytest.raises(SystemExit, match=message) as caught:
+            convert_vmoe(arguments)
+        assert '\n' not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before

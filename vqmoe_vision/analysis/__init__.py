@@ -1,10 +1,10 @@
 """What the experts of a trained model do: numbers over a data set, and pictures of them.
 
-`survey` looks at a whole model in one pass, `record` at single tokens, `measures` are the numbers,
-and `statistics` averages what layers report. They need no more than the models do. The pictures
-need matplotlib (extra `train`), the corruptions imagecorruptions-imaug (extra `analyze`).
+`survey` looks at a whole model in one pass, `record` at single tokens, and `measures` are the
+numbers. They need no more than the models do. The pictures need matplotlib (extra `train`), the
+corruptions imagecorruptions-imaug (extra `analyze`).
 """
 
-from .statistics import mean_statistics, patch_experts, token_experts
+from .record import mean_statistics, patch_experts, token_experts
 
 __all__ = ['mean_statistics', 'patch_experts', 'token_experts']

@@ -1,7 +1,7 @@
 """What `tools/analyze.py` does."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.engine.record import FILE, read_history
 from vqmoe_vision.moe.config import check
 
-from .checkpoints import Change, convergence, layer_states, routing_changes
 from .report import write_report
-from .shifts import Shift
-from .source import Source, images_of, source_of
-from .survey import Survey, survey
+from .shifts import Change, all_shifts, convergence, layer_states, routing_changes
+from .source import images_of, source_of
+from .survey import survey
 
 
 def analyze(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +36,7 @@ def analyze(argv: Sequence[str] | None = None) -> None:
     add('--batch-size', type=int, default=32)
     text = 'also how many tokens change their expert under crops, flips, noise and corruptions'
     add('--shifts', action='store_true', help=text)
-    text = 'folder for report.html, numbers.json and pictures'
+    text = 'folder for report.html and numbers.json'
     add('--out', type=Path, default=Path('work_dirs/analysis'), help=text)
     add('--device', help='where to run (default: a GPU if there is one)')
     add_config_options(parser)
@@ -63,12 +62,23 @@ def _analyze(args: argparse.Namespace) -> None:
     for number, (title, (config, path)) in enumerate(trained.items()):
         model = load_trained(config, path, args.device)
         source = source_of(model, config, args.num_images, args.images)
-        surveys.append(_survey(title, model, source, args))
+        total = -(-len(source.names) // args.batch_size)  # more where sizes of images differ
+        seen = survey(
+            model.routed_model,
+            tqdm(source.batches(args.batch_size), title, total, unit='batch'),
+            title=title,
+            normalization=source.normalization,
+            classes=source.classes,
+            names=source.names,
+            shifts=all_shifts() if args.shifts else (),
+        )
+        surveys.append(seen)
         if number < len(args.checkpoints):
             states.append(layer_states(model.routed_model))
             if number:
-                images = map(images_of, _progress(source, 'changes', args))
-                shares = routing_changes(before.routed_model, model.routed_model, images)
+                batches = tqdm(source.batches(args.batch_size), 'changes', total, unit='batch')
+                both = before.routed_model, model.routed_model
+                shares = routing_changes(*both, map(images_of, batches))
                 changes.append(Change(surveys[-2].title, title, shares))
             before = model
     runs = {title: Path(path).parent / FILE for title, (_, path) in trained.items()}
@@ -91,27 +101,3 @@ def _check_order(paths: Sequence[str]) -> None:
         check(same or 'seed' not in earlier, f'{path}: seed', later.get('seed'), allowed)
         if 'iter' in earlier and 'iter' in later:
             check(earlier['iter'] < later['iter'], f'{path}: iter', later['iter'], allowed)
-
-
-def _survey(title: str, model: Any, source: Source, args: argparse.Namespace) -> Survey:
-    shifts: list[Shift] = []
-    if args.shifts:
-        from .corruptions import all_shifts  # with numba and scikit-image
-
-        shifts = all_shifts()
-    return survey(
-        model.routed_model,
-        _progress(source, title, args),
-        title=title,
-        normalization=source.normalization,
-        classes=source.classes,
-        names=source.names,
-        shifts=shifts,
-    )
-
-
-def _progress(source: Source, title: str, args: argparse.Namespace) -> Iterator[Any]:
-    with tqdm(total=len(source.names), desc=title, unit='image') as bar:
-        for batch in source.batches(args.batch_size):
-            yield batch
-            bar.update(len(images_of(batch)))

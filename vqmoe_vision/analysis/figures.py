@@ -10,15 +10,25 @@ from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .drawing import WIDTH, Picture, heat_map, percent, short, styled
 from .measures import mean_similarity
-from .pictures import LEGEND, expert_colours, plot_experts, rows_of_pictures, with_legend
-from .surveyed import Codes, LayerSurvey, Survey
+from .pictures import (
+    LEGEND,
+    WIDTH,
+    Picture,
+    expert_colours,
+    heat_map,
+    percent,
+    plot_experts,
+    rows_of_pictures,
+    short,
+    styled,
+    with_legend,
+)
+from .survey import Survey
 
 CLASSES = 30  # rows of a map that a page has room for
 COLUMNS = 6  # examples in a row: more would be too small
@@ -49,57 +59,54 @@ def load_maps(survey: Survey) -> list[Picture]:
     axes.set_yticks(range(len(loads)), loads)
     axes.set(xlabel='expert', title=f'Load in %; an even load is {100 / widest:.3g} %')
     most = percent(max(load.max().item() for load in loads.values()))
-    return [Picture('load', 'Load per expert and layer', f'The largest load is {most}.', figure)]
+    return [Picture('Load per expert and layer', f'The largest load is {most}.', figure)]
 
 
 @styled
 def class_maps(survey: Survey) -> list[Picture]:
     """How the tokens of a class go to experts; each row sums to 100."""
-    return [
-        _class_map(f'{name}.{decider}', counts, layer.load[decider], survey.classes)
+    found = []
+    for decider, counts, load in (
+        (f'{name}.{decider}', counts.double(), layer.load[decider])
         for name, layer in survey.layers.items()
         for decider, counts in layer.expert_by_class.items()
-        if survey.classes is not None
-    ]
-
-
-def _class_map(decider: str, counts: Tensor, load: Tensor, classes: list[str]) -> Picture:
-    shares = counts.double().t() / counts.double().sum(0).clamp(min=1)[:, None]  # (C, E)
-    seen = counts.sum(0) > 0
-    apart = torch.where(seen, (shares - load).abs().sum(1), -1)
-    rows = apart.argsort(descending=True, stable=True)[:CLASSES].sort().values
-    rows = rows[seen[rows]]
-    figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8), layout='constrained')
-    axes = figure.subplots()
-    heat_map(axes, 100 * shares[rows], (0, 100 * shares.max().item()), '.0f')
-    axes.set_yticks(range(len(rows)), [classes[i] for i in rows.tolist()])
-    chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} that differ most)'
-    axes.set(xlabel='expert', title=f'{short(decider)}: % of a class{chosen}')
-    most, expert = divmod(int(shares.argmax()), shares.shape[1])
-    share = percent(shares.max().item())
-    alt = f'Most together: {share} of the tokens of {classes[most]} go to expert {expert}.'
-    return Picture(f'classes-{decider}', f'{decider}: experts and classes', alt, figure)
+    ):
+        classes, of_class = survey.classes or [], counts.sum(0)
+        shares = counts.t() / of_class.clamp(min=1)[:, None]  # (C, E)
+        seen = of_class > 0
+        apart = torch.where(seen, (shares - load).abs().sum(1), -1)
+        rows = apart.argsort(descending=True, stable=True)[:CLASSES].sort().values
+        rows = rows[seen[rows]]
+        figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8), layout='constrained')
+        axes = figure.subplots()
+        heat_map(axes, 100 * shares[rows], (0, 100 * shares.max().item()), '.0f')
+        axes.set_yticks(range(len(rows)), [classes[i] for i in rows.tolist()])
+        chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} that differ most)'
+        axes.set(xlabel='expert', title=f'{short(decider)}: % of a class{chosen}')
+        most, expert = divmod(int(shares.argmax()), shares.shape[1])
+        share = percent(shares.max().item())
+        alt = f'Most together: {share} of the tokens of {classes[most]} go to expert {expert}.'
+        found.append(Picture(f'{decider}: experts and classes', alt, figure))
+    return found
 
 
 @styled
 def similarity_maps(survey: Survey) -> list[Picture]:
     """Cosine similarity of the experts, a panel per kind."""
-    return [_similarity_map(name, layer) for name, layer in survey.layers.items()]
-
-
-def _similarity_map(name: str, layer: LayerSurvey) -> Picture:
-    figure = Figure(figsize=(WIDTH, 4.2), layout='constrained')
-    said = []
-    grid = figure.subplots(1, len(layer.similarity))
-    for axes, (kind, cosine) in zip(grid, layer.similarity.items(), strict=True):
-        digits = 2 if len(cosine) <= 5 else 1
-        # rounded here: adding zero turns -0.0 into 0.0
-        heat_map(axes, cosine.round(decimals=digits) + 0.0, (-1, 1), f'.{digits}f', 'RdBu_r')
-        axes.set_yticks(axes.get_xticks())
-        axes.set(title=f'{short(name)}: {kind}', xlabel='expert', ylabel='expert')
-        said.append(f'{mean_similarity(cosine):.2f} of {kind}')
-    alt = f'Mean cosine of two experts: {", ".join(said)}.'
-    return Picture(f'similarity-{name}', f'{name}: cosine similarity of experts', alt, figure)
+    found = []
+    for name, layer in survey.layers.items():
+        figure = Figure(figsize=(WIDTH, 4.2), layout='constrained')
+        said, grid = [], figure.subplots(1, len(layer.similarity))
+        for axes, (kind, cosine) in zip(grid, layer.similarity.items(), strict=True):
+            digits = 2 if len(cosine) <= 5 else 1
+            # rounded here: adding zero turns -0.0 into 0.0
+            heat_map(axes, cosine.round(decimals=digits) + 0.0, (-1, 1), f'.{digits}f', 'RdBu_r')
+            axes.set_yticks(axes.get_xticks())
+            axes.set(title=f'{short(name)}: {kind}', xlabel='expert', ylabel='expert')
+            said.append(f'{mean_similarity(cosine):.2f} of {kind}')
+        alt = f'Mean cosine of two experts: {", ".join(said)}.'
+        found.append(Picture(f'{name}: cosine similarity of experts', alt, figure))
+    return found
 
 
 @styled
@@ -131,7 +138,7 @@ def patch_maps(survey: Survey) -> list[Picture]:
             figure = plot_experts(images, maps, count, title, kind, others)
             seen = {i for of in maps.values() for each in of for i in each.unique().tolist()}
             alt = f'{len(seen - {-1})} of {count} {kind}s occur in {len(images)} pictures.'
-            found.append(Picture(f'patch-{kind}s-{name}', f'{name}: {kind}s', alt, figure))
+            found.append(Picture(f'{name}: {kind}s', alt, figure))
     return found
 
 
@@ -158,56 +165,54 @@ def surest_patches(survey: Survey) -> list[Picture]:
             weights = [patch.weight for own in patches for patch in own]
             alt = f'Their weights are from {min(weights):.2f} to {max(weights):.2f}.'
             title = f'{name}, {decider}: the surest patches of each expert'
-            found.append(Picture(f'surest-{name}.{decider}', title, alt, figure))
+            found.append(Picture(title, alt, figure))
     return found
 
 
 @styled
 def code_maps(survey: Survey) -> list[Picture]:
     """Tokens and codes on the two axes along which the tokens vary most (PCA)."""
-    return [
-        _code_map(name, layer.codebook, layer.num_experts)
-        for name, layer in survey.layers.items()
-        if layer.codebook is not None
-    ]
-
-
-def _code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
-    tokens, codes = codebook.tokens.double(), codebook.codes.double()
-    # not scikit-learn's PCA: tokens that are all the same have no variance to divide by
-    mean = tokens.mean(dim=0)
-    spread, axes_ = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
-    plane, shares = axes_[:, -2:].flip(1), spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
-    colours = expert_colours(num_experts)
-    figure = Figure(figsize=(WIDTH, 7), layout='constrained')
-    axes = figure.subplots()
-    x, y = ((tokens - mean) @ plane).t().numpy()
-    of_tokens = colours[codebook.indices % num_experts].numpy()
-    axes.scatter(x, y, c=of_tokens, s=9, alpha=0.35, linewidths=0)
-    of_codes = colours[torch.arange(len(codes)) % num_experts]
-    _draw_codes(axes, (codes - mean) @ plane, codebook.usage, of_codes)
-    axes.set(
-        title=f'{short(name)}: codes (large, x: unused) among tokens',
-        xlabel=f'first component, {percent(shares[-1].item())} of the variance',
-        ylabel=f'second component, {percent(shares[-2].item())}',
-    )
-    axes.grid(alpha=0.3)
-    if num_experts <= LEGEND:
-        with_legend(figure, [f'expert {i}' for i in range(num_experts)], colours)
-    alt = f'{int((codebook.usage > 0).sum())} of {len(codes)} codes are used.'
-    return Picture(f'codes-{name}', f'{name}: codes among tokens', alt, figure)
-
-
-def _draw_codes(axes: Axes, places: Tensor, usage: Tensor, colours: Tensor) -> None:
-    """Codes at (M, 2) places, as large as their usage (M,) and with numbers if they are few."""
-    looks: dict[str, Any] = {'edgecolors': 'black', 'linewidths': 1.5}
-    for mask, marker in ((usage > 0, 'o'), (usage <= 0, 'X')):
-        x, y = places[mask].t().numpy()
-        sizes = (60 + 600 * usage[mask]).numpy()
-        axes.scatter(x, y, c=colours[mask].numpy(), s=sizes, marker=marker, **looks)
-    if len(places) <= NAMED:
-        for number, place in enumerate(places.tolist()):
+    found = []
+    for name, layer in survey.layers.items():
+        if (codebook := layer.codebook) is None:
+            continue
+        tokens, codes, usage = codebook.tokens.double(), codebook.codes.double(), codebook.usage
+        # not scikit-learn's PCA: tokens that are all the same have no variance to divide by
+        mean = tokens.mean(dim=0)
+        spread, axes_ = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
+        plane, shares = axes_[:, -2:].flip(1), spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
+        colours = expert_colours(layer.num_experts)
+        figure = Figure(figsize=(WIDTH, 7), layout='constrained')
+        axes = figure.subplots()
+        x, y = ((tokens - mean) @ plane).t().numpy()
+        of_tokens = colours[codebook.indices % layer.num_experts].numpy()
+        axes.scatter(x, y, c=of_tokens, s=9, alpha=0.35, linewidths=0)
+        of_codes = colours[torch.arange(len(codes)) % layer.num_experts]
+        places: Any = (codes - mean) @ plane  # (M, 2)
+        for mask, marker in ((usage > 0, 'o'), (usage <= 0, 'X')):
+            x, y = places[mask].t().numpy()
+            axes.scatter(
+                x,
+                y,
+                c=of_codes[mask].numpy(),
+                s=(60 + 600 * usage[mask]).numpy(),
+                marker=marker,
+                edgecolors='black',
+                linewidths=1.5,
+            )
+        for number, place in enumerate(places.tolist() if len(codes) <= NAMED else ()):
             axes.annotate(str(number), place, xytext=(7, 7), textcoords='offset points')
+        axes.set(
+            title=f'{short(name)}: codes (large, x: unused) among tokens',
+            xlabel=f'first component, {percent(shares[-1].item())} of the variance',
+            ylabel=f'second component, {percent(shares[-2].item())}',
+        )
+        axes.grid(alpha=0.3)
+        if layer.num_experts <= LEGEND:
+            with_legend(figure, [f'expert {i}' for i in range(layer.num_experts)], colours)
+        alt = f'{int((usage > 0).sum())} of {len(codes)} codes are used.'
+        found.append(Picture(f'{name}: codes among tokens', alt, figure))
+    return found
 
 
 def training_curves(history: History) -> list[Picture]:
@@ -230,7 +235,7 @@ def training_curves(history: History) -> list[Picture]:
                     # a part that is frozen has no place on an axis of logarithms
                     y.append(value if kind != 'change' or value > 0 else float('nan'))
         if layers:
-            found.append(_curves(f'training-{kind}', title, 'iteration', layers))
+            found.append(_curves(title, 'iteration', layers, kind == 'change'))
     return found
 
 
@@ -241,12 +246,11 @@ def convergence_curves(convergence: Mapping[str, Any]) -> list[Picture]:
         layer, _, part = name.rpartition('.')
         left = measured['distance']
         layers[layer][part] = [float(i + 1) for i in range(len(left))], left
-    title = 'Way that is left to the last checkpoint'
-    return [_curves('convergence', title, 'checkpoint', layers)]
+    return [_curves('Way that is left to the last checkpoint', 'checkpoint', layers)]
 
 
 @styled
-def _curves(name: str, title: str, xlabel: str, layers: Mapping[str, Lines]) -> Picture:
+def _curves(title: str, xlabel: str, layers: Mapping[str, Lines], log: bool = False) -> Picture:
     columns, lines_of_panels = min(len(layers), 2), -(-len(layers) // 2)
     size = WIDTH, 3 * lines_of_panels + 1.6
     figure = Figure(figsize=size, layout='constrained')
@@ -262,7 +266,7 @@ def _curves(name: str, title: str, xlabel: str, layers: Mapping[str, Lines]) -> 
         axes.set(title=short(layer), xlabel=xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     # of all panels, once all of them are drawn: a limit that is set leaves later lines outside
-    if name == 'training-change':
+    if log:
         grid[0, 0].set(yscale='log', ylabel='|new - old| / |new|')
     else:
         grid[0, 0].set(ylabel='share')
@@ -274,4 +278,4 @@ def _curves(name: str, title: str, xlabel: str, layers: Mapping[str, Lines]) -> 
     figure.suptitle(title)
     most = max(y[0] for lines in layers.values() for _, y in lines.values())
     last = max(y[-1] for lines in layers.values() for _, y in lines.values())
-    return Picture(name, title, f'The largest goes from {most:.2g} to {last:.2g}.', figure)
+    return Picture(title, f'The largest goes from {most:.2g} to {last:.2g}.', figure)

@@ -66,8 +66,7 @@ def quantization_error(squared_distance: float, energy: float) -> float:
 
 def effective_rank(gram: Tensor) -> float:
     """exp(entropy) of tokens' singular values, in [1, min(T, D)], from their X^T X (D, D)."""
-    singular = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
-    return usage_perplexity(singular)
+    return usage_perplexity(torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt())
 
 
 def weight_similarity(experts: Experts) -> Tensor:
@@ -108,8 +107,7 @@ def changed_share(before: Tensor, after: Tensor) -> float:
 
 def chance_of_change(usage: Tensor) -> float:
     """What `changed_share` is if experts are drawn anew from the same load (E,): 1 - sum p^2."""
-    shares = usage.double() / usage.sum().clamp(min=1e-300)
-    return 1 - shares.square().sum().item()
+    return 1 - (usage.double() / usage.sum().clamp(min=1e-300)).square().sum().item()
 
 
 def kept_beyond_chance(changed: float, by_chance: float) -> float:

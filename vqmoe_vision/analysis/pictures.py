@@ -1,18 +1,83 @@
-"""Pictures of test images: the expert that took each patch, the class of each pixel.
+"""Pictures of test images, with patches by expert and pixels by class; what all pictures share.
 
 Needs matplotlib (extra `train`).
 """
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from .drawing import WIDTH
+WIDTH = 8.6  # inches; the page shows a picture about as wide
+ANNOTATED = 16  # more columns leave no room for numbers in the cells
+# Letters that can be read at half the size, on a background of their own: the page may be dark.
+STYLE: Any = {  # matplotlib's own type differs between its versions
+    'font.size': 14,
+    'axes.titlesize': 15,
+    'figure.facecolor': 'white',
+}
+
+# Makes a function draw so, and leaves the settings of the caller alone.
+styled = matplotlib.rc_context(STYLE)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and a sentence with the number that a reader who does not see it needs most."""
+
+    title: str
+    alt: str
+    figure: Figure
+
+    @property
+    def uri(self) -> str:
+        """The address of its bytes in a page."""
+        data = io.BytesIO()
+        # without the version of matplotlib: the same survey gives the same page
+        self.figure.savefig(data, format='png', dpi=110, metadata={'Software': None})
+        return f'data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'
+
+
+def percent(share: float) -> str:
+    """A share in words of a page, which no line breaks: '14 %', '0.3 %', '0 %'."""
+    if 0 < share < 0.0005:
+        return 'under\N{NO-BREAK SPACE}0.1\N{NO-BREAK SPACE}%'
+    digits = 1 if 0 < share < 0.01 else 0
+    return f'{100 * share:.{digits}f}\N{NO-BREAK SPACE}%'
+
+
+def short(name: str) -> str:
+    """A layer or decider as an axis can show it: 'blocks.1.mlp.quantizer.codebook' has no room."""
+    return name.replace('.mlp', '').replace('quantizer.', '')
+
+
+def heat_map(
+    axes: Axes, values: Tensor, limits: tuple[float, float], form: str, colours: str = 'viridis'
+) -> None:
+    """Draws a matrix with its numbers in the cells, where there is room, and a colour bar."""
+    shown = axes.imshow(values.numpy(), vmin=limits[0], vmax=limits[1], cmap=colours, aspect='auto')
+    axes.figure.colorbar(shown, ax=axes, pad=0.02)
+    rows, columns = values.shape
+    axes.set_xticks(range(0, columns, -(-columns // ANNOTATED)))
+    if columns > ANNOTATED or rows > 2 * ANNOTATED:
+        return
+    readable: Any = {'ha': 'center', 'va': 'center', 'fontsize': 11 if columns > 10 else 12}
+    readable['path_effects'] = [withStroke(linewidth=2.5, foreground='white')]  # on any colour
+    for row, line in enumerate(values.tolist()):
+        for column, value in enumerate(line):
+            if value == value:  # no nan
+                axes.text(column, row, f'{value:{form}}', **readable)
+
 
 # How far the brightest pixel of a patch is lightened. A dark pixel keeps the colour of the legend.
 LIGHTEN = 0.7

@@ -4,7 +4,8 @@ Legend: B images, N tokens per image (class and register tokens too), T = B * N,
 K experts per token, P slots per expert.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.layers import Transformer
-from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe import collect_losses, moe_layers
 from vqmoe_vision.moe.codebooks import Quantized
+from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
 from vqmoe_vision.moe.routing import Routing
 
@@ -101,21 +103,14 @@ def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Ten
     experts, weights, codes = {}, {}, {}
     for name, decided in decisions.items():
         if isinstance(decided, Routing):
-            experts[name], weights[name] = _by_token(decided, batch.numel())
-            branch = 0
+            found = _by_token(decided, batch.numel())
+            experts[name], weights[name] = (each.unflatten(0, batch) for each in found)
         elif isinstance(decided, Quantized):
-            codes[name] = decided.indices.cpu()
-            # code j belongs to expert j mod E
-            experts[name] = codes[name][:, None] % num_experts
+            codes[name] = decided.indices.cpu().view(batch)
+            experts[name] = codes[name][..., None] % num_experts  # code j is of expert j mod E
             weights[name] = torch.ones(experts[name].shape)
-            codes[name] = codes[name].view(batch)
-            branch = 1
-        else:
-            continue
-        experts[name] = experts[name].unflatten(0, batch)
-        weights[name] = weights[name].unflatten(0, batch)
-        if gates is not None:
-            weights[name] = weights[name] * gates[..., branch, None]
+        if gates is not None and name in weights:
+            weights[name] = weights[name] * gates[..., int(name in codes), None]
     slots = {
         n: maps[n].unflatten(-1, (num_experts, -1)) for n in ('dispatch', 'combine') if n in maps
     }
@@ -150,3 +145,72 @@ def _by_token(routing: Routing, num_tokens: int) -> tuple[Tensor, Tensor]:
     experts[tokens, place] = indices[order]
     by_token[tokens, place] = weights[order]
     return experts, by_token
+
+
+def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Averages what the MoE layers report over batches of images, in eval mode.
+
+    Args:
+        model: Holds the MoE layers; it is left as it was.
+        batches: Images (B, C, H, W), normalised as in training.
+
+    Returns:
+        The statistics of `collect_losses` by their name: 'blocks.1.mlp/load' is the (E,) share of
+        assignments per expert. An image counts the same whatever batch it is in.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
+    sums: dict[str, Any] = defaultdict(int)
+    count = 0
+    with evaluating(model):
+        for images in batches:
+            with collect_losses(model, update_state=False) as collected:
+                model(images)
+            for name, value in collected.stats.items():
+                sums[name] += value * len(images)
+            count += len(images)
+    check(count > 0, 'batches', count, 'at least one image to average over')
+    return {name: value / count for name, value in sums.items()}
+
+
+def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Asks every router and every codebook of a model which experts each token goes to.
+
+    Args:
+        model: Holds the MoE layers; it runs in eval mode and is left as it was.
+        images: (B, C, H, W), normalised as in training.
+
+    Returns:
+        By the name of the module that decides, such as 'blocks.1.mlp.router': (B, N, K) expert
+        indices on the CPU, best first, -1 where a token has fewer than the others; N counts class
+        and register tokens too.
+
+    Raises:
+        ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
+            mixtures of all tokens.
+    """
+    found = decided(model, images)
+    if not found:
+        raise ValueError('model: has no router that sends tokens to experts')
+    return found
+
+
+def patch_experts(model: Transformer, images: Tensor) -> dict[str, Tensor]:
+    """Maps the first choice of every patch, as a picture needs it.
+
+    Args:
+        model: Holds the MoE layers; it is left as it was.
+        images: (B, C, H, W), normalised as in training.
+
+    Returns:
+        By the name of the module that decides: (B, rows, columns) expert indices, -1 for a patch
+        that no expert takes.
+
+    Raises:
+        ValueError: If no layer sends tokens to experts.
+    """
+    return {
+        name: on_patches(model, images, experts[..., 0])
+        for name, experts in token_experts(model, images).items()
+    }

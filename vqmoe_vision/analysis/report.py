@@ -3,13 +3,9 @@
 Needs matplotlib and jinja2 (extra `analyze`).
 """
 
-import base64
-import io
 import json
-import re
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vqmoe_vision.moe.config import check
 
 from . import figures
-from .checkpoints import Change
-from .drawing import Picture, percent
 from .figures import History
 from .measures import kept_beyond_chance
-from .surveyed import Survey
+from .pictures import Picture, percent
+from .shifts import Change
+from .survey import Survey
 
-MOST_LETTERS = 100  # of a name; file systems end at 255
-BY_CHANCE = 'by chance'
 # In the order of the page: anchor, heading, and what draws a model's pictures.
 PICTURES = (
     ('patches', 'Where the patches go', figures.patch_maps),
@@ -37,10 +31,6 @@ PICTURES = (
 )
 
 
-# A picture as the page and a file hold it: file, title, alt, png, and uri, its address in the page.
-Shown = dict[str, Any]
-
-
 class Table(NamedTuple):
     """A table of the page; a row is a name and cells."""
 
@@ -50,13 +40,8 @@ class Table(NamedTuple):
     rows: list[tuple[str, list[str]]]
 
 
-class Section(NamedTuple):
-    """A heading of the page, and below it pictures by model, and tables."""
-
-    id: str
-    title: str
-    columns: dict[str, list[Shown]]
-    tables: Sequence[Table] = ()
+# Anchor and heading of a section, below it pictures by model, and tables.
+Section = tuple[str, str, dict[str, list[Picture]], Sequence[Table]]
 
 
 def write_report(
@@ -66,14 +51,35 @@ def write_report(
     changes: Sequence[Change] = (),
     convergence: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`."""
+    """Writes `report.html`, which holds all it shows, and `numbers.json`."""
     titles = [survey.title for survey in surveys]
     check(len(set(titles)) == len(titles), 'surveys', titles, 'of titles that differ')
-    sections = _sections(surveys, history or {}, changes, convergence)
-    pictures = out / 'pictures'
-    pictures.mkdir(parents=True, exist_ok=True)
-    for old in pictures.glob('*.png'):
-        old.unlink()
+    found: list[Section] = [
+        (anchor, title, {s.title: draw(s) for s in surveys}, ()) for anchor, title, draw in PICTURES
+    ]
+    curves = {name: figures.training_curves(h) for name, h in (history or {}).items()}
+    found += [
+        ('training', 'Over training', curves, ()),
+        ('numbers', 'Numbers', {}, number_tables(surveys)),
+        ('shifts', 'When the picture changes', {}, shift_tables(surveys)),
+        ('changes', 'Changes between checkpoints', {}, change_tables(changes, surveys)),
+    ]
+    of_one_run: Sequence[Survey] = ()
+    if convergence:  # the checkpoints of one run come first
+        of_one_run = surveys[: len(next(iter(convergence.values()))['distance'])]
+        title = 'On the way to the last checkpoint'
+        curves = {title: figures.convergence_curves(convergence)}
+        rows = {
+            survey.title: {part: of['distance'][at] for part, of in convergence.items()}
+            for at, survey in enumerate(of_one_run)
+        }
+        table = _table('Share of the way that is left to the last', 'checkpoint', rows)
+        found.append(('convergence', title, curves, [table]))
+    sections = [
+        (anchor, title, shown, tables)
+        for anchor, title, columns, tables in found
+        if (shown := {n: pictures for n, pictures in columns.items() if pictures}) or tables
+    ]
     environment = Environment(
         loader=PackageLoader('vqmoe_vision.analysis'),
         autoescape=True,
@@ -87,76 +93,12 @@ def write_report(
         'history': {name: list(lines) for name, lines in (history or {}).items()},
         'changes': [vars(change) for change in changes],
         'convergence': convergence
-        and {
-            'checkpoints': titles[: _checkpoints(convergence)],
-            'parts': convergence,
-        },
+        and {'checkpoints': [s.title for s in of_one_run], 'parts': convergence},
     }
-    shown = [p for s in sections for column in s.columns.values() for p in column]
-    files = {
-        out / 'report.html': page.encode(),
-        out / 'numbers.json': json.dumps(numbers, indent=1).encode(),
-        **{pictures / picture['file']: picture['png'] for picture in shown},
-    }
-    for path, content in files.items():
-        path.write_bytes(content)
-    return [*files]
-
-
-def _checkpoints(convergence: Mapping[str, Any]) -> int:
-    return len(next(iter(convergence.values()))['distance'])
-
-
-def _sections(
-    surveys: Sequence[Survey],
-    history: Mapping[str, History],
-    changes: Sequence[Change],
-    convergence: Mapping[str, Any] | None,
-) -> list[Section]:
-    """All sections that have something to show, in the order of the page."""
-    found = [
-        Section(anchor, title, {s.title: _shown(draw(s), s.title) for s in surveys})
-        for anchor, title, draw in PICTURES
-    ]
-    curves = {name: _shown(figures.training_curves(h), name) for name, h in history.items()}
-    shifts, changed = shift_tables(surveys), change_tables(changes, surveys)
-    found += [
-        Section('training', 'Over training', curves),
-        Section('numbers', 'Numbers', {}, number_tables(surveys)),
-        Section('shifts', 'When the picture changes', {}, shifts),
-        Section('changes', 'Changes between checkpoints', {}, changed),
-    ]
-    if convergence:
-        title = 'On the way to the last checkpoint'
-        curves = {title: _shown(figures.convergence_curves(convergence), 'checkpoints')}
-        rows = {
-            survey.title: {part: found['distance'][at] for part, found in convergence.items()}
-            for at, survey in enumerate(surveys[: _checkpoints(convergence)])
-        }
-        table = _table('Share of the way that is left to the last', 'checkpoint', rows)
-        found.append(Section('convergence', title, curves, [table]))
-    found = [
-        s._replace(columns={n: shown for n, shown in s.columns.items() if shown}) for s in found
-    ]
-    return [section for section in found if section.columns or section.tables]
-
-
-def _shown(pictures: Iterable[Picture], title: str) -> list[Shown]:
-    """Pictures drawn; the title of their model begins the names of their files."""
-    words = title.replace('/', '--')
-    name = re.sub(r'[^\w.-]+', '_', words)[-MOST_LETTERS:]
-    if name != words:  # long or odd titles are told apart by a checksum
-        name = f'{name}-{zlib.crc32(title.encode()):08x}'
-    found = []
-    for picture in pictures:
-        data = io.BytesIO()
-        # without the version of matplotlib: the same survey gives the same file
-        picture.figure.savefig(data, format='png', dpi=110, metadata={'Software': None})
-        png = data.getvalue()
-        uri = f'data:image/png;base64,{base64.b64encode(png).decode()}'
-        names = {'file': f'{name}-{picture.name}.png', 'title': picture.title, 'alt': picture.alt}
-        found.append({**names, 'png': png, 'uri': uri})
-    return found
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'report.html').write_text(page)
+    (out / 'numbers.json').write_text(json.dumps(numbers, indent=1))
+    return [out / 'report.html', out / 'numbers.json']
 
 
 def _table(
@@ -164,11 +106,10 @@ def _table(
 ) -> Table:
     """Numbers by row and column, as shares where no form is given; what is missing is blank."""
     heads = list(dict.fromkeys(head for row in rows.values() for head in row))
-    texts = {
-        name: {head: f'{v:{form}}' if form else percent(v) for head, v in row.items()}
-        for name, row in rows.items()
-    }
-    lines = [(name, [text.get(head, '') for head in heads]) for name, text in texts.items()]
+    lines = []
+    for name, row in rows.items():
+        texts = {head: f'{v:{form}}' if form else percent(v) for head, v in row.items()}
+        lines.append((name, [texts.get(head, '') for head in heads]))
     return Table(caption, corner, heads, lines)
 
 
@@ -205,7 +146,7 @@ def _changes(
     of: str, corner: str, rows: dict[str, dict[str, float]], chance: dict[str, float]
 ) -> list[Table]:
     caption = f'{of}share of tokens whose first expert changes'
-    table = _table(caption, corner, {BY_CHANCE: chance, **rows} if chance else rows)
+    table = _table(caption, corner, {'by chance': chance, **rows} if chance else rows)
     kept = {
         name: {
             decider: kept_beyond_chance(share, chance[decider])
@@ -219,10 +160,10 @@ def _changes(
 
 
 def _by_chance(survey: Survey) -> dict[str, float]:
-    end = '/changed_by_chance'
     return {
-        f'{name}.{number.removesuffix(end)}': value
+        f'{name}.{decider}': value
         for name, layer in survey.layers.items()
         for number, value in layer.numbers.items()
-        if number.endswith(end)
+        for decider, _, measure in [number.rpartition('/')]
+        if measure == 'changed_by_chance'
     }

@@ -69,8 +69,7 @@ class Source:
     def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Neighbours of one size together, as `survey` takes them."""
         for start in range(0, len(self.samples), batch_size):
-            stop = min(start + batch_size, len(self.samples))
-            found = (self.samples[i] for i in range(start, stop))
+            found = (self.samples[i] for i in range(len(self.samples))[start : start + batch_size])
             for _, group in groupby(found, key=lambda sample: sample.image.shape):
                 images, labels = zip(*group, strict=True)
                 batch = torch.stack(images)

@@ -49,7 +49,7 @@ def timm_transform(
     if shift is None:
         return transform
     # numba and scikit-image come with it: only those who ask for it wait for them
-    from vqmoe_vision.analysis.corruptions import Corruption
+    from vqmoe_vision.analysis.shifts import Corruption
 
     corrupt = Corruption(shift)
     first = transforms.Lambda(lambda image: Image.fromarray(corrupt(np.asarray(image))))

@@ -2,14 +2,18 @@
 
 import argparse
 import math
+import os
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,15 +22,25 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
 from . import control
-from .check import repeat
 from .figures import plot_forest
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
 from .queue import Queue, tasks_of
 from .report import draw_figures, write_tables
-from .runs import WORK_DIR, Run
 from .spec import read_comparison
-from .store import Results, Store, Usable, leave_out_other_inputs, noise_of, save
+from .store import (
+    ONE_THREAD,
+    WORK_DIR,
+    Results,
+    Run,
+    Store,
+    Usable,
+    has_checkpoint,
+    leave_out_other_inputs,
+    load,
+    noise_of,
+    save,
+)
 
 
 def compare(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +54,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
         for name, of, options in _ARGUMENTS:
             if action in of.split():
                 one.add_argument(name, **options)
+        one.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, lambda args: args.function(args))
 
 
@@ -49,11 +64,10 @@ class Work:
     def __init__(self, args: argparse.Namespace) -> None:
         self.comparison = read_comparison(args.spec)
         self._all = [
-            Run(self.comparison, row, seed, args.work_dir)
-            for row, seed in self.comparison.selected()
+            Run(self.comparison, *place, args.work_dir) for place in self.comparison.selected()
         ]
         chosen = self.comparison.selected(args.rows, args.seeds)
-        self.runs = [one for one in self._all if (one.row, one.seed) in chosen]
+        self.runs = [one for one in self._all if one.place in chosen]
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
         check_shifts(self._all[0])
@@ -76,25 +90,25 @@ class Work:
         leave_out_other_inputs(results, self._all)
         for name, reason in results.left_out.items():
             print(f'left out: {name}: {reason}', file=sys.stderr)
-        results.missing = [r for r in results.missing if (r.row, r.seed) not in results.stored]
+        results.missing = [r for r in results.missing if r.place not in results.stored]
         results.noise = noise_of(self._rows, results.usable)
         return results
 
-    def own(self, what: str, refuted: bool = False) -> Usable:
-        """What counts of its own rows, which is to be done something with."""
+    def own(self, what: str, refuted: bool = False) -> tuple[list[Run], Usable]:
+        """Runs whose own rows count, to be done something with."""
         results = self.store.read(self.runs, refuted)
         if not results.usable:
             name = self.comparison.name
             raise ValueError(f'no run of {name} can be {what}{results.why_none}')
         make_folder(self.store.folder)
-        return results.usable
+        return [one for one in self.runs if one.place in results.usable], results.usable
 
 
 def _run(args: argparse.Namespace) -> None:
     check(args.jobs is None or args.jobs > 0, '--jobs', args.jobs, 'at least 1')
     work = Work(args)
     stored = work.read().stored
-    waiting = [one for one in work.runs if (one.row, one.seed) not in stored]
+    waiting = [one for one in work.runs if one.place not in stored]
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
     tasks = tasks_of(waiting, work.store)
     # the model of each row is built before the first run
@@ -133,8 +147,7 @@ def _forest(args: argparse.Namespace) -> None:
         raise ValueError(f'contrasts: the rows of none are finished in {", ".join(found)}')
     print(frame.to_markdown(index=False, floatfmt='+.2f'))
     make_folder(args.out.parent)
-    margin = margins.pop() if len(margins) == 1 else None
-    plot_forest(frame, margin).savefig(args.out, dpi=110)
+    plot_forest(frame, margins.pop() if len(margins) == 1 else None).savefig(args.out, dpi=110)
     print(args.out)
 
 
@@ -144,44 +157,44 @@ def _measure(args: argparse.Namespace) -> None:
         raise ValueError(f'{args.spec}: shifts names none')
     if not work.comparison.tested:
         raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
-    work.own('measured')
-    measure = measure_shifts if args.action == 'shifts' else measure_routing
-    if names := measure(work.runs, work.store):
+    runs, usable = work.own('measured')
+    here = [one for one in runs if has_checkpoint(one, usable[one.place])]
+    (measure_shifts if args.action == 'shifts' else measure_routing)(here, usable, work.store)
+    if names := [one.name for one in runs if one not in here]:
         print(f'no checkpoint is here of the training of: {", ".join(names)}')
 
 
 def _check(args: argparse.Namespace) -> None:
     work = Work(args)
     check(args.sample is None or args.sample > 0, '--sample', args.sample, 'at least 1')
-    usable = work.own('checked', refuted=True)
-    runs = [one for one in work.runs if (one.row, one.seed) in usable]
+    runs, usable = work.own('checked', refuted=True)
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
-    failed: dict[str, list[str]] = {'are stale': [], 'cannot be repeated': []}
+    failed = []
     for one in tqdm(runs, unit='row', disable=None):
         try:
-            finding = repeat(one, usable[one.row, one.seed])
+            finding = repeat(one, usable[one.place])
+            work.store.add(one, checked=finding)
+            said = None if finding['equal'] else f'{one.name} is stale: {finding["finding"]}'
         except ValueError as error:
-            failed['cannot be repeated'].append(one.name)
-            tqdm.write(str(error))
-            continue
-        work.store.add(one, checked=finding)
-        if not finding['equal']:
-            failed['are stale'].append(one.name)
-            tqdm.write(f'{one.name} is stale: {finding["finding"]}')
-    came = len(runs) - sum(map(len, failed.values()))
-    print(f'the first losses of {came} of {len(runs)} rows came out again')
-    if told := [
-        f'{len(each)} rows {what}: {", ".join(each)}' for what, each in failed.items() if each
-    ]:
-        raise ValueError('; '.join(told))
+            said = str(error)
+        if said is not None:
+            failed.append(one.name)
+            tqdm.write(said)
+    print(f'the first losses of {len(runs) - len(failed)} of {len(runs)} rows came out again')
+    if failed:
+        raise ValueError(f'{len(failed)} rows did not come out again: {", ".join(failed)}')
 
 
 def _control(args: argparse.Namespace) -> None:
     separations = args.separation or control.SEPARATIONS[args.quick]
     seeds = args.seeds or control.SEEDS[args.quick]
-    valid = all(0 < separation < math.inf for separation in separations)
-    check(valid, '--separation', separations, 'above 0 and finite')
+    check(
+        all(0 < s < math.inf for s in separations),
+        '--separation',
+        separations,
+        'above 0 and finite',
+    )
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
     rows, out = control.find_rows(args.methods), args.out or Path('work_dirs/control/control.json')
     make_folder(out.parent)  # before the work
@@ -205,41 +218,55 @@ _ACTIONS = {
     'forest': (_forest, 'draw contrasts of several comparisons, and what they say together'),
     'control': (_control, 'see which router finds which structure, in tokens of known clusters'),
 }
+_SPECS, _PARTS = 'run table shifts routing check', 'run shifts routing check'
 # arguments, the actions that take them, and what argparse is told
 _ARGUMENTS: list[tuple[str, str, Any]] = [
-    (
-        'spec',
-        'run table shifts routing check',
-        {'help': 'file in configs/comparisons, or a config'},
-    ),
+    ('spec', _SPECS, {'help': 'file in configs/comparisons, or a config'}),
     ('specs', 'forest', {'nargs': '+', 'metavar': 'SPEC', 'help': 'files in configs/comparisons'}),
-    ('--rows', 'run shifts routing check', {'nargs': '+', 'metavar': 'ROW', 'help': 'only these'}),
+    ('--rows', _PARTS, {'nargs': '+', 'metavar': 'ROW', 'help': 'only these'}),
     ('--separation', 'control', {'nargs': '+', 'type': float, 'metavar': 'S'}),
-    ('--seeds', 'run shifts routing check control', {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
+    ('--seeds', f'{_PARTS} control', {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
     ('--methods', 'control', {'nargs': '+', 'default': [], 'metavar': 'ROW', 'help': 'only these'}),
     ('--quick', 'control', {'action': 'store_true', 'help': 'two separations and one seed'}),
-    (
-        '--work-dir',
-        'run table shifts routing check',
-        {'type': Path, 'default': WORK_DIR, 'help': 'for runs'},
-    ),
-    (
-        '--results',
-        'run table shifts routing check forest',
-        {'type': Path, 'default': Path('docs/results'), 'help': 'for rows and tables'},
-    ),
+    ('--work-dir', _SPECS, {'type': Path, 'default': WORK_DIR, 'help': 'for runs'}),
+    ('--results', f'{_SPECS} forest', {'type': Path, 'default': Path('docs/results'),
+                                       'help': 'for rows and tables'}),
     ('--jobs', 'run', {'type': int, 'help': 'at a time (default: one, or one per GPU)'}),
     ('--images', 'table', {'type': Path, 'help': 'folder for what documents show of it'}),
     ('--sample', 'check', {'type': int, 'metavar': 'N', 'help': 'only N rows, drawn at random'}),
-    (
-        '--out',
-        'forest',
-        {'type': Path, 'default': Path(WORK_DIR, 'forest.png'), 'metavar': 'FILE.png'},
-    ),
+    ('--out', 'forest', {'type': Path, 'default': WORK_DIR / 'forest.png', 'metavar': 'FILE.png'}),
     ('--out', 'control', {'type': Path, 'metavar': 'FILE.json', 'help': 'scores; a figure beside'}),
-    (
-        '--debug',
-        ' '.join(_ACTIONS),
-        {'action': 'store_true', 'help': 'show the full trace of an error'},
-    ),
-]
+]  # fmt: skip
+
+
+TOLERANCE = 1e-3  # relative: another processor rounds differently
+
+
+def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
+    """Trains for as many iterations as a row keeps losses of, and compares them."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = run.train(Path(folder), 'default_hooks.record.only_first=True')
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD}
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip() or 'killed').splitlines()[-1]
+            raise ValueError(f'{run.name} cannot be repeated: {last}')
+        record = load(Path(folder) / 'run.json')
+    weights = record['starting_weights']
+    if content.get('starting_weights', weights) != weights:
+        there = ', '.join(f'{name} ({digest})' for name, digest in weights.items())
+        raise ValueError(f'{run.name} cannot be repeated: it began with other weights than {there}')
+    return {'commit': commit(), **compared(record['first_losses'], content['first_losses'])}
+
+
+def compared(losses: Sequence[float], kept: Sequence[float]) -> dict[str, Any]:
+    """Whether losses came out again; those that are no number never did."""
+    off = np.abs(np.subtract(losses, kept)) / np.where(kept, np.abs(kept), 1)
+    worst = int(off.argmax())  # the first nan, if there is one
+    largest = float(off[worst])
+    return {
+        'equal': largest <= TOLERANCE,
+        'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
+        'largest_relative_difference': largest if math.isfinite(largest) else None,
+    }

@@ -25,11 +25,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from vqmoe_vision.analysis.drawing import styled
 from vqmoe_vision.analysis.measures import mutual_information
+from vqmoe_vision.analysis.pictures import styled
 from vqmoe_vision.analysis.record import evaluating, record_layers
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
-from vqmoe_vision.moe.config import MoeConfig, check
+from vqmoe_vision.moe.config import MoeConfig
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.methods import Method
@@ -37,6 +37,7 @@ from vqmoe_vision.moe.raw_patches import Host, ImageReader, RawPatches
 from vqmoe_vision.moe.routing import Router, Routing
 
 from .figures import colour_of, marker_of
+from .spec import choose
 
 WIDTH, INFORMATIVE = 64, 16  # channels of a token, and of the nuisance those that labels go by
 CLUSTERS, LABELS = 8, 4
@@ -45,7 +46,6 @@ IMAGES, TOKENS = 64, GRID**2  # of a batch, of an image
 HIDDEN = 32  # of an expert
 STEPS, LEARNING_RATE, TESTED = 400, 2e-3, 16  # the last is in batches
 SEPARATIONS, SEEDS = ((0.5, 1.0, 1.5, 2.0, 3.0), (1.0, 3.0)), ((1, 2, 3), (1,))  # and quick ones
-_LINES = ('-', '--', ':', '-.', (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))
 
 
 class Source:
@@ -64,19 +64,15 @@ class Source:
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), and the cluster and the label of each, (B, N) int64."""
-        clusters = self._clusters(TOKENS)
+        draw = partial(torch.ones(CLUSTERS).multinomial, replacement=True, generator=self.generator)
+        clusters = draw(IMAGES * TOKENS).view(IMAGES, TOKENS)
         # not used since all tokens of an image are of clusters of their own, but scores are of it
-        self._clusters(1), torch.rand(clusters.shape, generator=self.generator)
+        draw(IMAGES), torch.rand(clusters.shape, generator=self.generator)
         nuisance = self.normal(IMAGES, TOKENS, len(self.others))
         tokens = self.separation * self.directions[clusters] + nuisance @ self.others
         # what each cluster would answer, (B, N, C, L): cheaper than a matrix for each token
         answers = torch.einsum('bni,kli->bnkl', nuisance[..., :INFORMATIVE], self.matrices)
-        labels = answers.argmax(dim=-1).gather(2, clusters[..., None]).squeeze(2)
-        return tokens, clusters, labels
-
-    def _clusters(self, number: int) -> Tensor:
-        drawn = torch.ones(CLUSTERS).multinomial(IMAGES * number, True, generator=self.generator)
-        return drawn.view(IMAGES, number)
+        return tokens, clusters, answers.argmax(dim=-1).gather(2, clusters[..., None]).squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,7 @@ def all_rows() -> dict[str, Row]:
 def find_rows(names: Sequence[str]) -> list[Row]:
     """Rows by their names; all of them if there is no name."""
     rows = all_rows()
-    unknown = [name for name in names if name not in rows]
-    check(not unknown, '--methods', unknown, f'of {", ".join(rows)}')
-    return [rows[name] for name in dict.fromkeys(names or rows)]
+    return [rows[name] for name in choose('--methods', names or None, rows)]
 
 
 def _forms(method: str) -> Iterator[Row]:
@@ -274,10 +268,11 @@ def plot_control(scores: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(8.6, 12), layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     rows, places = all_rows(), defaultdict[str, Any](count)
+    lines = '-', '--', ':', '-.', (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4))
     for name in dict.fromkeys(frame.row):
         place, style = next(places[kind := rows[name].kind]), dict[str, Any](label=name)
         if kind == 'control':
-            style |= {'color': 'black', 'linestyle': _LINES[place % 6]}
+            style |= {'color': 'black', 'linestyle': lines[place % 6]}
         elif kind == 'form':
             style |= {'color': '0.8', 'label': '_', 'zorder': 1}
         else:  # the eighth colour is grey
@@ -294,6 +289,6 @@ def plot_control(scores: Sequence[Mapping[str, Any]]) -> Figure:
     )
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    lines = upper.get_legend_handles_labels()
-    figure.legend(*lines, loc='outside lower center', ncols=2, frameon=False)
+    shown = upper.get_legend_handles_labels()
+    figure.legend(*shown, loc='outside lower center', ncols=2, frameon=False)
     return figure

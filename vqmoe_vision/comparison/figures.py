@@ -106,13 +106,11 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
 
 def curve_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Colour and line of each row that has them; one from a checkpoint has its row's colour."""
-    names: dict[str, int] = {}
-    styles = {}
+    names, styles = dict[str, int](), {}
     for row in comparison.highlighted or comparison.rows:
         number = names.setdefault(row.removesuffix(STARTED), len(names))
         named = {option.partition('=')[0].rpartition('.')[2] for option in comparison.rows[row]}
-        of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        style = of_ten[not named.isdisjoint(STARTS)]
+        style = _STYLES[number // len(_COLOURS) % len(_STYLES)][not named.isdisjoint(STARTS)]
         styles[row] = {'color': colour_of(number), 'linestyle': style}
     return styles
 
@@ -120,15 +118,13 @@ def curve_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
 def _draw(
     axes: Axes, row: str, style: dict[str, Any] | None, curves: Sequence[Mapping[float, float]]
 ) -> None:
-    steps = sorted({step for curve in curves for step in curve})
-    values = [[curve[step] for curve in curves if step in curve] for step in steps]
-    mean = np.array([np.mean(each) for each in values])
-    deviation = np.array([np.std(each, ddof=1) if len(each) > 1 else 0 for each in values])
+    values = pd.DataFrame(curves).sort_index(axis=1)
+    mean, deviation, steps = values.mean(), values.std().fillna(0), values.columns
     marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
     if style is None:  # matplotlib's legend leaves out what begins with an underscore
         axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **_OTHERS)
         return
-    label = f'{row} ({len(values[-1])})'
+    label = f'{row} ({values[steps[-1]].count()})'
     axes.plot(steps, mean, label=label, marker=marker, markersize=3, **style)
     band = {'color': style['color'], 'alpha': 0.15, 'lw': 0}
     axes.fill_between(steps, mean - deviation, mean + deviation, **band)
@@ -138,21 +134,19 @@ def plot_forest(frame: pd.DataFrame, margin: float | None) -> Figure:
     """Draws contrasts of `forest`, a panel each, with what they say together as a diamond."""
     panels = dict(tuple(frame.groupby('contrast', sort=False)))
     names = [name for name in dict.fromkeys(frame['comparison']) if name != TOGETHER]
-    size = 1.5 + 4 * len(panels), 1.6 + 0.35 * len(names)
-    figure = Figure(figsize=size, layout='constrained')
+    figure = Figure(figsize=(1.5 + 4 * len(panels), 1.6 + 0.35 * len(names)), layout='constrained')
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (contrast, lines) in zip(grid, panels.items(), strict=True):
         axes.axvline(0, color='black', linewidth=0.8)
         if margin is not None:
             axes.axvspan(-margin, margin, color='0.9', zorder=0)
-        for _, (_, name, middle, low, high) in lines.iterrows():
+        for _, name, middle, low, high in lines.itertuples(index=False):
             place = [*names, TOGETHER].index(name)
-            if place < len(names):
+            if name == TOGETHER:
+                axes.fill([low, middle, high, middle], np.add([0, -0.25, 0, 0.25], place), 'k')
+            else:
                 ends = [[middle - low], [high - middle]]
                 axes.errorbar(middle, place, xerr=ends, fmt='o', color='C0', capsize=3)
-            else:
-                corners = [low, middle, high, middle], [place, place - 0.25, place, place + 0.25]
-                axes.fill(*corners, 'k')
         axes.set(title=contrast, xlabel='difference (95 % interval)')
     ticks = {'yticks': range(len(names) + 1), 'yticklabels': [*names, TOGETHER]}
     grid[0].set(**ticks, ylim=(len(names) + 0.5, -0.5))

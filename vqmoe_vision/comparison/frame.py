@@ -31,7 +31,7 @@ from .store import Results
 UNEQUAL = 0.05  # share of the reference's compute
 TEST, HELD_OUT, ROUTING = 'test', 'held out', 'routing'  # splits beside the shifts
 LEFT = 'left, %'  # of a run's own score, under a shift
-_MADE_BY = 'device', 'hardware', 'commit'
+
 LAYERS = {
     'unused_experts': 'load_unused',
     'load_perplexity': 'load_perplexity',
@@ -42,11 +42,11 @@ LAYERS = {
 def tidy(comparison: Comparison, results: Results) -> pd.DataFrame:
     """What tests gave of every run: a line each of row, seed, split, name and value."""
     lines = [
-        (row, seed, split, name, value)
+        (row, seed, *number)
         for row in comparison.rows
         for (own, seed), content in results.usable.items()
         if own == row
-        for split, name, value in _numbers(comparison, content)
+        for number in _numbers(comparison, content)
     ]
     return pd.DataFrame(lines, columns=['row', 'seed', 'split', 'name', 'value'])
 
@@ -98,7 +98,7 @@ def contrasts(comparison: Comparison, results: Results, values: pd.DataFrame) ->
     frame = pd.DataFrame.from_dict(lines, orient='index')
     if lines:
         frame['p_holm'] = pd.Series(holm(frame['p'].to_dict(), len(lines)), dtype=float)
-        frame['finding'] = [_word(line, margin) for _, line in frame.iterrows()]
+        frame['finding'] = frame.apply(_word, axis=1, margin=margin)
     return frame
 
 
@@ -163,15 +163,17 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
             **{name: first[name] for name in ('params', 'active_params', 'macs', 'images')},
             'minutes': pd.Series([c[clock] for c in contents]).mean() if one else math.nan,
             **{name: of_layers(values, TEST, of, [row])[0] for name, of in LAYERS.items()},
-            **{n: ', '.join(sorted({c[n] for c in contents})) for n in _MADE_BY},
+            **{
+                name: ', '.join(sorted({c[name] for c in contents}))
+                for name in ('device', 'hardware', 'commit')
+            },
         }
     frame = pd.DataFrame.from_dict(lines, orient='index')
     for name in comparison.also:
         _add_further(frame, name, values, comparison)
     if comparison.reference in frame.index:
         compute = frame['macs'] * frame['images']
-        compute /= compute[comparison.reference]
-        frame['unequal_compute'] = (compute - 1).abs() > UNEQUAL
+        frame['unequal_compute'] = (compute / compute[comparison.reference] - 1).abs() > UNEQUAL
     return frame
 
 
@@ -208,9 +210,9 @@ def of_layers(
 ) -> list[list[float]]:
     """A statistic of each layer as mean over seeds, in the order of layers, for each row."""
     of = values[(values['split'] == split) & values['name'].str.endswith(f'/{name}')]
-    found: dict[str, dict[str, float]] = {row: {} for row in rows}
-    for (row, layer), each in of.groupby(['row', 'name'], sort=False)['value']:
+    found: dict[str, list[float]] = {row: [] for row in rows}
+    of = of.assign(length=of['name'].str.len())  # blocks.2 before blocks.10
+    for (row, _, _), each in of.groupby(['row', 'length', 'name'])['value']:
         if row in found:
-            found[row][layer] = float(each.mean(skipna=False))
-    # blocks.2 before blocks.10
-    return [[of[n] for n in sorted(of, key=lambda n: (len(n), n))] for of in found.values()]
+            found[row].append(float(each.mean(skipna=False)))
+    return [*found.values()]

@@ -4,6 +4,7 @@ Nothing is trained for it: the last checkpoints are tested again, all of them on
 which are read and changed once. docs/routing-measures.md defines the measures of routing.
 """
 
+import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from tqdm import tqdm
 
-from vqmoe_vision.analysis.checkpoints import convergence, routing_changes
 from vqmoe_vision.analysis.measures import kept_beyond_chance
+from vqmoe_vision.analysis.shifts import CORRUPTIONS, all_shifts, convergence, routing_changes
 from vqmoe_vision.analysis.source import images_of, source_of
 from vqmoe_vision.analysis.survey import survey
 from vqmoe_vision.engine.checkpoint import read_content
@@ -28,27 +29,23 @@ from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
 
-from .runs import Run
 from .spec import Comparison, words_of
-from .store import Store, rounded
+from .store import Run, Store, Usable
 
 NUM_IMAGES = 1000  # of the test
 SHIFTED_IMAGES = 100
 SEVERITY = 3
-PLACE = '{corruption}'
-# As imagecorruptions lists them. It is in the extra `analyze`, which whoever makes tables of what
-# was measured need not have.
-CORRUPTIONS = (
-    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
-    'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',
-    'jpeg_compression',
-)  # fmt: skip
 
 
 def expanded(line: str) -> list[str]:
     """The options of each test that a shift stands for: of each corruption, if it names them."""
-    names = CORRUPTIONS if PLACE in line else ('',)
-    return [line.replace(PLACE, name) for name in names]
+    place = '{corruption}'
+    return [line.replace(place, name) for name in CORRUPTIONS] if place in line else [line]
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to five digits, so that a row is a few kilobytes."""
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f'{float(digits):.5g}'))
 
 
 def check_shifts(run: Run) -> None:
@@ -74,24 +71,22 @@ def shift_scores(comparison: Comparison, content: Mapping[str, Any]) -> dict[str
     }
 
 
-def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
-    """Tests finished runs under the shifts that they lack; returns those without a checkpoint."""
-    usable, present, absent = store.with_checkpoints(runs)
-    for name, line in runs[0].comparison.shifts.items():
-        due = [r for r in present if name not in shift_scores(r.comparison, usable[r.row, r.seed])]
+def measure_shifts(runs: Sequence[Run], usable: Usable, store: Store) -> None:
+    """Tests finished runs under the shifts that their rows lack."""
+    for name, line in runs[0].comparison.shifts.items() if runs else ():
+        due = [r for r in runs if name not in shift_scores(r.comparison, usable[r.place])]
         if not due:
             continue
-        tests = {options: shlex.split(options) for options in expanded(line)}
+        tests = expanded(line)
         # one model for all of them: they differ in the corruption alone
-        first = next(iter(tests.values()))
+        first = shlex.split(tests[0])
         models = [load_trained(r.config(*first), str(last_checkpoint(r.folder))) for r in due]
-        found = {options: _test(due, models, words) for options, words in tests.items()}
-        for number, (run, model) in enumerate(zip(due, models, strict=True)):
-            scores = {options: of_runs[number] for options, of_runs in found.items()}
+        found = [_test(due, models, shlex.split(options)) for options in tests]
+        for run, model, scores in zip(due, models, zip(*found, strict=True), strict=True):
             # of all tests of the shift together
             routing = rounded(summarize(model.routing_statistics.means()))
-            store.add(run, shifts={name: scores}, shift_routing={name: routing})
-    return absent
+            shifted = dict(zip(tests, scores, strict=True))
+            store.add(run, shifts={name: shifted}, shift_routing={name: routing})
 
 
 def _test(runs: Sequence[Run], models: Sequence[Any], options: Sequence[str]) -> list[float]:
@@ -109,13 +104,11 @@ def _test(runs: Sequence[Run], models: Sequence[Any], options: Sequence[str]) ->
     return [float(evaluator.evaluate(count)[metric]) for evaluator in evaluators]
 
 
-def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
-    """Surveys finished runs that have no such numbers yet; returns those without a checkpoint."""
-    usable, present, absent = store.with_checkpoints(runs)
-    for run in tqdm(present, unit='run'):
-        if 'routing' not in usable[run.row, run.seed]:
+def measure_routing(runs: Sequence[Run], usable: Usable, store: Store) -> None:
+    """Surveys finished runs whose rows have no such numbers yet."""
+    for run in tqdm(runs, unit='run'):
+        if 'routing' not in usable[run.place]:
             store.add(run, routing=_routing(run))
-    return absent
 
 
 def _routing(run: Run) -> dict[str, Any]:
@@ -125,8 +118,6 @@ def _routing(run: Run) -> dict[str, Any]:
     layers = moe_layers(model.routed_model)
     if not layers:
         return {}
-    from vqmoe_vision.analysis.corruptions import all_shifts  # with numba, in extra `analyze`
-
     source = source_of(model, config, NUM_IMAGES)
     seen = survey(
         model.routed_model,

@@ -8,13 +8,12 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from tqdm import tqdm
@@ -22,8 +21,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.checkpoint_files import candidates
 from vqmoe_vision.engine.cli import make_folder
 
-from .runs import ONE_THREAD, Run
-from .store import Store
+from .store import ONE_THREAD, Run, Store
 
 _POLL_SECONDS = 0.2
 
@@ -38,9 +36,7 @@ class Task:
     row: bool = True  # is missing; otherwise it is trained again for the checkpoint alone
     # while it is worked on
     slot: int = 0
-    lock: Any = None  # open file
     process: subprocess.Popen | None = None
-    testing: bool = False
 
     @property
     def name(self) -> str:
@@ -49,28 +45,46 @@ class Task:
         return name if self.leaves is None else f'{self.run.comparison.name}/{name}'
 
     @property
-    def tested(self) -> bool:
-        """Whether a test belongs to it."""
-        return self.row and self.run.comparison.tested
-
-    @property
     def trained(self) -> bool:
         """Whether its training is over."""
         record = self.run.folder / 'run.json'
         return record.is_file() and (self.leaves is None or self.leaves.is_file())
 
-    @property
-    def missing(self) -> list[str]:
-        """Names of the files that it has not left yet."""
-        folder = self.run.folder
-        needed = {self.leaves: True, folder / 'run.json': self.row}
-        needed |= {folder / 'test.json': self.tested}
-        return [f.name for f, due in needed.items() if f is not None and due and not f.is_file()]
-
-    @property
-    def log(self) -> Path:
-        """What its process says."""
-        return self.run.folder / ('test.log' if self.testing else 'train.log')
+    def work(self, lock: IO[str], gpus: Sequence[str]) -> Iterator[None]:
+        """Trains and tests it as far as that is due, and collects its row; yields meanwhile."""
+        folder, tested = self.run.folder, self.row and self.run.comparison.tested
+        due = [] if self.trained else ['train']
+        due += ['test'] if tested and (due or not (folder / 'test.json').is_file()) else []
+        environment = {**os.environ, **ONE_THREAD}
+        if gpus:
+            environment['CUDA_VISIBLE_DEVICES'] = gpus[self.slot % len(gpus)]
+        with lock:
+            for name in due:
+                command = self.run.test(folder) if name == 'test' else self.run.train(folder)
+                if name == 'train' and candidates(folder):
+                    command.insert(command.index('--work-dir'), '--resume')
+                with (log := folder / f'{name}.log').open('a') as file:
+                    self.process = subprocess.Popen(
+                        command,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        env=environment,
+                        pass_fds=[lock.fileno()],
+                    )
+                while (code := self.process.poll()) is None:
+                    yield
+                if code < 0:
+                    raise ValueError(f'killed by {signal.Signals(-code).name}, see {log}')
+                if code > 0:
+                    said = log.read_text(errors='replace').strip() or 'it said nothing'
+                    raise ValueError(f'{said.splitlines()[-1].strip()} ({log})')
+            needed = {self.leaves: True, folder / 'run.json': self.row}
+            needed |= {folder / 'test.json': tested}
+            if left := [f.name for f, must in needed.items() if f and must and not f.is_file()]:
+                raise ValueError(f'its commands left no {" and ".join(left)} in {folder}')
+            if self.row:
+                self.store.collect(self.run)
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
@@ -105,7 +119,7 @@ class Queue:
         self._gpus = visible_gpus(os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.device_count())
         self._slots = range(jobs or max(len(self._gpus), 1))
         self._waiting, self._pause = list(tasks), pause
-        self._jobs: list[Task] = []
+        self._jobs: dict[Task, Iterator[None]] = {}
         self._failed: list[str] = []
         for folder in {pause.parent, *(task.store.folder for task in tasks)}:
             make_folder(folder)
@@ -121,32 +135,33 @@ class Queue:
                 self._hold_while_paused()
                 for task in list(self._waiting):
                     self._start(task)
-                for job in list(self._jobs):
+                for task, job in list(self._jobs.items()):
                     try:
-                        said = self._advance(job)
+                        next(job)
+                    except StopIteration:
+                        self._end(task)
                     except (OSError, ValueError) as error:  # of its files: it ends alone
-                        said = str(error)
-                    if said is not None:
-                        self._jobs.remove(job)
-                        job.lock.close()
-                        self._say(job, said)
-                begun = sum(map(_share, self._jobs))
-                bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
-                bar.set_postfix_str(', '.join(job.name for job in self._jobs), False)
+                        self._end(task, str(error))
+                bar.update(
+                    total
+                    - len(self._waiting)
+                    - len(self._jobs)
+                    + sum(map(_share, self._jobs))
+                    - bar.n
+                )
+                bar.set_postfix_str(', '.join(task.name for task in self._jobs), False)
                 time.sleep(_POLL_SECONDS)
         finally:
-            for job in self._jobs:
-                if job.process is not None:
-                    job.process.terminate()
-                    job.process.wait()
+            for process in self._processes():
+                process.terminate()
+                process.wait()
             bar.close()
             signal.signal(signal.SIGTERM, before)
         return self._failed
 
     def _start(self, task: Task) -> None:
         """Takes a task up, if there is room and what it starts from is there."""
-        free = {*self._slots} - {job.slot for job in self._jobs}
-        if not free:
+        if not (free := {*self._slots} - {job.slot for job in self._jobs}):
             return
         try:
             unfinished = {other.run.folder for other in (*self._waiting, *self._jobs)}
@@ -156,64 +171,32 @@ class Queue:
                 if not checkpoint.is_file():
                     name = f'{first.comparison.name}/{first.name}'
                     raise ValueError(f'{name} has left no {checkpoint}')
-            task.lock = _claimed(task)
-            if task.lock is None:
+            if (lock := _claimed(task)) is None:
                 return  # another queue works on it: perhaps it is finished when we look again
-            task.slot, task.testing = min(free), task.tested and task.trained
-            self._jobs.append(task)
+            task.slot, self._jobs[task] = min(free), task.work(lock, self._gpus)
         except (OSError, ValueError) as error:
-            self._say(task, str(error))
+            self._end(task, str(error))
         self._waiting.remove(task)
 
-    def _advance(self, job: Task) -> str | None:
-        """Does what is next for a job; what went wrong at its end, '' if nothing, None before."""
-        begun, last = job.process is not None, job.testing or not job.tested
-        if job.process is not None:
-            if job.process.poll() is None:
-                return None
-            if job.process.returncode != 0:
-                return _last_line(job, job.process.returncode)
-        if (last or not begun) and not job.missing:
-            if job.row:
-                job.store.collect(job.run)
-            return ''
-        if last and begun:
-            return f'its commands left no {" and ".join(job.missing)} in {job.run.folder}'
-        job.testing |= begun
-        folder = job.run.folder
-        command = job.run.test(folder) if job.testing else job.run.train(folder)
-        if not job.testing and candidates(folder):
-            command.insert(command.index('--work-dir'), '--resume')
-        environment = {**os.environ, **ONE_THREAD}
-        if self._gpus:
-            environment['CUDA_VISIBLE_DEVICES'] = self._gpus[job.slot % len(self._gpus)]
-        with job.log.open('a') as log:
-            job.process = subprocess.Popen(
-                [sys.executable, *command[1:]],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                pass_fds=[job.lock.fileno()],
-            )
-        return None
-
-    def _say(self, task: Task, error: str) -> None:
+    def _end(self, task: Task, error: str = '') -> None:
+        self._jobs.pop(task, None)
         self._failed += [task.name] if error else []
         tqdm.write(f'{task.name} failed: {error}' if error else f'{task.name} is finished')
+
+    def _processes(self) -> list[subprocess.Popen]:
+        return [task.process for task in self._jobs if task.process is not None]
 
     def _hold_while_paused(self) -> None:
         if not self._pause.exists():
             return
-        processes = [job.process for job in self._jobs if job.process is not None]
         tqdm.write(f'paused until {self._pause} is removed')
-        for process in processes:
+        for process in self._processes():
             process.send_signal(signal.SIGSTOP)
         try:
             while self._pause.exists():
                 time.sleep(_POLL_SECONDS)
         finally:
-            for process in processes:
+            for process in self._processes():
                 process.send_signal(signal.SIGCONT)
 
 
@@ -248,15 +231,8 @@ def _lock(path: Path) -> IO[str] | None:
     return None
 
 
-def _share(job: Task) -> float:
+def _share(task: Task) -> float:
     with suppress(OSError, ValueError, ZeroDivisionError):  # not there yet, or written in half
-        done, total = map(int, (job.run.folder / 'progress').read_text().split())
+        done, total = map(int, (task.run.folder / 'progress').read_text().split())
         return done / total
     return 0.0
-
-
-def _last_line(job: Task, code: int) -> str:
-    if code < 0:
-        return f'killed by {signal.Signals(-code).name}, see {job.log}'
-    said = job.log.read_text(errors='replace').strip() or 'it said nothing'
-    return f'{said.splitlines()[-1].strip()} ({job.log})'

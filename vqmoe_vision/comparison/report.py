@@ -34,7 +34,6 @@ from .store import SPLITS, Results, data_of
 _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
 _BY_NOISE = 'by the noise of the budget'
-_LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 _ERROR = 'quantization error'
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
@@ -77,7 +76,7 @@ def shown(
         deviations = frame.get(f'{name}_std', pd.Series(math.nan, frame.index))
         columns[name] = map(_mean_cell, frame[name], deviations)
     told = {
-        'minutes': len(_machines(results)) == 1,
+        'minutes': len({content['hardware'] for content in results.usable.values()}) == 1,
         _HELD_OUT: 'held_out_difference' in frame,
         _IMAGES: not frame['images_low'].isna().all(),
     }
@@ -106,10 +105,6 @@ def _difference_to(comparison: Comparison) -> str:
     return f'difference to {comparison.reference} (95 % interval)'
 
 
-def _machines(results: Results) -> list[str]:
-    return sorted({content['hardware'] for content in results.usable.values()})
-
-
 def _number(value: float) -> str:
     return '-' if math.isnan(value) else f'{value:.2f}'
 
@@ -120,12 +115,11 @@ def _p_value(value: float) -> str:
 
 def _interval(difference: Difference | None, seeds: int) -> str:
     """Such as '+1.00 (+0.50 to +1.50), 2 pairs'."""
-    if difference is None or math.isnan(difference.mean):
+    if difference is None or not (pairs := difference.pairs):
         return '-'
-    known = not math.isnan(difference.low)
-    ends = f' ({_ends(difference.low, difference.high)})' if known else ''
-    pairs = f', {difference.pairs} {"pairs" if known else "pair"}'
-    return f'{difference.mean:+.2f}{ends}{pairs if difference.pairs != seeds else ""}'
+    ends = f' ({_ends(difference.low, difference.high)})' if pairs > 1 else ''
+    few = f', {pairs} {"pairs" if pairs > 1 else "pair"}' if pairs != seeds else ''
+    return f'{difference.mean:+.2f}{ends}{few}'
 
 
 def _ends(low: float, high: float) -> str:
@@ -152,18 +146,19 @@ def shift_table(comparison: Comparison, values: pd.DataFrame) -> pd.DataFrame:
         errors = of_layers(values, shift, 'quantization_error', scores)
         for (row, of_row), layers in zip(scores.items(), errors, strict=True):
             column = pd.Series(of_row)
-            line = {
-                'shift': shift,
-                'row': row,
-                metric: _number(column.mean()),
-                'std': _number(column.std()),
-                'seeds': str(len(column)),
-                difference: _interval(own.get(row), len(column)),
-                LEFT: _number(pd.Series(left.get(row, {}), dtype=float).mean()),
-                f'its {difference}': _interval(of_left.get(row), len(column)),
-                _ERROR: _layer_cell(layers),
-            }
-            lines.append(line)
+            lines.append(
+                {
+                    'shift': shift,
+                    'row': row,
+                    metric: _number(column.mean()),
+                    'std': _number(column.std()),
+                    'seeds': str(len(column)),
+                    difference: _interval(own.get(row), len(column)),
+                    LEFT: _number(pd.Series(left.get(row, {}), dtype=float).mean()),
+                    f'its {difference}': _interval(of_left.get(row), len(column)),
+                    _ERROR: _layer_cell(layers),
+                }
+            )
     none = all(line[_ERROR] == '-' for line in lines)
     return pd.DataFrame(lines).drop(columns=[_ERROR] if lines and none else [])
 
@@ -175,8 +170,7 @@ def routing_table(values: pd.DataFrame) -> pd.DataFrame:
     for (row, name), each in of.groupby(['row', 'name'], sort=False)['value']:
         decider, _, measure = name.rpartition('/')
         line = lines.setdefault((row, decider), {'row': row, 'decider': decider})
-        line['seeds'] = str(len(each))
-        line[measure] = _mean_cell(each.mean(), each.std())
+        line |= {'seeds': str(len(each)), measure: _mean_cell(each.mean(), each.std())}
     return pd.DataFrame([*lines.values()])
 
 
@@ -209,76 +203,61 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
             f'* does not have the compute of {comparison.reference}: multiply-accumulates of an '
             f'image times images seen in training differ by more than {UNEQUAL:.0%}.'
         )
-    machines = _machines(results)
+    rows = results.usable.values()
+    machines = sorted({content['hardware'] for content in rows})
     kind = 'processor' if (frame['device'] == 'cpu').all() else 'wall-clock'
     if len(machines) > 1:
         said.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
     else:
         said.append(f'Minutes are {kind} time of training: {machines[0]}.')
-    rows = results.usable.values()
     seen = {s: {d: 0 for c in rows for n, d in data_of(c) if n == s} for s in SPLITS}
     if parts := [f'{split} {" and ".join(data)}' for split, data in seen.items() if data]:
         said.append(f'Data: {"; ".join(parts)}.')
     if unknown := sum('data' not in content for content in rows):
         said.append(f'Which data they saw is not recorded of {unknown} of {len(rows)} runs.')
-    return [*said, _said_of_checks(results)]
-
-
-def _said_of_checks(results: Results) -> str:
-    """How many rows have been checked and where, and which have not."""
-    usable = results.usable
-    right = {key: content['checked'] for key, content in usable.items() if 'checked' in content}
+    right = [
+        content['checked']['commit'] or 'outside git' for content in rows if 'checked' in content
+    ]
     if not right:
-        return f'None of the {len(usable)} runs has been checked: `tools/compare.py check` does so.'
-    commits = Counter(check['commit'] or 'outside git' for check in right.values())
-    at = ', '.join(f'{commit} ({n})' for commit, n in sorted(commits.items()))
-    line = f'The first losses of {len(right)} of {len(usable)} runs came out again, at {at}.'
-    open_ = ', '.join(f'{row}-seed{seed}' for row, seed in usable if (row, seed) not in right)
-    return f'{line} Not checked: {open_}.' if open_ else line
+        return [
+            *said,
+            f'None of the {len(rows)} runs has been checked: `tools/compare.py check` does so.',
+        ]
+    at = ', '.join(f'{commit} ({n})' for commit, n in sorted(Counter(right).items()))
+    line = f'The first losses of {len(right)} of {len(rows)} runs came out again, at {at}.'
+    open_ = ', '.join(
+        f'{row}-seed{n}' for (row, n), c in results.usable.items() if 'checked' not in c
+    )
+    return [*said, f'{line} Not checked: {open_}.' if open_ else line]
 
 
 def write_tables(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
     """Writes the table of a comparison; the same rows give the same bytes."""
-    values = tidy(comparison, results)
+    values, rows = tidy(comparison, results), results.usable.values()
     frame = summary(comparison, results, values)
-    table, said = shown(comparison, results, values, frame), notes(comparison, results, frame)
     first = contrast_table(comparison, contrasts(comparison, results, values))
-    texts = {
-        'md': _markdown(comparison, results, values, [first, table], said),
-        'tex': _latex(table, ' '.join(said)),
-        'csv': frame.to_csv(index_label='row'),
-    }
-    make_folder(folder)
-    files = {folder / f'{comparison.name}.{kind}': text for kind, text in texts.items()}
-    for file, text in files.items():
-        _check_file(file)
-        file.write_text(text.rstrip() + '\n')
-    return [*files]
-
-
-def _markdown(
-    comparison: Comparison,
-    results: Results,
-    values: pd.DataFrame,
-    tables: Sequence[pd.DataFrame],
-    said: Sequence[str],
-) -> str:
-    commits = sorted({content['commit'] for content in results.usable.values()})
+    tables = first, shown(comparison, results, values, frame)
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
-    routed = {c['routing']['images'] for c in results.usable.values() if c.get('routing')}
-    told = _ROUTED.format(images=' or '.join(map(str, sorted(routed))))
+    routed = sorted({content['routing']['images'] for content in rows if content.get('routing')})
+    told = _ROUTED.format(images=' or '.join(map(str, routed)))
     further = {_SHIFTED: shift_table(comparison, values), told: routing_table(values)}
+    commits = ', '.join(sorted({content['commit'] for content in rows}))
     parts = [
         f'# {comparison.name}',
-        f'Made from the rows by `python tools/compare.py table`; commits {", ".join(commits)}.',
+        f'Made from the rows by `python tools/compare.py table`; commits {commits}.',
         *(_table(table) for table in tables if not table.empty),
-        _list(said),
+        _list(notes(comparison, results, frame)),
         *(f'{text}\n\n{_table(table)}' for text, table in further.items() if not table.empty),
     ]
     parts += ['Left out:', _list(left_out)] if left_out else []
     if results.missing:
         parts += ['Not run:', _list([', '.join(run.name for run in results.missing)])]
-    return '\n\n'.join(parts)
+    make_folder(folder)
+    files = [folder / f'{comparison.name}.{kind}' for kind in ('md', 'csv')]
+    texts = '\n\n'.join(parts), frame.to_csv(index_label='row')
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text.rstrip() + '\n')
+    return files
 
 
 def _table(table: pd.DataFrame) -> str:
@@ -291,23 +270,16 @@ def _list(lines: Sequence[str]) -> str:
     return '\n'.join('- ' + (f'\\{line}' if line.startswith('*') else line) for line in lines)
 
 
-def _latex(table: pd.DataFrame, caption: str) -> str:
-    # pandas leaves this sign, and the fonts that LaTeX starts with print another in its place
-    text = table.to_latex(index=False, escape=True, caption=caption.translate(_LATEX))
-    return text.replace('<', r'\textless{}')
-
-
 def draw_figures(
     comparison: Comparison, results: Results, folder: Path, images: Path | None = None
 ) -> list[Path]:
     """Draws the figures of a comparison, and those that documents show; the same from the same."""
     values, written = tidy(comparison, results), []
+    own = {'as in training': compared(comparison, values)}
     shifts = {name: compared(comparison, values, name) for name in comparison.shifts}
     figures = {
         'curves': plot_curves(comparison, results.usable),
-        'differences': plot_differences(
-            comparison, {'as in training': compared(comparison, values)}
-        ),
+        'differences': plot_differences(comparison, own),
         'shifts': plot_differences(comparison, {n: of for n, of in shifts.items() if of}),
     }
     files: dict[Path, tuple[str, str | None]] = {
@@ -317,10 +289,9 @@ def draw_figures(
         check(bool(comparison.images), '--images', str(images), 'where a comparison names images')
         make_folder(images)
         drawn_by = f'matplotlib {matplotlib.__version__}'
-        named = comparison.images.items()
-        files |= {images / f'{name}.png': (figure, drawn_by) for figure, name in named}
+        for kind, name in comparison.images.items():
+            files[images / f'{name}.png'] = kind, drawn_by
     for file, (name, software) in files.items():
-        _check_file(file)
         if (figure := figures.get(name)) is not None:
             figure.savefig(file, metadata={'Software': software}, dpi=110)
             written.append(file)
@@ -329,7 +300,3 @@ def draw_figures(
             check(software is None, 'images', name, f'one of those drawn, {drawn}')
             file.unlink(missing_ok=True)
     return written
-
-
-def _check_file(path: Path) -> None:
-    check(not path.is_dir(), 'file', str(path), 'it is a folder; move it away')

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import special, stats
 
 LEVEL = 0.05
 POWER = 0.8
@@ -57,7 +57,7 @@ def differences(scores: Scores, reference: str) -> dict[str, Difference]:
     return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
 
 
-def residual_noise(scores: Scores) -> tuple[float, int]:
+def _residual_noise(scores: Scores) -> tuple[float, int]:
     """Squares of what is left of scores by row and seed, and their degrees of freedom.
 
     It is what is left when each row and each seed has a mean of its own, as in analysis of
@@ -79,12 +79,10 @@ def residual_noise(scores: Scores) -> tuple[float, int]:
 
 def pooled_noise(comparisons: Iterable[Scores]) -> tuple[float, int]:
     """Deviation of a difference of two rows by chance, and its degrees of freedom; nan and 0."""
-    found = [residual_noise(scores) for scores in comparisons]
-    freedom = sum(each for _, each in found)
-    if not freedom:
-        return math.nan, 0
+    squares, freedoms = zip((0.0, 0), *map(_residual_noise, comparisons), strict=True)
+    freedom = sum(freedoms)
     # a difference of two rows has twice the variance
-    return math.sqrt(2 * sum(squares for squares, _ in found) / freedom), freedom
+    return math.sqrt(2 * sum(squares) / freedom) if freedom else math.nan, freedom
 
 
 def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
@@ -132,29 +130,16 @@ def equivalence(found: Difference, margin: float) -> float:
 
 def together(means: Sequence[float], variances: Sequence[float]) -> tuple[float, float, float]:
     """The mean over comparisons whose true differences vary, by DerSimonian and Laird."""
-    y, v = np.array(means), np.array(variances)
-    weights = 1 / v
-    fixed = (weights * y).sum() / weights.sum()
-    excess = (weights * (y - fixed) ** 2).sum() - (len(y) - 1)
+    y, weights = np.array(means), 1 / np.array(variances)
+    excess = (weights * (y - np.average(y, weights=weights)) ** 2).sum() - (len(y) - 1)
     between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
-    weights = 1 / (v + between)
-    mean = float((weights * y).sum() / weights.sum())
-    half = float(stats.norm.isf(LEVEL / 2) / math.sqrt(weights.sum()))
-    return mean, mean - half, mean + half
+    mean, total = np.average(y, weights=1 / (np.array(variances) + between), returned=True)
+    half = stats.norm.isf(LEVEL / 2) / math.sqrt(total)
+    return float(mean), float(mean - half), float(mean + half)
 
 
-def detectable(std: float, pairs: int, freedom: int | None = None) -> float:
-    """The smallest true difference that a paired t-test finds with `POWER`."""
-    freedom = pairs - 1 if freedom is None else freedom
-    most = 1.0  # scipy's power of an effect far beyond the answer does not converge
-    while _power(most, pairs, freedom) < POWER:
-        most *= 2
-    return std * optimize.brentq(lambda d: _power(d, pairs, freedom) - POWER, 0, most)
-
-
-def _power(effect: float, pairs: int, freedom: int) -> float:
-    """Of the two-sided paired t-test, of an effect over the deviation of differences."""
-    critical = stats.t.isf(LEVEL / 2, freedom)
-    # the test statistic beyond the other end is too rare to count, and hard to compute
-    with np.errstate(divide='ignore'):  # some versions of scipy divide by zero on their way
-        return float(stats.nct.sf(critical, freedom, effect * math.sqrt(pairs)))
+def detectable(std: float, pairs: int, freedom: int) -> float:
+    """The smallest true difference that a two-sided paired t-test finds with `POWER`."""
+    # the test statistic beyond the other end is too rare to count
+    effect = special.nctdtrinc(freedom, 1 - POWER, stats.t.isf(LEVEL / 2, freedom))
+    return std * float(effect) / math.sqrt(pairs)

@@ -1,23 +1,151 @@
-"""Rows of results: a file of JSON for each finished run, a few kilobytes, to be checked in."""
+"""Runs as commands that anybody can repeat, and rows of results: a file of JSON for each.
+
+A row is a few kilobytes, to be checked in.
+"""
 
 import fcntl
 import itertools
 import json
 import math
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
-from vqmoe_vision.engine.config import flat
+from vqmoe_vision.engine.cli import as_typed, load_config, one_line
+from vqmoe_vision.engine.config import flat, parse_options
+from vqmoe_vision.engine.model import without_sources
 from vqmoe_vision.moe.config import check
 
-from .runs import Run, budget_of
+from .spec import SOURCE, Comparison, recipe_of
 from .statistics import pooled_noise
+
+WORK_DIR = Path('work_dirs/comparisons')  # unless the command line says otherwise
+# the environment of a run's process
+ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a comparison at one seed."""
+
+    comparison: Comparison
+    row: str
+    seed: int  # of everything that is drawn
+    root: Path  # folder of all comparisons' runs
+
+    @property
+    def name(self) -> str:
+        """Names its file of results."""
+        return f'{self.row}-seed{self.seed}'
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where its results stand in `Usable`."""
+        return self.row, self.seed
+
+    @property
+    def options(self) -> list[str]:
+        """All of `--cfg-options`."""
+        given = [*self.comparison.options, *self.comparison.rows[self.row]]
+        given = [SOURCE.sub(lambda found: str(self.sources[found[0]][1]), each) for each in given]
+        return [*given, f'randomness.seed={self.seed}', 'default_hooks.record.type=RunRecordHook']
+
+    @cached_property
+    def sources(self) -> dict[str, tuple['Run', Path]]:
+        """The runs that leave what this one starts from, and where, by what options say for it."""
+        sources = {}
+        for found in SOURCE.finditer(' '.join(self.comparison.rows[self.row])):
+            assert self.comparison.start is not None
+            comparison, row, file = self.comparison.start
+            run = Run(comparison, found[1] or row, self.seed, self.root)
+            path = run.folder / file
+            allowed = 'a path without a comma, at which --cfg-options divide a value'
+            check(',' not in str(path), found[0], str(path), allowed)
+            sources[found[0]] = run, path
+        return sources
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The config with all options merged in, as JSON has it."""
+        return as_json(self.merged())
+
+    def merged(self, *more: str) -> Config:
+        """As `config`, without importing the modules that the file names."""
+        return self.comparison.merged([*self.options, *more])
+
+    def config(self, *more: str) -> Config:
+        """The config with all options merged in."""
+        return load_config(self.comparison.config, parse_options([*self.options, *more]))
+
+    @cached_property
+    def recipe(self) -> str:
+        """What its row has to be made by: the same for all seeds, wherever its sources lie."""
+        sources = {
+            str(file.relative_to(self.root)): f'{r.comparison.name}/{r.row}/{r.recipe}/{file.name}'
+            for r, file in self.sources.values()
+        }
+        try:
+            return recipe_of(self.resolved, sources)
+        except ValueError as error:
+            raise ValueError(self._said(error)) from error
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What has to be equal for a row of another comparison to be this one's too."""
+        return self.name, self.recipe, self.comparison.metric, self.comparison.stage
+
+    @cached_property
+    def folder(self) -> Path:
+        """Its work dir, named by its recipe too: another one never resumes its checkpoints."""
+        return self.root / self.comparison.name / f'{self.name}-{self.recipe[:8]}'
+
+    def build(self) -> None:
+        """Builds its model without memory for it: a mistake there would end all runs of the row."""
+        config = self.merged()
+        # of a segmentor the backbone alone, which rows differ in
+        model = config.model.get('backbone', config.model)
+        try:
+            fits = not (model.get('pretrained') and model.get('extra_mlps'))
+            check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
+            with (
+                DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine')),
+                torch.device('meta'),
+            ):
+                MODELS.build(without_sources(model))
+        except Exception as error:  # whatever a library makes of a value
+            raise ValueError(self._said(error)) from error
+
+    def _said(self, error: Exception) -> str:
+        said = as_typed(one_line(error), parse_options(self.options))
+        return f'comparison {self.comparison.name}: row {self.row}: {said}'
+
+    def train(self, folder: Path, *more: str) -> list[str]:
+        """Command line of its training."""
+        options = ['--work-dir', str(folder), '--cfg-options', *self.options, *more]
+        return [sys.executable, 'tools/train.py', self.comparison.config, *options]
+
+    def test(self, folder: Path) -> list[str]:
+        """Command line of the test of its last checkpoint, once that is there."""
+        out = ['--work-dir', str(folder / 'test'), '--out', str(folder / 'test.json')]
+        given = [str(last_checkpoint(folder)), *out, '--cfg-options', *self.options]
+        return [sys.executable, 'tools/test.py', self.comparison.config, *given]
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """A config as plain values."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
 
 VERSION = 2
 # What a run leaves and a row keeps, as it is.
@@ -73,27 +201,25 @@ class Store:
                 continue
             try:
                 content = load(path)
-                reason = damage(content, run) or (None if refuted else refutation(content))
+                if reason := damage(content, run) or (None if refuted else refutation(content)):
+                    raise ValueError(reason)
+                results.usable[run.place] = content
             except ValueError as error:
-                reason = str(error)
-            if reason is None:
-                results.usable[run.row, run.seed] = content
-            else:
-                results.left_out[path.name] = reason
+                results.left_out[path.name] = str(error)
         return results
 
     def collect(self, run: Run) -> None:
         """Writes the file of a run from its work dir, unless there is one that counts."""
-        folder, metric = run.folder, run.comparison.metric
-        record = load(folder / 'run.json')
+        folder, comparison = run.folder, run.comparison
+        metric, record = comparison.metric, load(folder / 'run.json')
         held_out, done = record.get('held_out') or [], record.get('iterations')
         step, test = held_out[-1] if held_out else (0, {})
-        if run.comparison.tested:
+        if comparison.tested:
             test = load(folder / 'test.json')
             if (file := folder / 'test/data.json').is_file():
                 record['data'] = {**record.get('data', {}), **load(file)}
             if (file := folder / 'test/correct.json').is_file():
-                record['correct'] = load(file)['correct']
+                record |= load(file)
         else:
             allowed = f"a validation after {done} iterations, its end, which stage='dev' needs"
             check(step == done, f'{run.name}: held_out', step, allowed)
@@ -103,11 +229,12 @@ class Store:
             'version': VERSION,
             'row': run.row,
             'recipe': run.recipe,
-            'budget': budget_of(run.comparison),
+            # of all rows: without a row's options
+            'budget': recipe_of(as_json(comparison.merged(comparison.options))),
             **{name: record[name] for name in _RECORDED if name in record},
             'images': images_seen(run.resolved, record),
             'metric': metric,
-            'stage': run.comparison.stage,
+            'stage': comparison.stage,
             # numbers alone, and not which weights were tested
             'test': {n: v for n, v in test.items() if isinstance(v, int | float)},
             'held_out': [[step, found[metric]] for step, found in held_out if metric in found],
@@ -124,7 +251,7 @@ class Store:
         with self._alone():
             content = load(path)
             for field, more in measured.items():
-                content[field] = {**content.get(field, {}), **more}
+                content[field] = content.get(field, {}) | more
             save(path, content)
 
     @contextmanager
@@ -138,26 +265,17 @@ class Store:
         finally:
             os.close(descriptor)
 
-    def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
-        """Rows that count, their runs whose checkpoints are here, and the names of the others."""
-        usable = self.read(runs).usable
-        finished = [run for run in runs if (run.row, run.seed) in usable]
-        here = [run for run in finished if _has_checkpoint(run, usable[run.row, run.seed])]
-        return usable, here, [run.name for run in finished if run not in here]
-
     def set_aside(self, run: Run) -> str | None:
         """Renames the work dir of a refuted row, its lock and the row with it; says where to."""
-        reason = None
+        path, folder = self.path(run), run.folder
         with suppress(ValueError):  # there is no row, or none that can be read
-            reason = refutation(load(self.path(run)))
-        if reason is None:
-            return None
-        names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
-        free = (p for p in map(run.folder.with_name, names) if not p.exists())
-        there = run.folder.rename(next(free))
-        write_atomically(there / 'row.json', self.path(run).read_bytes())
-        self.path(run).unlink()
-        return f'{reason}; what it left is in {there}'
+            if reason := refutation(load(path)):
+                names = (folder.with_name(f'{folder.name}-stale{n}') for n in itertools.count(1))
+                there = folder.rename(next(name for name in names if not name.exists()))
+                write_atomically(there / 'row.json', path.read_bytes())
+                path.unlink()
+                return f'{reason}; what it left is in {there}'
+        return None
 
 
 def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
@@ -214,8 +332,8 @@ def damage(content: Mapping[str, Any], run: Run) -> str | None:
 
 def refutation(content: Mapping[str, Any]) -> str | None:
     """Says what a check has found against a row."""
-    checked = content.get('checked', {'equal': True})
-    return None if checked['equal'] else f'stale: {checked["finding"]}'
+    checked = content.get('checked')
+    return f'stale: {checked["finding"]}' if checked and not checked['equal'] else None
 
 
 def images_seen(config: Mapping[str, Any], record: Mapping[str, Any]) -> int:
@@ -229,12 +347,7 @@ def images_seen(config: Mapping[str, Any], record: Mapping[str, Any]) -> int:
     return samples * epochs + batch * rest
 
 
-def rounded(value: Any) -> Any:
-    """Numbers to five digits, so that a row is a few kilobytes."""
-    return json.loads(json.dumps(value), parse_float=lambda digits: float(f'{float(digits):.5g}'))
-
-
-def _has_checkpoint(run: Run, content: Mapping[str, Any]) -> bool:
+def has_checkpoint(run: Run, content: Mapping[str, Any]) -> bool:
     """Whether the checkpoint of a row is here, and not that of another training of its name."""
     record, pointer = run.folder / 'run.json', run.folder / POINTER
     there = record.is_file() and pointer.is_file() and last_checkpoint(run.folder).is_file()
@@ -246,17 +359,19 @@ def leave_out_other_inputs(results: Results, runs: Sequence[Run]) -> None:
 
     Their recipes are equal all the same. Of two halves none stays.
     """
-    named = {(run.row, run.seed): run for run in runs}
-    inputs = {key: dict(_inputs(named[key], of)) for key, of in results.usable.items()}
-    seen = Counter(each for of_run in inputs.values() for each in of_run.items())
-    for key, of_run in inputs.items():
-        for place, given in of_run.items():
-            others = {what: n for (at, what), n in seen.items() if at == place and what != given}
-            usual = max(others, key=others.__getitem__, default=given)
-            if seen[place, given] <= others.get(usual, 0):
-                mixed = f'its {place[0]} are {given}, those of {others[usual]} others {usual}'
-                results.left_out[f'{named[key].name}.json'] = f'mixed: {mixed}'
-                del results.usable[key]
+    usable = results.usable
+    given = [(run, dict(_inputs(run, usable[run.place]))) for run in runs if run.place in usable]
+    seen: dict[Any, Counter[str]] = defaultdict(Counter)
+    for _, inputs in given:
+        for place, what in inputs.items():
+            seen[place][what] += 1
+    for run, inputs in given:
+        for place, what in inputs.items():
+            others = (seen[place] - Counter({what: len(given)})).most_common(1)
+            if others and seen[place][what] <= others[0][1]:
+                mixed = f'its {place[0]} are {what}, those of {others[0][1]} others {others[0][0]}'
+                results.left_out[f'{run.name}.json'] = f'mixed: {mixed}'
+                del usable[run.place]
                 break
 
 

@@ -4,7 +4,6 @@ torchao converts `nn.Linear` alone, which experts become first. What decides sta
 that goes to another expert is a large error.
 """
 
-import importlib.util
 from ast import literal_eval
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +30,6 @@ from ..moe.experts import StackedLinear
 from ..moe.raw_patches import ImageReader
 
 __all__ = ['experts_as_linear', 'export_int8', 'quantize_int8']
-
-DTYPES = (torch.float32, torch.bfloat16)
-DEVICES = ('cpu', 'cuda')
-_PACKAGE = 'torchao'
 
 
 def experts_as_linear(model: nn.Module) -> nn.Module:
@@ -67,15 +62,15 @@ def quantize_int8(model: nn.Module) -> nn.Module:
         ModuleNotFoundError: torchao, of the extra `export`, is missing.
         ValueError: The model trains, is wrapped, or has a dtype or device without a kernel.
     """
-    if importlib.util.find_spec(_PACKAGE) is None:
-        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install '.[export]'")
     check(not model.training, 'model.training', True, 'False: call model.eval() first')
     found = _layers(model)
     check(bool(found), 'model', type(model).__name__, 'one with linear layers in float')
     for layer in found.values():
         dtype, device = layer.weight.dtype, layer.weight.device
-        check(dtype in DTYPES, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
-        check(device.type in DEVICES, 'device', str(device), 'cpu or cuda: model.cpu() moves it')
+        valid = dtype in (torch.float32, torch.bfloat16)
+        check(valid, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
+        valid = device.type in ('cpu', 'cuda')
+        check(valid, 'device', str(device), 'cpu or cuda: model.cpu() moves it')
     with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         from torchao.utils import should_reduce_range
@@ -139,8 +134,11 @@ def _quantize_onnx(source: Path, file: Path, network: nn.Module) -> None:
     notes = [{entry.key: entry.value for entry in node.metadata_props} for node in products]
     # names of the modules whose calls became nodes, as torch's exporter notes them
     names = [literal_eval(each['pkg.torch.onnx.name_scopes'])[-2] for each in notes]
-    pairs = zip(products, names, strict=True)
-    chosen = [n.name + suffixes[n.op_type] for n, name in pairs if name in layers]
+    chosen = [
+        n.name + suffixes[n.op_type]
+        for n, name in zip(products, names, strict=True)
+        if name in layers
+    ]
     assert chosen, 'no layer is in the graph'
     quantize_dynamic(
         source,

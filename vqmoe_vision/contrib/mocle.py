@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..models.compat import Network, StateDict, misfit, part_of
@@ -47,7 +48,51 @@ from ..moe.losses import token_mean
 from ..moe.methods import Method
 from ..moe.raw_patches import NETWORK, READER, Host, ImageReader, RawPatches, image_reader
 from ..moe.routing import Router, Routing, expert_load, full_precision
-from .features import frozen, giving_features, resized
+
+
+class FeatureViT(VisionTransformer):
+    """timm's `VisionTransformer` without a head, whose answer is the average over the patches."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Features of images, (B, D)."""
+        return self.fc_norm(
+            self.forward_features(x, *args, **kwargs)[:, self.num_prefix_tokens :].mean(dim=1)
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: it has buffers alone."""
+        return set()
+
+    @property
+    def sizes(self: Any) -> tuple[int, ...]:
+        """Height and width of its images and of its patches, in pixels."""
+        return (*self.patch_embed.img_size, *self.patch_embed.patch_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in whole patches, as images of a model that pads them come."""
+        height, width, rows, columns = self.sizes
+        return -(-height // rows) * rows, -(-width // columns) * columns
+
+
+@torch.no_grad()
+def resized(network: Any, sizes: tuple[int, ...]) -> Any:
+    """The network for images and patches of these sizes."""
+    if sizes != network.sizes:
+        network.set_input_size(sizes[:2], sizes[2:])
+    return frozen(network)
+
+
+def frozen(network: Any) -> Any:
+    """The network with buffers in the place of parameters."""
+    # a parameter that never gets a gradient is decayed, and data-parallel training waits for it
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
+    return network
+
 
 __all__ = ['fit_reader', 'load_features']
 
@@ -96,13 +141,15 @@ class Clusters(ImageReader):
 
     def __init__(self, config: MoCLEConfig, network: nn.Module, **factory: Any) -> None:
         super().__init__()
-        self.network = frozen(giving_features(network))
-        self.network.eval()
-        device, own = factory.get('device'), self.network
-        shape = (config.num_clusters, own.num_features)
-        sizes = torch.empty(len(own.sizes), dtype=torch.int64, device=device)
+        if isinstance(network, VisionTransformer):  # a dense one of timm gives its features
+            network.__class__ = FeatureViT
+            network.reset_classifier(0)
+            network.set_grad_checkpointing(False)
+            network.attn_pool = None  # type: ignore[assignment]  # as timm where there is none
+        self.network: Any = frozen(network).eval()
+        device, shape = factory.get('device'), (config.num_clusters, self.network.num_features)
         self.register_buffer('fitted', torch.empty((), dtype=torch.bool, device=device))
-        self.register_buffer('sizes', sizes)
+        self.register_buffer('sizes', torch.tensor(self.network.sizes, device=device))
         self.register_buffer('centroids', torch.empty(shape, **factory))
         self.init_weights()
 
@@ -145,12 +192,9 @@ class Clusters(ImageReader):
     @torch.no_grad()
     def fit(self, features: Tensor) -> Tensor:
         """K-means of features (S, F) with a fixed seed; gives the images of each cluster, (K,)."""
-        number = len(self.centroids)
-        check(
-            number <= len(features), 'num_clusters', number, f'at most {len(features)}, as images'
-        )
-        finite = bool(features.isfinite().all())
-        check(finite, 'features', 'nan or infinite', 'finite numbers for each image')
+        number, images = len(self.centroids), len(features)
+        check(number <= images, 'num_clusters', number, f'at most {images}, as images')
+        check(bool(features.isfinite().all()), 'features', 'nan or infinite', 'finite numbers')
         self.centroids.copy_(kmeans(features, number))
         self.fitted.fill_(True)
         self._fit_due = False
@@ -231,6 +275,7 @@ class Clusters(ImageReader):
         """As `ImageReader`; clusters of a run that resumes are fitted, and stay."""
         from mmengine.dist import broadcast
 
+        from ..analysis.source import images_of
         from ..engine.model import unwrapped
 
         if bool(self.fitted):
@@ -241,9 +286,8 @@ class Clusters(ImageReader):
             'by whose features images are clustered; or start from one by checkpoint'
         )
         check(not self.lacks_weights, 'features', None, allowed)
-        images = unwrapped(runner).source(_unaugmented(runner.cfg)).drawn(_MOST_IMAGES)
-        batches = images.batches(_BATCH_SIZE)
-        counts = fit_reader(self, (b if isinstance(b, Tensor) else b[0] for b in batches))
+        source = unwrapped(runner).source(_unaugmented(runner.cfg)).drawn(_MOST_IMAGES)
+        counts = fit_reader(self, map(images_of, source.batches(_BATCH_SIZE)))
         # of the first process: others may round otherwise
         for buffer in self.buffers():
             broadcast(buffer)
@@ -256,12 +300,12 @@ class Clusters(ImageReader):
 def _unaugmented(config: Any) -> Any:
     """The training set, prepared as the images of validation or test."""
     dataset = config.train_dataloader.dataset
-    held_out = [(config.get(f'{part}_dataloader') or {}).get('dataset') for part in ('val', 'test')]
     found = [
         {**dataset, field: other[field]}
-        for other in held_out
+        for part in ('val', 'test')
+        if (other := (config.get(f'{part}_dataloader') or {}).get('dataset'))
         for field in _PREPARATIONS
-        if other and field in other and field in dataset
+        if field in other and field in dataset
     ]
     allowed = (
         f'one with a {" or ".join(_PREPARATIONS)}, as val_dataloader.dataset has: images are '
@@ -341,12 +385,12 @@ class ClusterRouter(Router):
 
     per_image = True
     has_losses = False
+    experts_per_token = 2  # the chosen and the universal one
     raw_patches: RawPatches
 
     def __init__(self, in_features: int, config: MoCLEConfig, host: Host, **factory: Any) -> None:
         super().__init__()
-        self.config = config
-        self.raw_patches = host.raw_patches
+        self.config, self.raw_patches = config, host.raw_patches
         chosen = config.num_experts - 1
         self.cluster_embed = nn.Parameter(torch.empty(config.num_clusters, in_features, **factory))
         self.weight = nn.Parameter(torch.empty(chosen, in_features, **factory))
@@ -387,11 +431,6 @@ class ClusterRouter(Router):
     def no_weight_decay(self) -> set[str]:
         """The embeddings: decay would only flatten the gates."""
         return {'cluster_embed'}
-
-    @property
-    def experts_per_token(self) -> float:
-        """The chosen and the universal one."""
-        return 2
 
 
 METHOD = Method(MoCLEConfig, ClusterRouter, Clusters)

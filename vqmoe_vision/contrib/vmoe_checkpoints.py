@@ -15,8 +15,8 @@ Legend: D width, H heads, d D / H, P patch height and width, C channels.
 import argparse
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _STEM = 'embedding/kernel'
 _POSITIONS = 'Encoder/posembed_input/pos_embedding'
 _QUERY = 'Encoder/encoderblock_0/SelfAttention/query/kernel'
 _EXPERTS = 'Moe/Mlp/Dense_0/kernel'
-_TOP_K = 2  # of all released models
+
 # What lies between the features and the head of models that were trained from scratch.
 _REPRESENTATION = 'pre_logits/'
 _NAMES = (
@@ -65,9 +65,6 @@ _ARRAY, _SLICES, _LEAF = 1, 6, 8
 _CHUNKS = '__msgpack_array_chunk_a87ca2__'  # the key that says that a map holds chunks
 _VERSION = '20220622'
 
-# First and last index of a chunk in each dimension of its array.
-Box = tuple[tuple[int, int], ...]
-
 
 def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
     """A released V-MoE as a `vit_*_smoe`, in eval mode.
@@ -90,16 +87,15 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
         check(options[option] == arguments[option], option, options[option], allowed)
     channels, size = arguments['in_chans'], to_2tuple(arguments['img_size'])
     # of their evaluation: before fine-tuning, which changes the size, and after it
-    middle = size == (224, 224)
+    cropped: dict[str, Any] = {'crop_pct': 0.875, 'crop_mode': 'center'}
     overlay = {
         'input_size': (channels, *size),
         'mean': (0.5,) * channels,
         'std': (0.5,) * channels,
-        'crop_pct': 0.875 if middle else 1.0,
-        'crop_mode': 'center' if middle else 'squash',
         'interpolation': 'bilinear',
+        **(cropped if size == (224, 224) else {'crop_pct': 1.0, 'crop_mode': 'squash'}),
     }
-    arguments = {'top_k': _TOP_K, **options, **arguments}
+    arguments = {'top_k': 2, **options, **arguments}  # as all released models
     model: Any = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
     state, expected = in_our_names(tree), model.state_dict()
     if problem := misfit(expected, state):
@@ -119,22 +115,21 @@ def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]
                 f'{found}, with {dimensions} dimensions it would fit; it has {shorten(tree)}'
             )
     experts = [value for name, value in tree.items() if name.endswith(_EXPERTS)]
-    check(
-        bool(experts),
-        f'checkpoint {checkpoint!r} {_EXPERTS}',
-        None,
-        'experts: timm itself loads what is of a dense ViT',
-    )
+    where = f'checkpoint {checkpoint!r}'
+    allowed = 'experts: timm itself loads what is of a dense ViT'
+    check(bool(experts), f'{where} {_EXPERTS}', None, allowed)
     allowed = 'none before the head: without its head (--without-head, head=False) features fit'
     between = any(name.startswith(_REPRESENTATION) for name in tree)
-    check(not between, f'checkpoint {checkpoint!r} {_REPRESENTATION}kernel', 'a layer', allowed)
+    check(not between, f'{where} {_REPRESENTATION}kernel', 'a layer', allowed)
     rows, columns, channels, width = tree[_STEM].shape
     positions = tree[_POSITIONS].shape[1]
     side = math.isqrt(positions - 1)  # theirs are square
-    square = positions == side**2 + 1
-    check(square, _POSITIONS, positions, 'those of a class token and a square of patches')
-    blocks = {int(match[1]) for name in tree if (match := re.search(r'encoderblock_(\d+)/', name))}
-    moe = {int(match[1]) for name in tree if (match := re.search(r'block_(\d+)/Moe/', name))}
+    allowed = 'those of a class token and a square of patches'
+    check(positions == side**2 + 1, _POSITIONS, positions, allowed)
+    blocks, moe = (
+        sorted({int(match[1]) for name in tree if (match := re.search(pattern, name))})
+        for pattern in (r'encoderblock_(\d+)/', r'block_(\d+)/Moe/')
+    )
     # the widest size that is not wider; their S is wider than ours
     below = [name for name, size in SIZES.items() if size['embed_dim'] <= width]
     return f'vit_{below[-1] if below else next(iter(SIZES))}_smoe', {
@@ -142,7 +137,7 @@ def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]
         'patch_size': rows if rows == columns else (rows, columns),
         'in_chans': channels,
         'embed_dim': width,
-        'depth': max(blocks) + 1,
+        'depth': blocks[-1] + 1,
         'num_heads': tree[_QUERY].shape[1],
         'mlp_ratio': experts[0].shape[-1] / width,
         'num_classes': tree['head/kernel'].shape[-1] if 'head/kernel' in tree else 0,
@@ -150,7 +145,7 @@ def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]
         'global_pool': 'token',
         'act_layer': 'gelu_tanh',
         'num_experts': len(experts[0]),
-        'moe_layers': sorted(moe),
+        'moe_layers': moe,
     }
 
 
@@ -175,43 +170,32 @@ def _moved(name: str, value: Tensor) -> Tensor:
     return value.transpose(-2, -1) if name.endswith('kernel') else value
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """What the index says of an array."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    shards: frozenset[int]
+# What the index says of an array: its shape, its type, and the files that have parts of it.
+_Leaf = tuple[tuple[int, ...], torch.dtype, list[int]]
 
 
 def _read_tree(checkpoint: str) -> StateDict:
     """The weights of a checkpoint, by their path in the tree with slashes."""
     prefix = checkpoint.removesuffix('.index')
     count, leaves = _decoded(f'{prefix}.index', _index)
-    parts: dict[int, dict[Box, Tensor]] = {}  # by their place among all leaves
-    for shard in sorted({shard for _, leaf in leaves for shard in leaf.shards}):
-        chunks = _decoded(f'{prefix}.data-{shard:05d}-of-{count:05d}', _chunks)
-        for place, boxes in chunks.items():
-            parts.setdefault(place, {}).update(boxes)  # what several processes had is the same
-    return {
-        name: _joined(name, leaf, parts.pop(place, {}), checkpoint)
-        for place, (name, leaf) in enumerate(leaves)
-    }
-
-
-def _joined(name: str, leaf: _Leaf, boxes: dict[Box, Tensor], checkpoint: str) -> Tensor:
-    found, size = sum(chunk.numel() for chunk in boxes.values()), math.prod(leaf.shape)
-    if found != size or any(chunk.dtype != leaf.dtype for chunk in boxes.values()):
-        raise ValueError(
-            f'checkpoint {checkpoint!r} is incomplete or damaged: of {name}, {leaf.shape} '
-            f'{leaf.dtype}, the files have {found} of {size} values'
-        )
-    array = torch.empty(leaf.shape, dtype=leaf.dtype)
-    if leaf.dtype.is_floating_point:
-        array.fill_(math.nan)  # where chunks overlap others are missing, and nan is refused later
-    for box, chunk in boxes.items():
-        array[tuple(slice(a, b) for a, b in box)] = chunk
-    return array
+    parts: Any = defaultdict(dict)  # by their place among all leaves: chunks by their box
+    for shard in sorted({shard for _, (*_, shards) in leaves for shard in shards}):
+        for place, boxes in _decoded(f'{prefix}.data-{shard:05d}-of-{count:05d}', _chunks).items():
+            parts[place].update(boxes)  # what several processes had is the same
+    tree = {}
+    for place, (name, (shape, dtype, _)) in enumerate(leaves):
+        boxes = parts.pop(place, {})
+        found, size = sum(chunk.numel() for chunk in boxes.values()), math.prod(shape)
+        if found != size or any(chunk.dtype != dtype for chunk in boxes.values()):
+            raise ValueError(
+                f'checkpoint {checkpoint!r} is incomplete or damaged: of {name}, {shape} '
+                f'{dtype}, the files have {found} of {size} values'
+            )
+        # where chunks overlap others are missing, and nan is refused later
+        tree[name] = torch.full(shape, math.nan if dtype.is_floating_point else 0, dtype=dtype)
+        for box, chunk in boxes.items():
+            tree[name][tuple(slice(a, b) for a, b in box)] = chunk
+    return tree
 
 
 def _decoded(path: str, decode: Callable[[Any], Any]) -> Any:
@@ -241,14 +225,14 @@ def _flat(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, _Leaf]]
         value, name = tree[key], f'{prefix}{key}'
         if isinstance(value, dict):
             yield from _flat(value, f'{name}/')
-        elif isinstance(value, _Leaf):
+        elif isinstance(value, tuple):
             yield name, value
         elif value is not None:  # what JAX counts as no leaf either
             raise ValueError(f'{name} is no array')
 
 
-def _chunks(content: Any) -> dict[int, dict[Box, Tensor]]:
-    """Chunks by the place of their array."""
+def _chunks(content: Any) -> dict[int, dict[Any, Tensor]]:
+    """Chunks by the place of their array, and by first and last index in each dimension of it."""
     check(content.pop(_CHUNKS, None) is True, _CHUNKS, None, 'in a file of chunks')
     return {
         int(place): {
@@ -264,15 +248,12 @@ def _extension(code: int, data: bytes) -> Any:
     content = msgpack.unpackb(data, raw=True)
     if code == _SLICES:
         return tuple(tuple(msgpack.unpackb(each)[:2]) for each in content)
-    if code == _ARRAY:
-        shape, dtype, values = content
-        # torch wants bytes that may be written to
-        return torch.frombuffer(bytearray(values), dtype=getattr(torch, dtype.decode())).reshape(
-            shape
-        )
-    described, _, shards = content
-    shape, dtype, *_ = msgpack.unpackb(described, raw=True)
-    return _Leaf(tuple(shape), getattr(torch, dtype.decode()), frozenset(shards))
+    shape, name, *_ = content if code == _ARRAY else msgpack.unpackb(content[0], raw=True)
+    dtype = getattr(torch, name.decode())
+    if code == _LEAF:
+        return tuple(shape), dtype, content[2]
+    # torch wants bytes that may be written to
+    return torch.frombuffer(bytearray(content[2]), dtype=dtype).reshape(shape)
 
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
@@ -280,21 +261,15 @@ def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     from ..engine.cli import run
     from ..engine.config import add_config_options
 
-    parser = argparse.ArgumentParser(
-        description='Write a released V-MoE of github.com/google-research/vmoe as a folder that '
-        'timm reads.'
-    )
-    parser.add_argument(
-        'checkpoint', help='path of its files without .index and .data-00000-of-00008'
-    )
-    parser.add_argument('out', help='folder to write')
-    parser.add_argument(
-        '--without-head', action='store_true', help='leave out the classifier, for the features'
-    )
-    add_config_options(
-        parser, 'what no file says, for example top_k=2 eval_capacity_factor=1.5 (default: top_k=2)'
-    )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    text = 'Write a released V-MoE of github.com/google-research/vmoe as a folder that timm reads.'
+    parser = argparse.ArgumentParser(description=text)
+    add = parser.add_argument
+    add('checkpoint', help='path of its files without .index and .data-00000-of-00008')
+    add('out', help='folder to write')
+    add('--without-head', action='store_true', help='leave out the classifier, for the features')
+    text = 'what no file says, for example top_k=2 eval_capacity_factor=1.5 (default: top_k=2)'
+    add_config_options(parser, text)
+    add('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _convert)
 
 

@@ -17,7 +17,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import DATASETS, Registry
 from mmengine.runner import Runner
 
-from vqmoe_vision.installed import config_path
+from vqmoe_vision import config_path
 
 from ..moe.config import check
 

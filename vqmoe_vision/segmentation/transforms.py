@@ -65,7 +65,7 @@ class LoadImage(LoadImageFromFile):
         self.corrupt = None
         if shift is not None:
             # numba and scikit-image come with it: only those who ask for it wait for them
-            from vqmoe_vision.analysis.corruptions import Corruption
+            from vqmoe_vision.analysis.shifts import Corruption
 
             self.corrupt = Corruption(shift)
         args = self.file_client_args

@@ -200,7 +200,7 @@ vqmoe_vision/comparison/store.py: comparison/test_inputs.py comparison/test_repo
 + yield split, f'{data["samples"]:,} samples'
 
 new-option-unnoticed [comparison] A row from before the config got an option counts as one that had it.
-vqmoe_vision/comparison/recipe.py: comparison/test_recipe.py comparison/test_store.py
+vqmoe_vision/comparison/spec.py: comparison/test_recipe.py comparison/test_store.py
 - counting = {name: value for name, value in config.items() if name not in _LEFT_OUT}
 + counting = {n: v for n, v in config.items() if n not in {*_LEFT_OUT, 'train_cfg'}}
 
@@ -215,7 +215,7 @@ vqmoe_vision/analysis/record.py: analysis/test_record.py analysis/test_survey.py
 + weights = weights.masked_fill(~kept, 0)
 
 colours-of-the-next-expert [analysis] Patches have the colour that the legend gives to the expert before theirs.
-vqmoe_vision/analysis/pictures.py: analysis/test_pictures.py analysis/test_figures.py
+vqmoe_vision/analysis/pictures.py: analysis/test_figures.py
 - palette = torch.cat([expert_colours(num_experts), NO_EXPERT])
 + palette = torch.cat([NO_EXPERT, expert_colours(num_experts)])
 
