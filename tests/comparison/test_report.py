@@ -36,7 +36,7 @@ def test_every_table_and_figure_is_made_from_rows_again(fill, says) -> None:
     says('table', fill(SCORES))
     first = files()
     figures = {'spec-curves.png', 'spec-differences.png'}
-    assert first.keys() == {'spec.md', 'spec.csv'} | figures
+    assert first.keys() == {'spec.md', 'spec.tex', 'spec.csv'} | figures
     for path in TABLES.iterdir():
         path.unlink()
     says('table', 'spec.py')
@@ -98,10 +98,12 @@ def test_small_p_and_unequal_compute(fill, says) -> None:
     # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
     scores = {'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02], 'dear': [11.0, 21.0, 31]}
     says('table', fill(scores, better={'macs': 10_400_000}, dear={'macs': 10_600_000}))
-    shown = (TABLES / 'spec.md').read_text()
-    assert '| (<0.001) ' in shown
+    shown, tex = (TABLES / 'spec.md').read_text(), (TABLES / 'spec.tex').read_text()
+    assert '| (<0.001) ' in shown and r' & (\textless{}0.001) & ' in tex
     assert '| dear* ' in shown and '| better ' in shown
     assert '\n- \\* does not have the compute of dense' in shown  # no list in the list
+    # a bare percent sign would comment the rest of the caption out
+    assert r'differ by more than 5\%.' in tex and ' * does not' in tex
 
 
 @pytest.mark.parametrize(

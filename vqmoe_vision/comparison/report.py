@@ -35,6 +35,7 @@ _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
 _BY_NOISE = 'by the noise of the budget'
 _ERROR = 'quantization error'
+_LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
@@ -236,7 +237,7 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     values, rows = tidy(comparison, results), results.usable.values()
     frame = summary(comparison, results, values)
     first = contrast_table(comparison, contrasts(comparison, results, values))
-    tables = first, shown(comparison, results, values, frame)
+    table, said = shown(comparison, results, values, frame), notes(comparison, results, frame)
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
     routed = sorted({content['routing']['images'] for content in rows if content.get('routing')})
     told = _ROUTED.format(images=' or '.join(map(str, routed)))
@@ -245,16 +246,19 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     parts = [
         f'# {comparison.name}',
         f'Made from the rows by `python tools/compare.py table`; commits {commits}.',
-        *(_table(table) for table in tables if not table.empty),
-        _list(notes(comparison, results, frame)),
-        *(f'{text}\n\n{_table(table)}' for text, table in further.items() if not table.empty),
+        *(_table(part) for part in (first, table) if not part.empty),
+        _list(said),
+        *(f'{text}\n\n{_table(part)}' for text, part in further.items() if not part.empty),
     ]
     parts += ['Left out:', _list(left_out)] if left_out else []
     if results.missing:
         parts += ['Not run:', _list([', '.join(run.name for run in results.missing)])]
     make_folder(folder)
-    files = [folder / f'{comparison.name}.{kind}' for kind in ('md', 'csv')]
-    texts = '\n\n'.join(parts), frame.to_csv(index_label='row')
+    files = [folder / f'{comparison.name}.{kind}' for kind in ('md', 'tex', 'csv')]
+    caption = ' '.join(said).translate(_LATEX)
+    # pandas leaves this sign, and the fonts that LaTeX starts with print another in its place
+    latex = table.to_latex(index=False, escape=True, caption=caption).replace('<', r'\textless{}')
+    texts = '\n\n'.join(parts), latex, frame.to_csv(index_label='row')
     for file, text in zip(files, texts, strict=True):
         file.write_text(text.rstrip() + '\n')
     return files
