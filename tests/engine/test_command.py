@@ -55,9 +55,15 @@ def test_a_terminal_shows_a_bar_and_a_file_every_line(
     run = tmp_path / 'run'
     cli.train([DIGITS, '--work-dir', str(run), *asked, *options])
     shown = capsys.readouterr().out
-    assert ('| 2/2 [' in shown and ', loss ' in shown) == (choice == 'bar')
-    assert 'Epoch(val) [1][1/1]' in shown
+    assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
+    assert f'last {run}/epoch_1.pth' in shown and 'Trained, accuracy/top1 ' in shown
+    bar = choice == 'bar'
+    assert ('| 2/2 [' in shown and ', loss ' in shown) == bar
+    assert 'Config:' not in shown  # which the file has
+    assert ('Epoch(val) [1][1/1]' in shown) != bar
+    (log,) = run.glob('*/*.log')
+    assert 'Config:' in log.read_text()
     assert any('Epoch(val)' in line for line in reports(run))
     tested = ['--work-dir', str(run), *asked, *options[:-1], f'experiment_name=test_{choice}']
     cli.test([DIGITS, str(run / 'epoch_1.pth'), *tested])
-    assert 'accuracy/top1: ' in capsys.readouterr().out
+    assert 'Tested  accuracy/top1 ' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What `tools/train.py` and `tools/test.py` do, how every tool runs, and what a terminal shows."""
+"""What `tools/train.py` and `tools/test.py` do, and how every tool runs."""
 
 import argparse
 import logging
@@ -7,8 +7,8 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,9 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
-from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vqmoe_vision.moe.config import check
 
@@ -55,6 +52,7 @@ from .record import write_numbers
 from .seeding import check_batches
 from .sharded import ShardingHook, check_parallel
 from .step_values import NonFiniteError
+from .terminal import of_terminal, shown
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -125,7 +123,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     add_config_options(parser)
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
-    parser.add_argument('--log', choices=('bar', 'plain'), help='log with a bar, or without one')
+    # torchrun sets the variable; torch.distributed.launch passes the option
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument(
+        '--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log'
+    )
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
@@ -149,15 +151,13 @@ def _train(args: argparse.Namespace) -> None:
         runner = _runner_of(config, loads=latest is not None)
         if latest is not None:  # which is no part of the config: that says what the run is
             runner._load_from, runner._resume = latest, True
-        if told:
-            runner.logger.info(told)
         check_datasets(runner, ('train', 'val'))
         if (options := config.get('parallel')) is not None:
             runner.register_hook(ShardingHook(**options))
         check_hooks(runner)
         check_batches(runner)
         check_training_data(runner)
-        with shown(runner, args.log):
+        with shown(runner, args.log, told):
             runner.train()
 
 
@@ -194,10 +194,8 @@ def _test(args: argparse.Namespace) -> None:
             config.default_hooks.visualization.draw = True
             config.visualizer.save_dir = args.show_dir
         runner = _runner_of(config, loads=True, tests=True)
-        if told:
-            runner.logger.info(told)
         check_datasets(runner, ('test',))
-        with shown(runner, args.log):
+        with shown(runner, args.log, told):
             metrics = runner.test()
         if writes:
             write_numbers(args.out, metrics, unwrapped(runner))
@@ -218,7 +216,14 @@ def _configure(args: argparse.Namespace) -> Config:
 
 
 class ToolRunner(Runner):
-    """mmengine's, which wraps models for a CPU too."""
+    """mmengine's, which wraps models for a CPU too and shows its config to the log file alone."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> Any:
+        """As mmengine's; `shown` lets a terminal see its lines again."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in of_terminal(logger):
+            handler.setLevel(max(handler.level, logging.WARNING))
+        return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wraps models for a CPU too, but none that `parallel` spreads; the config stays as is."""
@@ -329,40 +334,3 @@ def one_line(error: BaseException) -> str:
     # mmengine up to 0.10 writes "class `X` in x.py: " once for every level of the config
     text = re.sub(r'(class `\w+` in [\w/]+\.py: )+', '', ' '.join(lines))
     return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
-
-
-@contextmanager
-def shown(runner: Runner, choice: str | None) -> Iterator[None]:
-    """A bar on a terminal, below the lines of the log; these alone elsewhere."""
-    if runner.rank or choice == 'plain' or (choice is None and not sys.stdout.isatty()):
-        yield
-        return
-    with logging_redirect_tqdm([runner.logger]), tqdm(file=sys.stdout, dynamic_ncols=True) as bar:
-        runner.register_hook(BarHook(bar), 'LOWEST')
-        yield
-
-
-class BarHook(Hook):
-    """Moves a bar with the batches of a training or a test."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def before_train(self, runner: Runner) -> None:
-        """Counts what is left to do."""
-        self._bar.reset(runner.max_iters - runner.iter)
-
-    def before_test(self, runner: Runner) -> None:
-        """Counts all batches."""
-        self._bar.reset(len(runner.test_dataloader))
-
-    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Shows the newest loss that somebody has read from the device."""
-        losses = runner.message_hub.log_scalars.get('train/loss')
-        if losses is not None and len(losses.data[0]):
-            self._bar.set_postfix_str(f'loss {losses.current():.4f}', refresh=False)
-        self._bar.update()
-
-    def after_test_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Moves the bar."""
-        self._bar.update()
