@@ -25,7 +25,6 @@ def prints(length: int, _: argparse.Namespace) -> None:
 def tool(_rank: int, action: Callable[[argparse.Namespace], None], errors: Path) -> None:
     """What it prints goes where nobody reads any more."""
     parser = argparse.ArgumentParser()
-    parser.add_argument('--debug', action='store_true')
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)

@@ -161,12 +161,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
         check(found is not None, _TRANSFORM, dataset.transform, 'one that ends in a Normalize')
         assert found is not None
         if folder is not None:
-            return Source.of(
+            return Source(
                 image_files(folder), lambda f: Sample(transform(load_image(str(f))), None), found
             )
         built = DATASETS.build(dataset)
         built.transform, classes = transform, list(built.metainfo['classes'])
-        return Source.of(built, lambda x: Sample(x[0], torch.tensor(x[1])), found, classes)
+        return Source(built, lambda x: Sample(x[0], torch.tensor(x[1])), found, classes)
 
     def forward(self, inputs: torch.Tensor, targets: Any = None, mode: str = 'tensor') -> Any:
         """Logits (B, C) of normalised (B, 3, H, W); in mode 'loss' losses, with targets (B,)."""

@@ -175,12 +175,11 @@ def _check(args: argparse.Namespace) -> None:
         try:
             finding = repeat(one, usable[one.place])
             work.store.add(one, checked=finding)
-            said = None if finding['equal'] else f'{one.name} is stale: {finding["finding"]}'
+            if not finding['equal']:
+                raise ValueError(f'{one.name} is stale: {finding["finding"]}')
         except ValueError as error:
-            said = str(error)
-        if said is not None:
             failed.append(one.name)
-            tqdm.write(said)
+            tqdm.write(str(error))
     print(f'the first losses of {len(runs) - len(failed)} of {len(runs)} rows came out again')
     if failed:
         raise ValueError(f'{len(failed)} rows did not come out again: {", ".join(failed)}')

@@ -79,11 +79,10 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     styles = curve_styles(comparison)
     finished = {row for row, _ in usable}
     others = [row for row in comparison.rows if row in finished and row not in styles]
-    scales = {
+    for axes, scale in {
         over_iterations: lambda content: 1,
         over_compute: lambda c: c['macs'] * c['images'] / c['iterations'] / 1e12,
-    }
-    for axes, scale in scales.items():
+    }.items():
         axes.grid(alpha=0.3)
         for row in (*others, *styles):
             curves = [  # a resumed run may have recorded a step twice

@@ -269,7 +269,6 @@ def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     add('--without-head', action='store_true', help='leave out the classifier, for the features')
     text = 'what no file says, for example top_k=2 eval_capacity_factor=1.5 (default: top_k=2)'
     add_config_options(parser, text)
-    add('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _convert)
 
 

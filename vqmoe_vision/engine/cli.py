@@ -128,7 +128,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log'
     )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
 
@@ -182,8 +181,7 @@ def _test(args: argparse.Namespace) -> None:
         told = take_ours(config)
         join(args.launcher, config)
         check_configs(config)
-        writes = args.out is not None and get_rank() == 0
-        if writes:  # before the work
+        if writes := args.out is not None and get_rank() == 0:  # before the work
             check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
             if not args.out.exists():  # as /dev/stdout does
                 make_folder(args.out.parent)
@@ -238,7 +236,7 @@ class ToolRunner(Runner):
 def _runner_of(config: Config, loads: bool, tests: bool = False) -> Runner:
     """The runner of a config, whose model gets the weights of its run and reads no others."""
     name, methods = config.get('runner_type', 'Runner'), dict[str, Any]()
-    kind: Any = RUNNERS.get(name)
+    kind = RUNNERS.get(name)
     known = isinstance(kind, type) and issubclass(kind, Runner)
     check(known, 'runner_type', name, 'Runner, or a class of the registry that is made of it')
     if loads:
@@ -266,6 +264,7 @@ def run(
     action: Callable[[argparse.Namespace], None],
 ) -> None:
     """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only."""
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = '--debug' in arguments
     options: dict[str, Any] = {}
@@ -288,8 +287,8 @@ def run(
             _end_if_nobody_reads()
         if debug:
             raise
-        where, cause = error.args if isinstance(error, RankError) else (None, error)
-        where = '' if where is None else f'rank {where}: '
+        rank, cause = error.args if isinstance(error, RankError) else (None, error)
+        where = '' if rank is None else f'rank {rank}: '
         sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
 
 

@@ -67,13 +67,11 @@ def publish(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--license', metavar='ID', help="the hub's name, such as apache-2.0")
     parser.add_argument('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, lambda args: print(f'wrote {_publish(args)}'))
 
 
 def _publish(args: argparse.Namespace) -> Path:
-    folder = Path(args.source).is_dir()
-    there = folder or Path(args.source).exists()
+    folder, there = Path(args.source).is_dir(), Path(args.source).exists()
     check(there, 'source', args.source, 'a work dir, or a checkpoint, that exists')
     allowed = 'a folder of a work dir, and a file that ends in .pth of a checkpoint'
     check(folder != args.out.endswith('.pth'), 'out', args.out, allowed)
@@ -122,10 +120,9 @@ def publish_folder(
     content = read_content(str(file), verify=False)
     meta = _meta(content, str(file))
     tested = read_numbers(numbers, model, file) if numbers else {}
-    logged = (content.get('message_hub') or {}).get('log_scalars') or {}
     best = {  # of the validation after which it was written
         name.removeprefix('val/'): float(value.current())
-        for name, value in logged.items()
+        for name, value in ((content.get('message_hub') or {}).get('log_scalars') or {}).items()
         if file.name.startswith(BEST) and name.startswith('val/') and not name.endswith('time')
     }
     layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
@@ -218,14 +215,13 @@ def _write_card(
     """Writes `README.md`: usage, data, command, numbers and licence."""
     method = getattr(model, 'method', None)
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
-    metadata = ModelCardData(
-        library_name='timm',
-        pipeline_tag=task,
-        tags=[task, 'timm', *(['mixture-of-experts', method] if method else [])],
-        license=license_id,
-    )
     ModelCard.from_template(
-        metadata,
+        ModelCardData(
+            library_name='timm',
+            pipeline_tag=task,
+            tags=[task, 'timm', *(['mixture-of-experts', method] if method else [])],
+            license=license_id,
+        ),
         template_path=str(_TEMPLATE),
         classes=model.num_classes,
         method=method,
@@ -274,7 +270,6 @@ def upcycle(argv: Sequence[str] | None = None) -> None:
         parser,
         'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
     )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _upcycle)
 
 
@@ -359,7 +354,6 @@ def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None
         help='linear layers in int8, those of the experts included',
     )
     add_config_options(parser)
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _export)
 
 

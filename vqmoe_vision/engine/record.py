@@ -86,16 +86,14 @@ class RunRecordHook(Hook):
             for name, value in begun[part].items():
                 allowed = f'{value!r}, as when the run began that is resumed; or a new work dir'
                 same = now[part].get(name) == value or name == 'upcycling'  # experts are made
-                field = f'{part.removesuffix("_options")}.{name}'
-                check(same, field, now[part].get(name), allowed)
+                check(same, f'{part.removesuffix("_options")}.{name}', now[part].get(name), allowed)
         if not begun:
             begun |= now
             if not self._resumed:  # or it began without this hook: today's may be others
-                weights = starting_weights(runner.cfg.model, runner._load_from)
-                begun['starting_weights'] = weights
+                begun['starting_weights'] = starting_weights(runner.cfg.model, runner._load_from)
         size, work = count_params(unwrapped(runner)), complexity(unwrapped(runner).routed_model)
         self._size = dict(zip(('params', 'active_params', 'macs'), (*size, work.macs), strict=True))
-        self._start = time.perf_counter(), time.process_time()
+        self._start = _clocks()
         if (at := commit()) not in self._kept['commits']:
             self._kept['commits'].append(at)
 
@@ -154,9 +152,13 @@ class RunRecordHook(Hook):
         _write(runner, 'run.json', record)
 
     def _spent(self) -> dict[str, float]:
-        now = {'minutes': time.perf_counter(), 'cpu_minutes': time.process_time()}
-        began = zip(now.items(), self._start, strict=True)
-        return {name: self._kept[name] + (at - start) / 60 for (name, at), start in began}
+        return {
+            name: self._kept[name] + (at - self._start[name]) / 60 for name, at in _clocks().items()
+        }
+
+
+def _clocks() -> dict[str, float]:
+    return {'minutes': time.perf_counter(), 'cpu_minutes': time.process_time()}
 
 
 def _write(runner: Runner, name: str, content: dict[str, Any]) -> None:
@@ -324,13 +326,13 @@ class RoutingHistoryHook(Hook):
             kept = [json.dumps(line) + '\n' for line in lines if line['iteration'] <= runner.iter]
             write_atomically(path, ''.join(kept).encode())
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Writes a line when one is due."""
         done = runner.iter + 1
         if done % max(runner.max_iters // self.records, 1):
             return
         statistics = unwrapped(runner).recorded_statistics
-        layers: dict[str, dict[str, Any]] = {name: {} for name in self._layers}
+        layers = {name: dict[str, Any]() for name in self._layers}
         for name, share in statistics.means().items():
             layer, _, kind = name.rpartition('/')
             if share.ndim:
@@ -377,6 +379,8 @@ def _picked(weights: Tensor) -> Tensor:
 
 def _change(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
     """|new - old| / |new| by part; zero weights that have not moved give 0."""
-    moved = {n: (new - before[n].to(new.device)).norm() for n, new in now.items()}
-    shares = {n: m / now[n].norm().clamp(min=1e-12) for n, m in moved.items()}
+    shares = {
+        name: (new - before[name].to(new.device)).norm() / new.norm().clamp(min=1e-12)
+        for name, new in now.items()
+    }
     return {name: float(f'{share.item():.4g}') for name, share in shares.items()}

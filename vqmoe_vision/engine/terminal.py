@@ -73,8 +73,7 @@ class TerminalHook(Hook):
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Moves the bar; the loss is the newest that somebody has read from the device."""
         losses = runner.message_hub.log_scalars.get('train/loss')
-        known = losses is not None and len(losses.data[0])
-        loss = f'loss {losses.current():.4f}' if known else ''
+        loss = f'loss {losses.current():.4f}' if losses is not None and len(losses.data[0]) else ''
         self._bar.set_postfix_str('  '.join(filter(None, [loss, self._score])), refresh=False)
         self._bar.update()
 

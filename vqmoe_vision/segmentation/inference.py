@@ -164,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours, 0 to 1')
     add_config_options(parser)
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _predict)
 
 

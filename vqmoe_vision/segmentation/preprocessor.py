@@ -121,6 +121,6 @@ def survey_source(
 
     if folder is not None:
         steps = Compose([step for step in dataset.pipeline if step.type not in LOADING_LABELS])
-        return Source.of(image_files(folder), lambda f: read(steps({'img_path': str(f)})), known)
+        return Source(image_files(folder), lambda f: read(steps({'img_path': str(f)})), known)
     built = DATASETS.build(dataset)
-    return Source.of(built, read, known, list(built.metainfo['classes']))
+    return Source(built, read, known, list(built.metainfo['classes']))
