@@ -34,7 +34,7 @@ class Source:
     read: Callable[[Any], Sample]
     normalization: Normalization
     classes: list[str] | None = None
-    chosen: Sequence[int] = ()  # of what was found
+    chosen: Sequence[int] = ()  # of what was found; all if there is none
 
     def drawn(self, count: int) -> 'Source':
         """At most `count`, drawn the same every time: the first files would be of one class."""
@@ -42,14 +42,18 @@ class Source:
         return replace(self, chosen=torch.randperm(len(self.found), generator=own)[:count].tolist())
 
     @property
+    def _places(self) -> Sequence[int]:
+        return self.chosen or range(len(self.found))
+
+    @property
     def names(self) -> list[str]:
-        """What the chosen images are called."""
-        return [f'image {i}' if self.classes else self.found[i].name for i in self.chosen]
+        """What the images are called."""
+        return [f'image {i}' if self.classes else self.found[i].name for i in self._places]
 
     def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Neighbours of one size together, as `survey` takes them."""
-        for start in range(0, len(self.chosen), batch_size):
-            found = (self.read(self.found[i]) for i in self.chosen[start : start + batch_size])
+        for start in range(0, len(self._places), batch_size):
+            found = (self.read(self.found[i]) for i in self._places[start : start + batch_size])
             for _, group in groupby(found, key=lambda sample: sample.image.shape):
                 images, labels = zip(*group, strict=True)
                 batch = torch.stack(images)

@@ -105,13 +105,13 @@ class RunRecordHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Writes `data.json`: which data the test sees."""
-        _write(runner, 'data.json', _data(runner, ('test',)))
+        _write(runner, 'data.json', json.dumps(_data(runner, ('test',))))
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Writes `correct.json`: which test images are right, of a metric that says so."""
         for metric in runner.test_loop.evaluator.metrics:
             if bits := getattr(metric, 'correct', ''):
-                _write(runner, 'correct.json', {'correct': bits})
+                _write(runner, 'correct.json', json.dumps({'correct': bits}))
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Says how far the run is, a hundred times."""
@@ -120,9 +120,8 @@ class RunRecordHook(Hook):
             read_now(runner)
             self.after_train(runner)
             raise SystemExit(0)  # the loop over an epoch knows no other end
-        if done % max(runner.max_iters // 100, 1) == 0 and is_main_process():
-            text = f'{done} {runner.max_iters}\n'
-            write_atomically(Path(runner.work_dir) / 'progress', text.encode())
+        if done % max(runner.max_iters // 100, 1) == 0:
+            _write(runner, 'progress', f'{done} {runner.max_iters}\n')
 
     def after_train(self, runner: Runner) -> None:
         """Writes the record."""
@@ -149,7 +148,7 @@ class RunRecordHook(Hook):
             ],
             'held_out': self._kept['held_out'],
         }
-        _write(runner, 'run.json', record)
+        _write(runner, 'run.json', json.dumps(record))
 
     def _spent(self) -> dict[str, float]:
         return {
@@ -161,9 +160,9 @@ def _clocks() -> dict[str, float]:
     return {'minutes': time.perf_counter(), 'cpu_minutes': time.process_time()}
 
 
-def _write(runner: Runner, name: str, content: dict[str, Any]) -> None:
+def _write(runner: Runner, name: str, text: str) -> None:
     if is_main_process():
-        write_atomically(Path(runner.work_dir) / name, json.dumps(content).encode())
+        write_atomically(Path(runner.work_dir) / name, text.encode())
 
 
 def _data(runner: Runner, splits: tuple[str, ...]) -> dict[str, Any]:
