@@ -74,12 +74,11 @@ def train(argv: Sequence[str] | None = None) -> None:
 def test(argv: Sequence[str] | None = None) -> None:
     """Tests a checkpoint of the model of a config."""
     parser = _parser('Test a checkpoint.')
-    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
-    parser.add_argument('--out', type=Path, help='JSON file to write the metrics to')
-    parser.add_argument('--show-dir', help='folder to write predictions over their images to')
-    parser.add_argument(
-        '--tta', action='store_true', help="augment the test as the config's tta_pipeline says"
-    )
+    add = parser.add_argument
+    add('checkpoint', help=CHECKPOINT_HELP)
+    add('--out', type=Path, help='JSON file to write the metrics to')
+    add('--show-dir', help='folder to write predictions over their images to')
+    add('--tta', action='store_true', help="augment the test as the config's tta_pipeline says")
     run(parser, argv, _test)
 
 
@@ -117,17 +116,14 @@ def augment_test(config: Config) -> None:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument(
-        '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
-    )
+    add = parser.add_argument
+    add('config', help=CONFIG_HELP)
+    add('--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)")
     add_config_options(parser)
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
+    add('--launcher', choices=LAUNCHERS, default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    parser.add_argument(
-        '--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log'
-    )
+    add('--local_rank', '--local-rank', type=int, default=0)
+    add('--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log')
     return parser
 
 

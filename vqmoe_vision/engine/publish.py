@@ -56,17 +56,18 @@ def publish(argv: Sequence[str] | None = None) -> None:
         'checkpoint with its weights, its config and its classes, without optimizer, schedulers '
         'and log.'
     )
-    parser.add_argument('source', help='work dir of tools/train.py, or a checkpoint of it')
-    parser.add_argument(
+    add = parser.add_argument
+    add('source', help='work dir of tools/train.py, or a checkpoint of it')
+    add(
         'out',
         help='of a work dir: folder to write; of a checkpoint: NAME.pth, which is written as '
         'NAME-<8 digits of sha256>.pth',
     )
-    parser.add_argument(
+    add(
         '--checkpoint', metavar='FILE', help='of the work dir (default: the best, or else the last)'
     )
-    parser.add_argument('--license', metavar='ID', help="the hub's name, such as apache-2.0")
-    parser.add_argument('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
+    add('--license', metavar='ID', help="the hub's name, such as apache-2.0")
+    add('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
     run(parser, argv, lambda args: print(f'wrote {_publish(args)}'))
 
 
@@ -258,14 +259,11 @@ def upcycle(argv: Sequence[str] | None = None) -> None:
         description='Make a model with experts of a dense vision transformer, and write it as a '
         'folder that timm reads, with a report of every tensor.'
     )
-    parser.add_argument(
-        'source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights'
-    )
-    parser.add_argument('model', help='name of a model with experts, such as vit_small_vqmoe')
-    parser.add_argument('out', help='folder to write, which does not exist yet or is empty')
-    parser.add_argument(
-        '--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)'
-    )
+    add = parser.add_argument
+    add('source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights')
+    add('model', help='name of a model with experts, such as vit_small_vqmoe')
+    add('out', help='folder to write, which does not exist yet or is empty')
+    add('--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)')
     add_config_options(
         parser,
         'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
@@ -327,27 +325,28 @@ def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None
     parser = argparse.ArgumentParser(
         description='Write a model as a file of ONNX or of torch.export, and compare the two.'
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         'source',
         help='config, or work dir of tools/train.py, or name of a timm model, or local-dir:FOLDER '
         'of tools/publish.py',
     )
-    parser.add_argument(
+    add(
         'checkpoint',
         nargs='?',
         help='weights of the config or the name (default: its own); of a work dir the best or last',
     )
-    parser.add_argument('out', help='file to write: NAME.onnx or NAME.pt2')
-    parser.add_argument(
+    add('out', help='file to write: NAME.onnx or NAME.pt2')
+    add(
         '--size',
         type=int,
         nargs=2,
         metavar=('H', 'W'),
         help='of the images of a segmentor, in pixels (default: its window)',
     )
-    parser.add_argument('--batch', type=int, help='images per call (default: any number)')
-    parser.add_argument('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
-    parser.add_argument(
+    add('--batch', type=int, help='images per call (default: any number)')
+    add('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
+    add(
         '--int8',
         action='store_const',
         const=int8,
