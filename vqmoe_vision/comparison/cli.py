@@ -188,12 +188,8 @@ def _check(args: argparse.Namespace) -> None:
 def _control(args: argparse.Namespace) -> None:
     separations = args.separation or control.SEPARATIONS[args.quick]
     seeds = args.seeds or control.SEEDS[args.quick]
-    check(
-        all(0 < s < math.inf for s in separations),
-        '--separation',
-        separations,
-        'above 0 and finite',
-    )
+    apart = all(0 < s < math.inf for s in separations)
+    check(apart, '--separation', separations, 'above 0 and finite')
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
     rows, out = control.find_rows(args.methods), args.out or Path('work_dirs/control/control.json')
     make_folder(out.parent)  # before the work

@@ -101,17 +101,11 @@ class _CfgOptions(argparse.Action):
 
 def add_config_options(
     parser: argparse.ArgumentParser,
-    purpose: str = 'change fields of the config, for example train_cfg.max_epochs=5 '
-    'model.moe.top_k=1',
+    text: str = 'change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
 ) -> None:
     """Adds `--cfg-options` to a parser."""
     parser.add_argument(
-        '--cfg-options',
-        action=_CfgOptions,
-        nargs='+',
-        metavar='NAME=VALUE',
-        default={},
-        help=purpose,
+        '--cfg-options', action=_CfgOptions, nargs='+', metavar='NAME=VALUE', default={}, help=text
     )
 
 

@@ -24,12 +24,7 @@ from torch.utils.data import DataLoader
 
 from vqmoe_vision.models.compat import StateDict, compare, misfit_of, network_of_run, part_of
 from vqmoe_vision.models.create import share_start, without_weights
-from vqmoe_vision.models.normalization import (
-    KEY,
-    Normalization,
-    of_buffer,
-    stated_normalization,
-)
+from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer, stated_normalization
 from vqmoe_vision.models.weights import check_one_source, describe, network_of, source_of
 from vqmoe_vision.moe import Collected, collect_losses, restart
 from vqmoe_vision.moe.collect import moe_layers, summarize
