@@ -140,7 +140,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_train_epoch(self, runner: Runner) -> None:
         """Ends a run that was told to stop between two epochs."""
         self._signals.obey(runner.iter)
-        self._signals.waiting_at = runner.iter  # the first batch may take its time
+        self._signals.waiting_at = runner.iter  # for the first batch
 
     def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """A run that is told to stop does so after this iteration."""
@@ -155,6 +155,9 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.message_hub.update_info(SEEN, batch_idx + 1)
         super().after_train_iter(runner, batch_idx, *more, **named)
         self._signals.obey(runner.iter + 1)
+        # the next batch may take its time; after the last other hooks change what is saved
+        last = batch_idx + 1 == len(runner.train_dataloader) or self.is_last_train_iter(runner)
+        self._signals.waiting_at = None if last else runner.iter + 1
 
     def before_val_epoch(self, runner: Runner) -> None:
         """A run that is told to stop does not wait for the validation."""
