@@ -147,7 +147,8 @@ class AtomicCheckpointHook(CheckpointHook):
         if self._training:  # a validation alone, of `Runner.val`, saves nothing
             self._signals.waiting_at = None
 
-    before_val_iter = before_train_iter
+    # until the first batch of a validation other hooks change what is saved
+    before_val = before_val_iter = before_train_iter
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *more: Any, **named: Any) -> None:
         """Saves where that is due, and ends a run that was told to stop."""
