@@ -3,11 +3,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from PIL import Image
+from timm.optim import Lamb
 from torch import nn
 from torch.utils.data import ConcatDataset
 
@@ -24,6 +26,7 @@ from vqmoe_vision.engine.hooks import (
 from vqmoe_vision.engine.model import RoutingStatistics
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.collect import moe_layers
+from vqmoe_vision.moe.optimizer import check_optimizer
 
 from ..logs import messages
 from .tiny import NO_VALIDATION, config_of, trained
@@ -207,3 +210,16 @@ def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> No
         run(None, value)  # of others, or of classification
         if split != 'train':
             run(value, not value, type='CamVid')  # whose files may be written otherwise
+
+
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
+    model = timm.create_model('vit_tiny_smoe', **SIZES)
+    optimizer = Lamb(model.parameters())
+    wrapper = OptimWrapper(optimizer)
+    with pytest.raises(ValueError, match='Lamb'):
+        check_optimizer(optimizer, model)
+    for _ in range(2):  # a test after the training runs too
+        MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    check_optimizer(optimizer, model)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
