@@ -3,10 +3,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from PIL import Image
+from timm.optim import Lamb
 from torch import nn
 from torch.utils.data import ConcatDataset
 
@@ -23,11 +25,25 @@ from vqmoe_vision.engine.hooks import (
 from vqmoe_vision.engine.model import RoutingStatistics
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.collect import moe_layers
+from vqmoe_vision.moe.optimizer import check_optimizer
 
 from ..logs import messages
 from .tiny import NO_VALIDATION, config_of, trained
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
+
+
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
+    model = timm.create_model('vit_tiny_smoe', **SIZES)
+    optimizer = Lamb(model.parameters())
+    wrapper = OptimWrapper(optimizer)
+    with pytest.raises(ValueError, match='Lamb'):
+        check_optimizer(optimizer, model)
+    for _ in range(2):  # a test after the training runs too
+        MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    check_optimizer(optimizer, model)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
 
 
 @pytest.mark.parametrize('kind', ['parameter', 'buffer'])
