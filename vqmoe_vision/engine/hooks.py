@@ -209,10 +209,8 @@ class ClassCountHook(Hook):
         self._compare(runner, 'train', seen)
         held_out = seen
         if runner.val_loop is not None:
-            held_out, metainfo = (
-                self._check(runner, 'val'),
-                runner.train_dataloader.dataset.metainfo,
-            )
+            held_out = self._check(runner, 'val')
+            metainfo = runner.train_dataloader.dataset.metainfo
             check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
         differing = sorted(set(seen) ^ set(held_out))[:5] or 'another order'
         allowed = 'those of train_dataloader.dataset'
