@@ -150,7 +150,7 @@ vqmoe_vision/classification/transforms.py: classification/test_transforms.py cla
 + transforms.RandomCrop(input_size),
 
 head-called-tail [classification] Accuracies of frequent and of rare classes have exchanged their names.
-vqmoe_vision/classification/classifier.py: classification/test_long_tail.py
+vqmoe_vision/classification/evaluation.py: classification/test_long_tail.py
 - key=lambda label: -counts[label])
 + key=lambda label: counts[label])
 
