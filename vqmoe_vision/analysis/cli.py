@@ -40,7 +40,6 @@ def analyze(argv: Sequence[str] | None = None) -> None:
     add('--out', type=Path, default=Path('work_dirs/analysis'), help=text)
     add('--device', help='where to run (default: a GPU if there is one)')
     add_config_options(parser)
-    add('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _analyze)
 
 

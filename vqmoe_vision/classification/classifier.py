@@ -154,9 +154,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images of tests, or those of a folder without labels, for a survey of the routing."""
         transform: Any = normalized_as(dataset.transform, self.known_normalization, _TRANSFORM)
-        found = normalization_of(transform)
+        found: Any = normalization_of(transform)
         check(found is not None, _TRANSFORM, dataset.transform, 'one that ends in a Normalize')
-        assert found is not None
         if folder is not None:
             return Source.of(
                 image_files(folder), lambda f: Sample(transform(load_image(str(f))), None), found

@@ -128,7 +128,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log'
     )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
 

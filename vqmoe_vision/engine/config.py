@@ -108,9 +108,10 @@ def add_config_options(
     purpose: str = 'change fields of the config, for example train_cfg.max_epochs=5 '
     'model.moe.top_k=1',
 ) -> None:
-    """Adds `--cfg-options` to a parser."""
+    """Adds `--cfg-options` to a parser, and `--debug`, which `run` looks for."""
     form: dict[str, Any] = {'nargs': '+', 'metavar': 'NAME=VALUE', 'default': {}}
     parser.add_argument('--cfg-options', action=_CfgOptions, help=purpose, **form)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
 
 
 def as_arguments(options: dict[str, Any]) -> dict[str, Any]:

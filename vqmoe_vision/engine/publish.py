@@ -274,7 +274,6 @@ def upcycle(argv: Sequence[str] | None = None) -> None:
         parser,
         'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
     )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _upcycle)
 
 
@@ -359,7 +358,6 @@ def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None
         help='linear layers in int8, those of the experts included',
     )
     add_config_options(parser)
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _export)
 
 

@@ -56,7 +56,7 @@ def convert_to_moe(
     method: str,
     *,
     moe_layers: str | Sequence[int] = MOE_LAYERS,
-    upcycling: Upcycling | dict[str, Any] | None = None,
+    upcycling: Upcycling | dict | None = None,
     **options: Any,
 ) -> Report:
     """Make a dense vision transformer a sparse one in place, with experts made of its MLPs.
@@ -147,7 +147,7 @@ def to_discrete(model: nn.Module) -> nn.Module:
         kind = type(layer).__name__
         check(layer.has_discrete, 'layer', kind, 'one that has a discrete branch to keep')
     # nothing is refused from here on
-    changed: dict[str, Any] = {}
+    changed: dict = {}
     for layer in layers:
         changed |= layer.to_discrete()
     for module in model.modules():

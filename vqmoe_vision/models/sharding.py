@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from ..moe import MoeLayer
+from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.distributed import place_experts
 from ..moe.experts import Experts
@@ -47,7 +47,7 @@ def shard_model(
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average)
-    options: dict[str, Any] = {
+    options: dict = {
         'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         'ignored_params': whole,
         'shard_placement_fn': partial(_place, processes),
@@ -70,7 +70,7 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
     # not by init_device_mesh, whose new groups have torch's own timeout
     wait = None if timeout is None else timedelta(seconds=timeout)
     places = torch.arange(shape[0] * shape[1]).view(shape)
-    own: list[Any] = []
+    own: list = []
     # all processes take part in making each group
     for rows in (places.T, places):
         made = {tuple(ranks): dist.new_group(ranks, wait) for ranks in rows.tolist()}
@@ -103,7 +103,7 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     """What decides in MoE layers, and scalars, which FSDP2 does not take: each process has all."""
     # updates of codebooks and stages read and write them between steps, in their own dtype
     whole = {p for p in model.parameters() if p.ndim == 0}
-    for layer in [m for m in model.modules() if isinstance(m, MoeLayer)]:
+    for layer in moe_layers(model).values():
         norms = [norm for norm in layer.modules() if isinstance(norm, nn.LayerNorm)]
         spread = {p for part in (layer.experts, *norms) for p in part.parameters()}
         whole |= set(layer.parameters()) - spread

@@ -83,7 +83,7 @@ class UsageCodebook(ExactBuffers, Codebook):
     def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
         average.lerp_(value.to(average.dtype), (learns * (1 - self.ema_decay)).to(average.dtype))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict:
         return {**self.__dict__, 'pending': None}
 
 
