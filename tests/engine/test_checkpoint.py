@@ -14,8 +14,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
 
+from vqmoe_vision.engine import checkpoint
+from vqmoe_vision.engine import model as model_module
 from vqmoe_vision.engine.checkpoint import read_state, start_from
-from vqmoe_vision.engine.model import weights_normalization
+from vqmoe_vision.engine.model import start_model, weights_normalization
+from vqmoe_vision.models.create import create_model
 
 from ..models.test_stated_experts import left_by_timm
 
@@ -245,3 +248,30 @@ def test_a_checkpoint_of_timms_script_is_read_by_every_way(
 
 def tiny(name: str, **kwargs: Any) -> Any:
     return timm.create_model(name, **{**SIZES, **kwargs}).eval()
+
+
+@pytest.mark.parametrize('field', ['checkpoint', 'checkpoint_path', 'upcycle', 'file'])
+def test_layers_begin_a_new_training_and_the_log_says_so(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    for module in (checkpoint, model_module):
+        monkeypatch.setattr(module, 'print_log', lambda line, logger: lines.append(line))
+    finished = tiny('vit_tiny_stablemoe', num_experts=2)
+    distilled = finished.blocks[1].mlp.router.distilled
+    distilled.freeze(torch.tensor(True))
+    with torch.no_grad():
+        distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
+    path = str(tmp_path / 'finished.pth')
+    torch.save(finished.state_dict(), path)
+    arguments = {**SIZES, 'num_experts': 2, **built_by(field, path)}
+    model: Any = create_model('vit_tiny_stablemoe', **arguments).eval()
+    loaded = model.blocks[1].mlp.router.distilled
+    assert loaded.frozen == (field != 'checkpoint')  # who builds a model to use it gets it as it is
+    named = path if field == 'checkpoint' else None
+    start_model(model, {'model_name': 'vit_tiny_stablemoe', **arguments}, named, features=None)
+    assert not loaded.frozen and loaded.steps == 0
+    # what the frozen router had learned is where learning begins
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(images), finished(images))
+    assert '1 layers that were frozen learn to route again, in a first stage' in lines

@@ -3,10 +3,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
+from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from PIL import Image
+from timm.optim import Lamb
 from torch import nn
 from torch.utils.data import ConcatDataset
 
@@ -23,11 +26,25 @@ from vqmoe_vision.engine.hooks import (
 from vqmoe_vision.engine.model import RoutingStatistics
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.collect import moe_layers
+from vqmoe_vision.moe.optimizer import check_optimizer
 
 from ..logs import messages
 from .tiny import NO_VALIDATION, config_of, trained
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
+
+
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
+    model = timm.create_model('vit_tiny_smoe', **SIZES)
+    optimizer = Lamb(model.parameters())
+    wrapper = OptimWrapper(optimizer)
+    with pytest.raises(ValueError, match='Lamb'):
+        check_optimizer(optimizer, model)
+    for _ in range(2):  # a test after the training runs too
+        MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    check_optimizer(optimizer, model)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
 
 
 @pytest.mark.parametrize('kind', ['parameter', 'buffer'])
@@ -183,3 +200,26 @@ def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
     checkpoint = {}  # of a validation that is cut off, which begins anew
     MoeStateHook().before_save_checkpoint(SimpleNamespace(model=stopped.eval()), checkpoint)
     assert checkpoint == {}
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> None:
+    def run(trained: bool | None, now: bool | None, **other_data: str) -> None:
+        hook, runner = ClassCountHook(), runner_for()
+        seen, other = ({'classes': 'ab', 'reduce_zero_label': value} for value in (trained, now))
+        runner.train_dataloader.dataset.metainfo = seen
+        getattr(runner, f'{split}_dataloader').dataset.metainfo = other
+        scenes = dict(type='Scenes', data_root='data/scenes')
+        loaders = {'train': dict(type='RepeatDataset', dataset=scenes), split: scenes | other_data}
+        runner.cfg = Config({f'{n}_dataloader': dict(dataset=d) for n, d in loaders.items()})
+        meta = {'meta': {'dataset_meta': seen}}
+        hook.after_load_checkpoint(SimpleNamespace(_resume=split == 'train'), meta)
+        hook.before_test(runner) if split == 'test' else hook.before_train(runner)
+
+    for value in (True, False):
+        with pytest.raises(ValueError, match=rf'^{split}_dataloader\.dataset\.reduce_zero_label='):
+            run(value, not value)
+        run(value, value)
+        run(None, value)  # of others, or of classification
+        if split != 'train':
+            run(value, not value, type='CamVid')  # whose files may be written otherwise

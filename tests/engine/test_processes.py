@@ -18,8 +18,7 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.record import read_history
 
-from ..soak.bits import same
-from ..soak.kinds import FOUR_SCENES, SCENES
+from ..soak.kinds import FOUR_SCENES, SCENES, same
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'

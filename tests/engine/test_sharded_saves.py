@@ -47,7 +47,7 @@ from vqmoe_vision.models.weights import IN_PARTS
 from ..forked import spawn
 from ..groups import alone, begin
 from ..models.test_sharding import make, train
-from ..soak.bits import same
+from ..soak.kinds import same
 
 OWN = 'a run'
 FILE = 'shard-0000{}-model-00001-of-00001.safetensors'

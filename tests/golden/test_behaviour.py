@@ -14,7 +14,7 @@ dynamic_img_size -> tests/models/test_citizenship.py::test_a_dynamic_model_equal
 dynamic_img_pad -> tests/models/test_citizenship.py::test_odd_sizes_are_padded_below_and_right
 features_only -> tests/models/test_citizenship.py::test_features_only_equals_intermediates
 nothing is read back -> tests/engine/test_reads_nothing_back.py::test_a_training_step_reads_nothing_back
-what is read back is found -> tests/engine/test_reads_nothing_back.py::test_one_value_that_is_read_is_found
+what is read back is found -> tests/models/test_reads_nothing_back.py::test_a_single_read_is_seen
 exact upcycling -> tests/models/test_upcycle.py::test_a_model_begins_with_the_answers_of_the_dense_one
 exact upcycling of other hosts -> tests/classification/test_hosts.py::test_it_begins_with_the_answers_of_dense_weights
 DINOv3's names -> tests/classification/test_hosts.py::test_files_of_dinov3s_authors_are_understood

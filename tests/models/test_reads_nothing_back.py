@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import use_kernel
 
-from ..watch import Watch
+from ..watch import RAISED, READS, Watch
+from .conftest import make
 
 SMALL = {'embed_dim': 16, 'depth': 1, 'moe_layers': [0], 'num_experts': 4}
 
@@ -35,3 +37,17 @@ def test_a_training_step_reads_nothing_back(tiny_variant: Callable[..., nn.Modul
     model = tiny_variant(**SMALL)
     train(model)
     assert any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ('name', 'read'),
+    [*(('router', read) for read in READS), ('quantizer.codebook', 'item'), ('experts', 'item')],
+)
+def test_a_single_read_is_seen(name: str, read: str) -> None:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], _answer: object) -> None:
+        READS[read](args[0].detach())
+
+    model = make('vqmoe', **SMALL)
+    model.blocks[0].mlp.get_submodule(name).register_forward_hook(hook)
+    with pytest.raises(RAISED):
+        train(model)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, use_kernel
@@ -166,3 +167,19 @@ def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
     # two layers, of each a product forward and three backward
     assert sum('grouped_product' in name for name in called) == 2 * 4
     assert not any('_grouped_mm' in name for name in called)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_operations_of_grouped_mm_are_counted(compiled):
+    torch._dynamo.reset()
+    experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=False)
+    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
+    run = (
+        torch.compile(dispatch.run_experts, backend='aot_eager')
+        if compiled
+        else dispatch.run_experts
+    )
+    with use_kernel('grouped_mm'), FlopCounterMode(display=False) as counter:
+        run_and_backward(run, *case)
+    # 9 rows through 8 x 16 and 16 x 8, each with the gradients of rows and of weights
+    assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 8 * 16)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kinds import KINDS, Kind
+from kinds import KINDS, Kind, same
 from mmengine.config import config as mmengine_config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -144,17 +144,6 @@ def run(
             time.sleep(seconds)
             os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-"""Kinds of training that the kills are tried on: tiny, each of a few seconds."""
+"""Kinds of training that the kills are tried on: tiny, each of a few seconds; and what is alike."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -87,3 +90,14 @@ KINDS = {
         ('--amp',),
     ),
 }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kills import ReachedHook, dies_at, outcome, same, watch_saves
-from kinds import KINDS, Kind
+from kills import ReachedHook, dies_at, outcome, watch_saves
+from kinds import KINDS, Kind, same
 from mmengine.dist import get_rank
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -125,14 +125,21 @@ def reading(source: str, verify: bool = True) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), '') or type(error).__name__
         # torch's words for a file are advice to run the code in it
         if local or 'weights_only' in reason:
-            raise ValueError(
-                f'checkpoint {source!r} is damaged, or holds more than weights and is not loaded, '
-                'as it may run code: save its state_dict() alone'
-            ) from error
+            raise ValueError(unreadable(source)) from error
         raise ValueError(
             f'weights of {source!r} cannot be read: {reason.rstrip(".")}; a file of them needs no '
             'network: upcycle=FILE, in a config model.pretrained=False model.checkpoint=FILE'
         ) from error
+
+
+def unreadable(path: str) -> str:
+    """What to say of a file whose bytes are no weights of torch."""
+    if path.lower().endswith(('.npz', '.npy')):
+        return f'checkpoint {path!r} is of NumPy, which dense models of timm alone read'
+    return (
+        f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded, as it may '
+        'run code: save its state_dict() alone'
+    )
 
 
 def is_file_name(source: str) -> bool:
