@@ -5,7 +5,7 @@ what is reported looks at test, once. Of the training images a long tail may be 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,7 +101,7 @@ class ImageClassification(Dataset):
         if counts is not None:
             self.metainfo['train_counts'] = counts
         self._config = transform
-        self.transform: Callable = TRANSFORMS.build(transform)
+        self.transform = TRANSFORMS.build(transform)
 
     def normalize_as(self, weights: Normalization, field: str, owner: str) -> None:
         """Normalises images as the weights want it, if the config of the transform allows it."""

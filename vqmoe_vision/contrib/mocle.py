@@ -96,13 +96,6 @@ def frozen(network: Any) -> Any:
 
 __all__ = ['fit_reader', 'load_features']
 
-_UNFITTED = (
-    'training a model that reads images by a frozen network, and was not fitted to the training '
-    'set: what it decides by is random; call load_features(model, ...), unless the model starts '
-    'from a dense one, and then fit_reader(model, batches) of vqmoe_vision.contrib.mocle'
-)
-# Images that clusters are fitted to, drawn from the training set with a fixed seed.
-_MOST_IMAGES, _BATCH_SIZE = 16384, 64
 # What a data set is prepared by: of classification, and of mmseg.
 _PREPARATIONS = ('transform', 'pipeline')
 _NO_CHOICE = {'num_experts': 2}  # where options have no effect
@@ -184,7 +177,12 @@ class Clusters(ImageReader):
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Cluster of each image, (B,) int64."""
         if self.training and self._fit_due and torch.is_grad_enabled():
-            warn_once(_UNFITTED)
+            warn_once(
+                'training a model that reads images by a frozen network, and was not fitted to the '
+                'training set: what it decides by is random; call load_features(model, ...), '
+                'unless the model starts from a dense one, and then fit_reader(model, batches) of '
+                'vqmoe_vision.contrib.mocle'
+            )
         features = self.features(images)
         with full_precision(features):
             return nearest_code(features, self.centroids.float())
@@ -285,8 +283,9 @@ class Clusters(ImageReader):
             'by whose features images are clustered; or start from one by checkpoint'
         )
         check(not self.lacks_weights, 'features', None, allowed)
-        source = unwrapped(runner).source(_unaugmented(runner.cfg)).drawn(_MOST_IMAGES)
-        counts = fit_reader(self, map(images_of, source.batches(_BATCH_SIZE)))
+        # as many images at most, drawn from the training set with a fixed seed
+        source = unwrapped(runner).source(_unaugmented(runner.cfg)).drawn(16384)
+        counts = fit_reader(self, map(images_of, source.batches(64)))
         # of the first process: others may round otherwise
         for buffer in self.buffers():
             broadcast(buffer)

@@ -44,8 +44,6 @@ _ROTARY = {
 }
 # What timm's `Eva` and files of DINOv3's authors have, where there are no absolute positions.
 _OF_ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
-# Perception Encoders have both kinds of positions, and no other names than these of a ViT.
-_OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,8 @@ def refuse_rotary(state: StateDict, model: Transformer, path: str) -> tuple[str,
         'it has norm_pre and attn_pool, as an Eva such as Perception Encoder, whose positions are '
         'rotary too; names do not tell it from a VisionTransformer'
     )
-    return (doubt,) if state.keys() >= _OF_PE else ()
+    # Perception Encoders have both kinds of positions, and no other names than these of a ViT
+    return (doubt,) if state.keys() >= {'norm_pre.weight', 'attn_pool.latent'} else ()
 
 
 def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:

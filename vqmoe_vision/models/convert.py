@@ -25,10 +25,7 @@ from .upcycle import Upcycling, read_upcycling
 from .vit_moe import build
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.
-_SPARSE: dict[type[nn.Module], Any] = {
-    VisionTransformer: MoeVisionTransformer,
-    Eva: MoeEva,
-}
+_SPARSE: dict[type[nn.Module], Any] = {VisionTransformer: MoeVisionTransformer, Eva: MoeEva}
 __all__: list[str] = []  # register_model adds the entry point
 
 

@@ -30,18 +30,13 @@ from .moe_vit import SparseModel
 from .weights import CONFIG, DIGEST, OF_TIMM, digest_of
 
 SUFFIXES = ('.onnx', '.pt2')
-# From the oldest that torch's exporter writes to the newest that its oldest release here does.
-OPSETS = (18, 23)
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 INPUT = 'images'
 _NAMESPACES = ('aten', 'prims', 'export', 'higher_order')  # of torch's operators
 
 
 # A model without a last norm: of timm's `VisionTransformer`, and of its `Eva`.
-_NO_NORM = (
-    {'final_norm': False},
-    {'use_post_transformer_norm': False, 'use_fc_norm': False},
-)
+_NO_NORM = ({'final_norm': False}, {'use_post_transformer_norm': False, 'use_fc_norm': False})
 # Of timm's `pretrained_cfg` how images are prepared.
 _PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 # What belongs to the network; the rest is about the weights of others.
@@ -143,7 +138,7 @@ def export_onnx(
 ) -> Path:
     """Writes a model as an ONNX file, by torch's exporter."""
     target = target_of(path, '.onnx')
-    first, last = OPSETS
+    first, last = 18, 23  # from torch's exporter's oldest to the newest of its oldest release here
     valid = opset is None or (type(opset) is int and first <= opset <= last)
     check(valid, 'opset', opset, f"{first} to {last}, or None for torch's default")
     require_packages()
@@ -169,11 +164,7 @@ def export_onnx(
     return target
 
 
-def save_program(
-    model: nn.Module | Exportable,
-    path: str | Path,
-    batch: int | None = None,
-) -> Path:
+def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | None = None) -> Path:
     """Writes the program of a model, which `torch.export.load` reads without this package."""
     target = target_of(path, '.pt2')
     exportable = Exportable.of(model)

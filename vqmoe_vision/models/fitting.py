@@ -38,9 +38,6 @@ from .normalization import KEY, Normalization, of_buffer
 from .upcycle import Upcycling, upcycle
 
 Size = tuple[int, ...]
-# Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
-# in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
-_PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
 _STEM = 'patch_embed.proj.weight'
 _TOKENS = ('cls_token', 'reg_token', 'dist_token')
 # timm's name for DINOv2's and DINOv3's
@@ -226,7 +223,9 @@ def in_names_of_timm(
     state_dict: StateDict, expected: StateDict, path: str
 ) -> tuple[StateDict, tuple[str, ...]]:
     """Without the prefix of a run, and by timm's names; and what else there is in the run."""
-    for prefix in _PREFIXES:
+    # of a segmentation run, of a classification run (or of a backbone alone), of a run of mmseg's
+    # own backbone, of rstrudel/segmenter, of timm
+    for prefix in ('backbone.model.', 'model.', 'backbone.', 'encoder.', ''):
         state = part_of(state_dict, prefix)
         if is_of_mmseg(state):
             state = from_mmseg(state)

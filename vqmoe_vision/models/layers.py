@@ -39,7 +39,7 @@ MOE_HOST = 'moe_host'
 # Which blocks hold an MoE layer unless a model is told otherwise.
 MOE_LAYERS = 'every2'
 # Parts of an MLP that experts have, and what each may be: a class of its own may compute otherwise.
-_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+_PARTS = {
     'fc1': (nn.Linear,),
     'fc2': (nn.Linear,),
     'norm': (nn.Identity,),

@@ -21,9 +21,6 @@ from ..moe.distributed import place_experts
 from ..moe.experts import Experts
 from ..moe.raw_patches import image_reader
 
-# of timm and of mmseg's heads: what a network has many of, one after the other
-_BLOCK_LISTS = ('blocks', 'layers')
-
 
 def shard_model(
     model: nn.Module,
@@ -92,9 +89,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     apart = set() if reader is None else set(reader.modules())
     for name, module in model.named_modules():
         inside = [block for block in module.children() if block not in apart]
+        # of timm and of mmseg's heads: what a network has many of, one after the other;
         # mmcv calls the different parts of a feed-forward network layers as well
         alike = len({type(block) for block in inside}) == 1
-        if name.rpartition('.')[2] in _BLOCK_LISTS and alike:
+        if name.rpartition('.')[2] in ('blocks', 'layers') and alike:
             blocks += inside
     return blocks[::-1]
 

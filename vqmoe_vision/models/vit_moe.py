@@ -46,7 +46,7 @@ _CFG: dict = {
     'first_conv': 'patch_embed.proj',
     'classifier': 'head',
 }
-SIZES: dict[str, dict[str, int]] = {
+SIZES = {
     'tiny': {'patch_size': 16, 'embed_dim': 192, 'depth': 12, 'num_heads': 3},
     'small': {'patch_size': 16, 'embed_dim': 384, 'depth': 12, 'num_heads': 6},
     'base': {'patch_size': 16, 'embed_dim': 768, 'depth': 12, 'num_heads': 12},
@@ -58,7 +58,7 @@ CIFAR10_CLASSES = (
     *('airplane', 'automobile', 'bird', 'cat', 'deer'),
     *('dog', 'frog', 'horse', 'ship', 'truck'),
 )
-_TEST: dict = {
+_TEST = {
     'img_size': 32,
     'patch_size': 4,
     'embed_dim': 96,

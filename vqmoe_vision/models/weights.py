@@ -53,8 +53,6 @@ _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
 # timm's description beside them, in which `publish` leaves the digest of the first one.
 CONFIG, DIGEST = 'config.json', 'weights_sha256'
-# Names of the parts that other libraries split large weights into, with an index beside them.
-_PART = re.compile(r'-\d+-of-(?!0*1\.)\d+\.')
 # What a file has in the place of a tensor that lies in a folder beside it.
 IN_PARTS = 'in the folder beside this file'
 # Of a configuration what says where weights are, and of which model; the format is that of a place.
@@ -164,7 +162,8 @@ def check_file(path: str) -> None:
     """Refuse a file that is not there, or whose checksums do not match; torch ignores them."""
     if not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
-    if _PART.search(Path(path).name):
+    # as other libraries split large weights, with an index beside them
+    if re.search(r'-\d+-of-(?!0*1\.)\d+\.', Path(path).name):
         raise ValueError(f'checkpoint {path!r} is one of several parts: write them as one file')
     try:
         if not zipfile.is_zipfile(path):

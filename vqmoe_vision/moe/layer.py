@@ -33,7 +33,6 @@ _said: set[str] = set()
 # What a pass decided for every token, by name; a module that decided has the name it has in the
 # layer. Then come the tokens (B, N, D) that the layer was given, and its answer.
 Decisions = dict[str, Routing | Quantized | Tensor]
-Watcher = Callable[[Decisions, Tensor, Tensor], None]
 
 
 @torch.compiler.assume_constant_result  # a compiled model says it as it is compiled
@@ -48,7 +47,8 @@ class Recorder:
     """Keeps what a layer reports while a `collect_losses` block is open, and sums of a step."""
 
     def __init__(self) -> None:
-        self.watcher: Watcher | None = None  # of what is decided for every token
+        # of what is decided for every token
+        self.watcher: Callable[[Decisions, Tensor, Tensor], None] | None = None
         self.sums: Tensor | None = None  # over passes, which state learns from
         self.stop()
 

@@ -27,12 +27,6 @@ ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 # Where what reads images by a network stands in a model, and the network in that.
 READER, NETWORK = 'patch_embed.reader.', 'network.'
 
-_CHANGED = (
-    'gradient checkpointing repeats a MoE layer that would answer otherwise now: call backward() '
-    'inside the collect_losses block; for a method that decides by the raw image use '
-    'model.set_grad_checkpointing(), which keeps the images of a pass'
-)
-
 
 class RawPatches:
     """Raw patches of a pass's images, from a model's stem to its layers: data, never a graph."""
@@ -202,7 +196,11 @@ class RecomputationGuard:
 
     def _check(self) -> None:
         if self._repeated_in == self._outdated_in:
-            raise RuntimeError(_CHANGED)
+            raise RuntimeError(
+                'gradient checkpointing repeats a MoE layer that would answer otherwise now: call '
+                'backward() inside the collect_losses block; for a method that decides by the raw '
+                'image use model.set_grad_checkpointing(), which keeps the images of a pass'
+            )
 
 
 def refuse_reentrant(gradient: Tensor) -> None:

@@ -75,9 +75,7 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # the K largest of a softmax sum to less than 1
-    EXACT_UPCYCLING: ClassVar[Named] = {
-        'renormalize': {'renormalize': True},
-    }
+    EXACT_UPCYCLING: ClassVar[Named] = {'renormalize': {'renormalize': True}}
 
     top_k: int = option(2, 1)
     renormalize: bool = option(False)

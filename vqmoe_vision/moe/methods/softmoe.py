@@ -89,12 +89,7 @@ class SoftMoEMlp(MoeLayer):
     needs_collecting = False
 
     def __init__(
-        self,
-        in_features: int,
-        config: SoftMoEConfig,
-        experts: Experts,
-        host: Host,
-        **factory: Any,
+        self, in_features: int, config: SoftMoEConfig, experts: Experts, host: Host, **factory: Any
     ) -> None:
         super().__init__()
         self.config, self.num_prefix_tokens = config, host.num_prefix_tokens

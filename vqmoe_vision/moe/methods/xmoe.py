@@ -29,7 +29,6 @@ from ..losses import LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
 from ..routing import Routing, full_precision, init_orthogonal, renormalized
 
-EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
 _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
 
@@ -66,9 +65,7 @@ class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # a gate alone is below 1, and one that is made 1 teaches the router nothing
-    EXACT_UPCYCLING: ClassVar[Named] = {
-        'renormalize': {'renormalize': True, 'top_k': 2},
-    }
+    EXACT_UPCYCLING: ClassVar[Named] = {'renormalize': {'renormalize': True, 'top_k': 2}}
 
     gate: Literal['softmax', 'sigmoid'] = option('softmax', 'sigmoid')
     router_dim: int | None = option(None, bounds='[2, inf)')
@@ -115,7 +112,8 @@ class XMoERouter(LossFreeRouter):
         nn.init.trunc_normal_(self.project, std=0.02)
         init_orthogonal(self.expert_embed)
         with torch.no_grad():
-            self.expert_embed.copy_(EMBED_NORM * F.normalize(self.expert_embed.float(), dim=-1))
+            # as the authors' torchscale, whose every forward pass brings rows back to it
+            self.expert_embed.copy_(1.5 * F.normalize(self.expert_embed.float(), dim=-1))
             self.log_temperature.fill_(math.log(self.initial_temperature))
 
     reset_parameters = init_weights
@@ -149,8 +147,7 @@ class XMoERouter(LossFreeRouter):
             weights = self._weights(scaled, indices)
             fixed = self.balance_temperature  # tau_0
             terms = losses.weighted(
-                self,
-                balance=lambda: losses.load_balance((scores / fixed).softmax(dim=-1), indices),
+                self, balance=lambda: losses.load_balance((scores / fixed).softmax(dim=-1), indices)
             )
         return Routing(indices, weights, terms)
 
