@@ -12,7 +12,6 @@ from mmengine.evaluator import Evaluator
 from PIL import Image
 
 from vqmoe_vision.classification import Accuracy
-from vqmoe_vision.classification.classifier import thirds
 from vqmoe_vision.classification.datasets import (
     SPLITS,
     _part,
@@ -20,6 +19,7 @@ from vqmoe_vision.classification.datasets import (
     long_tail,
     split_indices,
 )
+from vqmoe_vision.classification.evaluation import thirds
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 

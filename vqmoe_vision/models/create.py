@@ -46,7 +46,7 @@ STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
 
 
 def create_model(
-    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+    model_name: str, moe: dict | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> nn.Module:
     """`timm.create_model` for a config: experts for any host, and weights that fit or are refused.
 
@@ -94,7 +94,7 @@ def create_model(
     return model
 
 
-def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
+def _create(model_name: str, kwargs: dict) -> nn.Module:
     """A model by its own entry point; a dense vision transformer is never half loaded."""
     fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
     if fitted and kwargs.get('pretrained') and not kwargs.get('features_only'):
@@ -112,7 +112,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _from_pretrained(kwargs: dict) -> dict:
     """A checkpoint of the host as weights that are fitted; timm would want it to have experts."""
     others = dict(kwargs)
     if path := others.pop('checkpoint_path', None):
@@ -121,7 +121,7 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
     return others
 
 
-def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
+def _wider(model_name: str, extra_mlps: int, kwargs: dict) -> float:
     """The `mlp_ratio` that spreads `extra_mlps` over all blocks."""
     check(isinstance(extra_mlps, int) and extra_mlps > 0, 'extra_mlps', extra_mlps, 'at least 0')
     with torch.device('meta'):  # for depth and ratio only
@@ -152,7 +152,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
 
 
 def create_to_start(
-    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+    model_name: str, moe: dict | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> Any:
     """As `create_model`, of a model whose weights may come later."""
     own = method_of(model_name) is not None
@@ -172,7 +172,7 @@ def check_upcycled(model: nn.Module) -> None:
         refuse_unused(read_upcycling(model.upcycling), 'checkpoint=FILE or pretrained=True')
 
 
-def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
+def without_weights(arguments: dict) -> dict:
     """Arguments of a model all of whose weights come later: those that these name are not read."""
     result = {name: GIVEN.get(name, value) for name, value in arguments.items()}
     named = arguments
@@ -191,7 +191,7 @@ def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**result, **({'pretrained_cfg_overlay': found} if found else {})}
 
 
-def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
+def options_in_full(model: Mapping) -> dict:
     """What the MoE layers of a config's model would be built with today."""
     moe, name = model.get('moe') or {}, model.get('model_name')
     own = method_of(name) if isinstance(name, str) else None
@@ -201,7 +201,7 @@ def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     if method not in METHODS:
         return {}
     known = METHODS[method].config.option_names()
-    options: dict[str, Any] = {n: v for n, v in given.items() if n in known}
+    options: dict = {n: v for n, v in given.items() if n in known}
     try:
         config = METHODS[method].config.from_options(**options)
         options = {n: v for n, v in asdict(config).items() if n not in config.unused()}

@@ -92,7 +92,7 @@ class Predictor:
         fits = isinstance(kind, type) and issubclass(kind, BaseSegDataset)
         check(fits, f'{config}: {field}.type', first.type, "a data set of mmseg's kind")
         metainfo = complete_metainfo(kind, first.get('metainfo'))
-        self.classes: tuple[str, ...] = tuple(metainfo['classes'])
+        self.classes = tuple(metainfo['classes'])
         self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
         steps, *different = (
             [step for step in each.get('pipeline', ()) if step.type not in LOADING]
@@ -123,7 +123,7 @@ class Predictor:
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
 
 
-def _list_images(images: Any) -> list[Any]:
+def _list_images(images: Any) -> list:
     """The files and arrays that `predict` was asked for."""
     if not isinstance(images, str | Path):
         return [images] if isinstance(images, np.ndarray) else list(images)
