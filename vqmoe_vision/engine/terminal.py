@@ -21,7 +21,7 @@ def of_terminal(logger: logging.Logger) -> list[logging.Handler]:
 
 
 @contextmanager
-def shown(runner: Runner, choice: str | None, told: str) -> Iterator[None]:
+def shown(runner: Runner, choice: str | None, told: str = '') -> Iterator[None]:
     """Shows what is told, and a run of `ToolRunner`: by a bar, or by the lines of the log."""
     bars = choice == 'bar' or (choice is None and sys.stdout.isatty())
     with tqdm(file=sys.stdout, dynamic_ncols=True, disable=not bars or runner.rank > 0) as bar:
