@@ -125,3 +125,14 @@ def test_classes_of_a_name_are_not_those_of_a_training() -> None:
     model = Classifier('test_vit_dense', num_classes=10)
     assert 'label_names' in model.model.pretrained_cfg
     assert 'classes' not in model.exportable().about
+
+
+def test_gradients_of_the_loss_of_the_stream() -> None:
+    """Only what writes to the stream below the norm has any."""
+    model = Classifier('vit_tiny_patch16_224', stream_loss=STREAM, **SMALL)
+    model(*batch(), mode='loss')['stream_loss'].backward()
+    moved = {n.removeprefix('model.') for n, p in model.named_parameters() if p.grad is not None}
+    expected = {'patch_embed.proj.weight', 'blocks.0.mlp.fc2.weight', 'blocks.1.attn.proj.weight'}
+    assert expected <= moved
+    assert not any(n.startswith(('blocks.1.norm2', 'blocks.1.mlp', 'norm', 'head')) for n in moved)
+    assert not model.model.blocks[1].norm2._forward_pre_hooks  # only training watches

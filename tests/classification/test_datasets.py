@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmengine.registry import DATASETS
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from vqmoe_vision.classification.datasets import SPLITS, ImageClassification, split_indices
 from vqmoe_vision.engine.cli import one_line
@@ -132,3 +133,13 @@ def test_corrupt_image_is_named(tmp_path: Path, in_memory: bool) -> None:
     (tmp_path / 'val' / 'cat' / '1.png').write_bytes(b'')
     with pytest.raises(ValueError, match=r'1\.png cannot be read as an image'):
         build('class_folder', data_root=str(tmp_path), split='val', in_memory=in_memory)[1]
+
+
+def test_digits_splits_share_no_scan_and_keep_the_classes_in_proportion() -> None:
+    parts = [build('digits', split=split) for split in ('train', 'dev', 'test')]
+    assert [len(part) for part in parts] == [1257, 180, 360]
+    scans = [np.asarray(image).tobytes() for part in parts for image, _ in part.source]
+    original = load_digits().images
+    assert len(set(scans)) == len(np.unique(original.reshape(len(original), -1), axis=0))
+    counts = np.bincount([target for _, target in parts[2].source])
+    assert counts.min() >= 34 and counts.max() <= 37

@@ -148,3 +148,9 @@ def test_accuracy_by_hand() -> None:
     metric = Accuracy(topk=(1, 5))
     metric.process([None, torch.tensor([0, 1, 0])], [torch.tensor([2.0, 1.0])] * 3)
     assert metric.evaluate(2) == {'accuracy/top1': 50.0, 'accuracy/top5': 100.0}
+
+
+def test_images_that_only_pad_the_last_batch_do_not_count() -> None:
+    metric = Accuracy(topk=(1,))
+    metric.process([None, torch.tensor([0, 1])], [torch.tensor([1.0, 0.0])] * 2)
+    assert metric.evaluate(1) == {'accuracy/top1': 100.0}

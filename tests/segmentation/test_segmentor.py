@@ -167,3 +167,13 @@ def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm() -> None:
     for wrong in (None, {'layer_decay': 0.0}, {'layer_decay': 0.5, 'norm_decay': 0}):
         with pytest.raises(ValueError, match=r'^paramwise_cfg\.(layer_decay|norm_decay)='):
             LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
+
+
+@pytest.mark.parametrize('head', ['mask', 'linear'])
+def test_slide_equals_whole_on_an_image_of_crop_size(head: str) -> None:
+    model = tiny_segmentor(**({'decode_head': LINEAR} if head == 'linear' else {})).eval()
+    images = torch.randn(2, 3, 32, 32)
+    metas = [dict(img_shape=(32, 32), ori_shape=(32, 32)) for _ in images]
+    whole = model.inference(images, metas)
+    model.test_cfg.update(mode='slide', crop_size=(32, 32), stride=(24, 24))
+    torch.testing.assert_close(model.inference(images, metas), whole)
