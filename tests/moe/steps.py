@@ -25,13 +25,6 @@ def step(model, x, **options):
     return loss.detach(), dict(collected.losses), grads
 
 
-def checkpointed_loss(model):
-    """The loss of a model that repeats its forward pass, after the block that collects was left."""
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        return model(tokens()).square().mean() + collected.total()
-
-
 def assert_same_step(actual, expected):
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)

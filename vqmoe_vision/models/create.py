@@ -68,7 +68,7 @@ def create_model(
     check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, 'that of the host')
     given = dict(moe or {})
     if given or (dense and moe is not None):
-        own: Any = given.pop('method', method)
+        own: Any = given.get('method', method)
         check_method(own, 'moe.method')
         check(method in (None, own), 'moe.method', own, f'{method}, as the name of the model says')
         options = {'method', *moe_options(own)}
@@ -77,11 +77,10 @@ def create_model(
             check(name in options, f'moe.{name}', value, allowed)
             allowed = f'moe.{name}={value!r} is set, change it'
             check(name not in kwargs, name, kwargs.get(name), allowed)
+        given.pop('method', None)
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'vit_moe')):
         check_vit_arguments(kwargs)
     if dense and moe is not None:
-        allowed = f'left out, moe.method={own!r} is set'
-        check('method' not in kwargs, 'method', kwargs.get('method'), allowed)
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
         kwargs = {'host': model_name, 'method': own, **given, **_from_pretrained(kwargs)}
         model = timm.create_model(MOE_HOST, **kwargs)
