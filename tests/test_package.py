@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 TOOLS = PACKAGE.parent / 'tools'
 # A part may import itself and the parts of a lower layer.
 LAYERS = {
+    'arguments': 0,
     'provenance': 0,
     'moe': 0,
     'models': 1,

@@ -1,5 +1,6 @@
 """Train small models for both tasks on data that needs no download, and draw them: make demo."""
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ try:
     from vqmoe_vision.analysis import patch_experts
     from vqmoe_vision.analysis.cli import analyze
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
+    from vqmoe_vision.arguments import parser_of
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
-    from vqmoe_vision.engine.cli import ToolRunner, load_config, one_line
+    from vqmoe_vision.engine.cli import ToolRunner, load_config, run
     from vqmoe_vision.engine.terminal import shown
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
@@ -23,55 +25,57 @@ DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 # for the report: what the routing did while the model was trained
 HISTORY = {'default_hooks.routing_history.type': 'RoutingHistoryHook'}
+# a tenth of each training
+QUICK = {
+    DIGITS: {'train_cfg.max_epochs': 4, 'train_cfg.val_interval': 2},
+    SCENES: {'train_cfg.max_iters': 100, 'train_cfg.val_interval': 50},
+}
 
 
 def main() -> None:
-    try:
-        told = classify_digits(WORK_DIR / 'classification')
-        checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))
-        told += segment_scenes(WORK_DIR / 'segmentation', checkpoint)
-        print('\n'.join(told))
-        scenes = str(last_checkpoint(WORK_DIR / 'segmentation'))
-        out = ['--out', str(WORK_DIR / 'report'), '--beside', f'vqmoe_vision::{SCENES}', scenes]
-        analyze([f'vqmoe_vision::{DIGITS}', checkpoint, *out])
-        report = WORK_DIR / 'report' / 'report.html'
-        print(f'\nWhich expert does what, in both: open {report} in a browser')
-    except Exception as error:
-        if '--debug' in sys.argv:
-            raise
-        sys.exit(f'error: {one_line(error)}')
+    run(parser_of('demo'), None, show)
 
 
-def train(config: str, work_dir: Path, options: dict) -> tuple[Runner, dict, str]:
-    """Trains and tests; returns last values by name too, and a line of what lies where."""
-    settings = load_config(f'vqmoe_vision::{config}', options)
+def show(args: argparse.Namespace) -> None:
+    """Trains both and makes the report; ends with a table and where pictures are."""
+    classifier = train(DIGITS, WORK_DIR / 'classification', args.quick, HISTORY)
+    experts = WORK_DIR / 'classification/experts.png'
+    draw_experts(classifier[0], experts)
+    checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))
+    options = {'model.backbone.checkpoint': checkpoint, **HISTORY}
+    segmentor = train(SCENES, WORK_DIR / 'segmentation', args.quick, options)
+    scenes = WORK_DIR / 'segmentation/scenes.png'
+    draw_scenes(segmentor[0], scenes)
+    trained = str(last_checkpoint(WORK_DIR / 'segmentation'))
+    out = ['--out', str(WORK_DIR / 'report'), '--beside', f'vqmoe_vision::{SCENES}', trained]
+    analyze([f'vqmoe_vision::{DIGITS}', checkpoint, *out])
+    lines = [('trained', 'score', 'test images', 'dead experts', 'seconds', 'checkpoint')]
+    scores = ('accuracy/top1', '% top-1', checkpoint), ('mIoU', '% mIoU', trained)
+    for (runner, last), (name, unit, file) in zip((classifier, segmentor), scores, strict=True):
+        kind, images = type(runner.model).__name__, len(runner.test_dataloader.dataset)
+        numbers = str(images), f'{last["dead"]:.0f}', f'{last["seconds"]:.0f}'
+        lines.append((kind, f'{last[name]:.1f} {unit}', *numbers, file))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print()
+    for line in lines:
+        print('  '.join(map(str.ljust, line, widths)).rstrip())
+    print(f'\nWhich expert took each patch of a digit  {experts}')
+    print(f'Scenes, their labels and predictions     {scenes}')
+    print(f'Which expert does what, in a browser     {WORK_DIR / "report/report.html"}')
+
+
+def train(config: str, work_dir: Path, quick: bool, options: dict) -> tuple[Runner, dict]:
+    """Trains and tests; returns last values by name too."""
+    more = QUICK[config] if quick else {}
+    settings = load_config(f'vqmoe_vision::{config}', {**options, **more})
     settings.work_dir = str(work_dir)
     started = time.monotonic()
     runner = ToolRunner.from_cfg(settings)
-    with shown(runner, None):
+    with shown(runner, None if sys.stdout.isatty() else 'brief'):
         runner.train()
-    seconds = time.monotonic() - started
-    last = {'seconds': seconds, **runner.test()}
+        last = {'seconds': time.monotonic() - started, **runner.test()}
     last['dead'] = sum(n for name, n in last.items() if name.endswith('/load_unused'))
-    places = (
-        f'  checkpoint  {last_checkpoint(work_dir)}\n'
-        f'  log         {work_dir / runner.timestamp / runner.timestamp}.log'
-    )
-    return runner, last, places
-
-
-def classify_digits(work_dir: Path) -> list[str]:
-    """Trains a classifier and draws its experts; says what was reached."""
-    runner, last, places = train(DIGITS, work_dir, HISTORY)
-    draw_experts(runner, work_dir / 'experts.png')
-    return [
-        '',
-        f'Classification: {last["accuracy/top1"]:.1f} % of '
-        f'{len(runner.test_dataloader.dataset)} held-out digits, {last["dead"]:.0f} dead experts, '
-        f'{last["seconds"]:.0f} seconds',
-        places,
-        f'  experts     {work_dir / "experts.png"}   which expert took each patch of a test image',
-    ]
+    return runner, last
 
 
 def draw_experts(runner: Runner, path: Path) -> None:
@@ -86,22 +90,6 @@ def draw_experts(runner: Runner, path: Path) -> None:
     low, high = images.amin(), images.amax()
     images, title = (images - low) / (high - low), 'The expert that each patch went to'
     plot_experts(images, experts, model.moe_config.num_experts, title).savefig(path)
-
-
-def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
-    """Trains Segmenter on that classifier's backbone and draws scenes; says what was reached."""
-    options = {'model.backbone.checkpoint': checkpoint, **HISTORY}
-    runner, last, places = train(SCENES, work_dir, options)
-    draw_scenes(runner, work_dir / 'scenes.png')
-    return [
-        '',
-        f'Segmentation, from that checkpoint: {last["mIoU"]:.1f} % mIoU '
-        f'({last["aAcc"]:.1f} % aAcc, {last["mAcc"]:.1f} % mAcc) on '
-        f'{len(runner.test_dataloader.dataset)} scenes of held-out digits, '
-        f'{last["dead"]:.0f} dead experts, {last["seconds"]:.0f} seconds',
-        places,
-        f'  scenes      {work_dir / "scenes.png"}   images, labels and predictions',
-    ]
 
 
 def draw_scenes(runner: Runner, path: Path, count: int = 8) -> None:

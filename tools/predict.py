@@ -1,11 +1,11 @@
-"""Segment images: python tools/predict.py CONFIG CHECKPOINT IMAGE_OR_FOLDER... [--help]."""
+"""Predict images: python tools/predict.py CONFIG CHECKPOINT IMAGE_OR_FOLDER... [--help]."""
 
 import sys
 
 try:
-    from vqmoe_vision.segmentation.inference import main
+    from vqmoe_vision.engine.predict import predict
 except ModuleNotFoundError as missing:
-    sys.exit(f'error: {missing}')
+    sys.exit(f"error: {missing}; predicting needs: pip install '.[train]', or '.[seg]'")
 
 if __name__ == '__main__':
-    main()
+    predict()

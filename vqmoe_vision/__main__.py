@@ -1,23 +1,7 @@
-"""`python -m vqmoe_vision train CONFIG` runs tools/train.py, wherever it is; so for every tool."""
+"""`python -m vqmoe_vision TOOL ...` is `vqmoe TOOL ...`, as torchrun wants it."""
 
-import argparse
 import runpy
-import sys
-
-from . import FOLDER
-
-
-def main() -> None:
-    """Runs the tool that the command line names."""
-    tools = {path.stem: path for path in (FOLDER / 'tools').glob('*.py')}
-    parser = argparse.ArgumentParser(prog='python -m vqmoe_vision')
-    parser.add_argument('tool', choices=sorted(tools))
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, help="the tool's; try --help")
-    args = parser.parse_args()
-    sys.argv[1:] = args.arguments
-    sys.path.append(str(FOLDER / 'tools'))  # Python does so for a script that it runs by path
-    runpy.run_path(str(tools[args.tool]), run_name='__main__')
-
+from pathlib import Path
 
 if __name__ == '__main__':
-    main()
+    runpy.run_path(str(Path(__file__).parents[1] / 'vqmoe.py'), run_name='__main__')

@@ -35,6 +35,7 @@ param_scheduler = [
 # transforms must not cost more than a small model. Mean and std are stated: all rows of a
 # comparison are fed alike.
 norm = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+total_batch_size = 128
 train_dataloader = dict(
     batch_size=128,
     num_workers=0,

@@ -82,8 +82,9 @@ tta_pipeline = [
     ),
 ]
 # a list is not merged: this pipeline replaces that of camvid.py
+total_batch_size = 8
 train_dataloader = dict(
-    num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline)
+    batch_size=8, num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline)
 )
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

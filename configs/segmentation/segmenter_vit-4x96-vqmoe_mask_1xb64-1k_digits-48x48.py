@@ -59,6 +59,7 @@ tta_pipeline = [
         ],
     ),
 ]
+total_batch_size = 64
 train_dataloader = dict(
     batch_size=64,
     num_workers=1,

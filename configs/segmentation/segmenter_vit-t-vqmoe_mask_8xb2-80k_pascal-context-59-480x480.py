@@ -44,8 +44,9 @@ tta_pipeline = [
         ],
     ),
 ]
+total_batch_size = 16
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=2,
     dataset=dict(
         type='PascalContext59',
         data_root='data/VOCdevkit/VOC2010',

@@ -1,5 +1,6 @@
 """From the work dir of a classifier to a folder that timm reads, and back into a training."""
 
+import csv
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from vqmoe_vision.classification.datasets import digits
 from vqmoe_vision.engine.checkpoint import load_from_local, read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model import load_trained
+from vqmoe_vision.engine.predict import predict
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.models.create import create_model
 
@@ -219,3 +221,36 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             publish([str(argument) for argument in arguments])
         assert '\n' not in str(caught.value)
     assert not out.exists() and sorted(path.name for path in full.iterdir()) == ['mine']
+
+
+def test_images_without_labels_are_classified(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, checkpoint = str(trained / 'tiny.py'), str(trained / 'epoch_1.pth')
+    settings = load_config(config)
+    source = digits('test', settings.test_dataloader.dataset.transform)
+    (tmp_path / 'in').mkdir()
+    for i in range(3):
+        source.source[i][0].save(tmp_path / f'in/{i}.png')
+    command = [config, checkpoint, str(tmp_path / 'in'), '--out-dir', str(tmp_path / 'out')]
+    predict([*command, '--topk', '2', '--device', 'cpu'])
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / 'out/predictions.json').read_text())
+    with (tmp_path / 'out/predictions.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    model = load_trained(settings, checkpoint, 'cpu')
+    model.normalize_inputs({'test_dataloader.dataset': source})
+    with torch.no_grad():  # what a test makes of the same images
+        shares, places = model(torch.stack([source[i][0] for i in range(3)])).softmax(1).topk(2)
+    for i, (path, ranked) in enumerate(found.items()):
+        assert path == str(tmp_path / f'in/{i}.png') and path in said
+        assert [each['class'] for each in ranked] == [str(c) for c in places[i].tolist()]
+        probabilities = torch.tensor([each['probability'] for each in ranked])
+        torch.testing.assert_close(probabilities, shares[i])
+        own = [row for row in rows if row['image'] == path]
+        assert [(row['rank'], row['class']) for row in own] == [
+            (str(rank), each['class']) for rank, each in enumerate(ranked, 1)
+        ]
+    for wrong in (['--topk', '11'], ['--opacity', '0.5'], ['--topk', '0']):
+        with pytest.raises(SystemExit, match=f'^error: {wrong[0]}='):
+            predict([*command, *wrong])

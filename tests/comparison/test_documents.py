@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from vqmoe_vision.arguments import WORK_DIR
 from vqmoe_vision.comparison.cli import Work
 from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, scores_of, tidy
 from vqmoe_vision.comparison.spec import Comparison
@@ -27,7 +28,6 @@ from vqmoe_vision.comparison.statistics import (
     pooled_noise,
     with_noise,
 )
-from vqmoe_vision.comparison.store import WORK_DIR
 
 from ..rows import CONFIGS
 

@@ -1,6 +1,7 @@
 """The command line from end to end, on the embedded digits and a model of a few hundred weights."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,28 @@ def test_mistake_in_options_is_one_line(
     assert text.startswith('error: ') and message in text and '\n' not in text
     with pytest.raises(Exception, match=r'.+'):  # and so not SystemExit, which is no Exception
         train([*command, '--debug'])
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'model.moe.topp_k=1', 'model.moe.num_experts=0', 'model.img_sizee=3', 'model.moe=all',
+        'model.model_name=vit_tiny_vqmo', 'train_dataloader.dataset.data_root=nowhere',
+    ],
+)  # fmt: skip
+def test_a_mistake_in_model_or_data_leaves_nothing(
+    option: str, config: str, tmp_path: Path
+) -> None:
+    options = ['--cfg-options', 'model.model_name=vit_tiny_smoe', option]
+    with pytest.raises(SystemExit) as caught:
+        train([config, '--work-dir', str(tmp_path / 'w'), *options])
+    said, (name, _, value) = str(caught.value), option.partition('=')
+    # the field, and of a typo what was meant
+    assert name.rpartition('.')[2] in said and value in said
+    meant = {'topp_k': 'top_k', 'vit_tiny_vqmo': 'vit_tiny_vqmoe'}
+    for typo, word in meant.items():
+        assert typo not in option or re.search(rf'\b{word}\b', said)
+    assert not (tmp_path / 'w').exists()
 
 
 @pytest.mark.parametrize(

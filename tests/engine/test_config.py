@@ -13,11 +13,11 @@ from mmengine.registry import MODELS
 
 from vqmoe_vision.engine.cli import load_config, run
 from vqmoe_vision.engine.config import (
-    add_config_options,
     check_fields,
     flat,
     merge_options,
     parse_options,
+    share_batch,
 )
 from vqmoe_vision.engine.model import scope_of
 
@@ -85,7 +85,7 @@ def test_the_folder_of_the_user_is_known_in_every_path(
     parser = argparse.ArgumentParser()
     parser.add_argument('files', nargs='+')
     parser.add_argument('--out', type=Path)
-    add_config_options(parser)
+    parser.add_argument('--cfg-options', nargs='+', default=[])
     seen: list[Any] = []
     run(
         parser, ['~/a.pth', 'local-dir:~/b', '--out=~/c.json', '--cfg-options', 'upcycle=~/d'],
@@ -122,3 +122,53 @@ def test_a_config_outside_builds_on_it(base: str, tmp_path: Path) -> None:
     assert '_scope_' not in load_config(str(path)).dump()
     if base.startswith('__import__'):  # as any program of mmengine reads it
         assert Config.fromfile(path).to_dict() == expected
+
+
+TOTAL = 'total_batch_size = 8\ntrain_dataloader = dict(batch_size=1)\n'
+
+
+@pytest.mark.parametrize(
+    ('text', 'options', 'batches'),
+    [
+        ('', {}, {1: 8, 2: 4, 8: 1}),  # total over processes
+        ('', {'optim_wrapper.accumulative_counts': 2}, {1: 4, 2: 2, 4: 1}),
+        ('', {'total_batch_size': 32}, {1: 32, 8: 4}),
+        ('', {'total_batch_size': 32, 'train_dataloader.batch_size': 16}, {2: 16}),
+        # who states the batch of a process has it, whatever the total was
+        ('', {'train_dataloader.batch_size': 3}, {1: 3, 8: 3}),
+        ('', {'train_dataloader': {'batch_size': 3}}, {1: 3, 8: 3}),
+        ('train_dataloader = dict(batch_size=4)', {}, {1: 4, 8: 4}),
+        ('train_dataloader = dict(num_workers=4)', {}, {1: 8, 8: 1}),
+        ('total_batch_size = 24', {}, {1: 24, 8: 3}),
+        ('total_batch_size = None', {}, {1: 1, 8: 1}),
+    ],
+)
+def test_processes_share_the_total_batch(
+    text: str, options: dict, batches: dict[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / 'base.py').write_text(TOTAL)
+    (tmp_path / 'mine.py').write_text(f"_base_ = 'base.py'\n{text}\n")
+    config = load_config(str(tmp_path / 'mine.py'), options)
+    for processes, batch in batches.items():
+        share_batch(config, processes, options)
+        assert config.train_dataloader.batch_size == batch
+    # mmengine's own reading has the batch of each process
+    theirs = Config.fromfile(tmp_path / 'mine.py').train_dataloader.batch_size
+    assert theirs == (4 if 'batch_size=4' in text else 1)
+
+
+@pytest.mark.parametrize(
+    ('options', 'processes', 'field'),
+    [
+        ({}, 3, 'total_batch_size=8 '),
+        ({'optim_wrapper.accumulative_counts': 8}, 2, 'total_batch_size=8 '),
+        ({'total_batch_size': 0}, 1, 'total_batch_size=0 '),
+        ({'total_batch_size': 8, 'train_dataloader.batch_size': 2}, 2, 'train_dataloader.batch_'),
+    ],
+)
+def test_a_total_that_cannot_be_shared_is_one_line(
+    options: dict, processes: int, field: str, tmp_path: Path
+) -> None:
+    (tmp_path / 'mine.py').write_text(TOTAL)
+    with pytest.raises(ValueError, match=f'^{field}'):
+        share_batch(load_config(str(tmp_path / 'mine.py'), options), processes, options)

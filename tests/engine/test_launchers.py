@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vqmoe_vision.arguments import LAUNCHERS
 from vqmoe_vision.engine import processes
 from vqmoe_vision.engine.processes import (
     OwnDataParallel,
     RankError,
     Unwrapped,
-    check_batch,
     plain_error,
     together,
 )
@@ -65,6 +64,7 @@ def test_a_rank_is_named_in_its_error(
 
 ORPHAN = """
 import os, sys, time
+from vqmoe_vision.arguments import LAUNCHERS
 from vqmoe_vision.engine import processes
 os.environ.update(TORCHELASTIC_RUN_ID='none', RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
 if child := os.fork():
@@ -87,15 +87,8 @@ def test_a_process_ends_with_the_torchrun_that_started_it() -> None:
     raise AssertionError('it is an orphan')
 
 
-def test_a_batch_is_not_multiplied_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, name = Config({'train_dataloader': {'batch_size': 8}}), 'train_dataloader.batch_size'
-    monkeypatch.setattr(processes, 'get_world_size', lambda: 8)
-    with pytest.raises(ValueError, match=rf'^{name}=8 .* 64 images'):  # 8 x 8
-        check_batch(config, ())
-    check_batch(config, {name: 8})
-    check_batch(config, {'train_dataloader': {'batch_size': 8}})
-    monkeypatch.setattr(processes, 'get_world_size', lambda: 1)
-    check_batch(config, ())
+def test_the_command_line_offers_every_launcher() -> None:
+    assert ('none', *processes._VARIABLES) == LAUNCHERS
 
 
 class BiasUnused(torch.nn.Linear):

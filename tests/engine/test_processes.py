@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.config import Config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +28,7 @@ CLASSIFICATION = f"""
 _base_ = {str(DIGITS)!r}
 custom_imports = dict(imports=['vqmoe_vision.classification', 'dies'])
 model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
-train_dataloader = dict(batch_size=200)
+total_batch_size = 400
 test_dataloader = dict(batch_size=77)
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
@@ -40,6 +41,7 @@ model = dict(
     decode_head=dict(num_layers=1),
 )
 {FOUR_SCENES}
+total_batch_size = 4
 train_cfg = dict(max_iters=4, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2))
 test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=5))
@@ -85,10 +87,6 @@ def ranks(
 ) -> dict[str, Any]:
     """A run of a rank for each tuple in `more`, its own arguments."""
     size = str(len(more))
-    if tool == 'train' and len(more) > 1:  # several processes are asked for their batch
-        batch = 2 if Path(arguments[0]).stem == 's' else 200
-        stated = ('--cfg-options', f'train_dataloader.batch_size={batch}')
-        arguments = (arguments[0], *stated, *arguments[1:])
     return {
         'tool': tool,
         'ranks': [
@@ -158,6 +156,9 @@ def test_the_run_goes_on_from_its_last_checkpoint(run) -> None:
     assert 'resumed epoch: 1, iter: 3' in (folder / 'resumed/0/out').read_text()
     content = read_content(str(folder / 'w/epoch_2.pth'))
     assert (content['meta']['epoch'], content['meta']['iter']) == (2, 6)
+    # of 1,257 images each of two processes took 200 a step, three times
+    kept = Config.fromfile(folder / 'w/c.py', import_custom_modules=False)
+    assert (kept.total_batch_size, kept.train_dataloader.batch_size) == (400, 200)
 
 
 def test_only_the_first_rank_says_and_writes_something(run) -> None:
@@ -312,6 +313,6 @@ def goes_on(folder: Path, saved: Path) -> None:
     for name, (_, processes) in layouts.items():
         assert ended[name] == [0] * processes, said(folder, name)
         content = read_content(str(folder / f'again{name}/epoch_3.pth'))
-        assert content['meta']['epoch'] == 3
+        assert (content['meta']['epoch'], content['meta']['iter']) == (3, 9)  # three each
         written_in_parts = list((folder / f'again{name}').glob('epoch_3.*.sharded'))
         assert len(written_in_parts) == (processes == 4)

@@ -2,12 +2,12 @@
 
 unknown method | TRAIN model.model_name=vit_tiny_vqmo | model_name
 value out of range | TRAIN model.moe.num_experts=0 | num_experts
-data folder missing | TRAIN DATA.type=class_folder DATA.data_root=nowhere | nowhere/train
+data folder missing | TRAIN DATA.type=class_folder DATA.data_root=nowhere | nowhere
 a class folder empty | TRAIN DATA.type=class_folder DATA.data_root={folders} | cat
 label above the classes | train.py {photos} --work-dir w | masks/train/a.png
 checkpoint of another method | TEST model.model_name=vit_tiny_ecmoe | ecmoe
 checkpoint of another size | TEST model.embed_dim=24 | pos_embed
-checkpoint of the other task | test.py {tiny} {segmenter} --work-dir w | backbone
+checkpoint of the other task | test.py {tiny} {segmenter} --work-dir w | segmentor
 checkpoint damaged | test.py {tiny} {damaged} --work-dir w | {damaged}
 checkpoint with code | test.py {tiny} {code} --work-dir w | {code}
 none on resume | train.py {tiny} --work-dir empty --resume | --resume

@@ -15,9 +15,9 @@ from mmseg.registry import MODELS
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.predict import predict as predict_cli
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.inference import Predictor, _read
-from vqmoe_vision.segmentation.inference import main as predict_cli
 from vqmoe_vision.segmentation.transforms import LoadImage
 
 from ..runs import score, train
@@ -250,6 +250,7 @@ def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> N
         (config, [tmp_path / 'empty'], 'holds no image'),
         (config, [bad, twin], 'images='),
         (config, [bad, '--opacity', 2], '--opacity='),
+        (config, [bad, '--topk', 2], '--topk='),
         ('model = None', [bad], 'model=None'),
         ('test_dataloader = None', [bad], 'test_dataloader=None'),
         (cifar10, [bad], r"dataset\.type='cifar10'"),

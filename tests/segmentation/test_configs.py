@@ -1,5 +1,6 @@
 """Every config: its model can be built and run in each row and size, and its pipelines run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,12 @@ def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
     # --tta has smaller and larger versions of what a test sees, and that itself
     *_, [tested], augmented = shapes
     assert tested in augmented and min(augmented) < tested < max(augmented)
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_a_name_says_processes_and_the_batch_of_each(leaf: str) -> None:
+    (processes, batch), *_ = re.findall(r'_(\d+)xb(\d+)-', leaf)
+    theirs = Config.fromfile(CONFIGS / leaf, import_custom_modules=False)  # as mmseg reads it
+    assert theirs.train_dataloader.batch_size == int(batch)
+    # and what one process of ours has
+    assert load(leaf).train_dataloader.batch_size == int(processes) * int(batch)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
 
 from vqmoe_vision.engine.publish import publish_checkpoint
@@ -128,12 +129,16 @@ def test_train_resumes(
     shutil.copytree(trained[2], work)
     monkeypatch.chdir(tmp_path)  # from any folder
     options = ['--cfg-options', 'experiment_name=train_resumes', 'train_cfg.max_iters=4']
+    options.append('total_batch_size=64')  # which it does not know
     run_tool('train.py', trained[0], '--work-dir', work, '--resume', *options)
     assert (work / 'last_checkpoint').read_text() == 'iter_4.pth'
     (log,) = (path for path in work.glob('*/*.log') if not (trained[2] / path.parent.name).exists())
     text = log.read_text()
     assert 'resumed epoch: 0, iter: 2' in text
     assert 'Iter(train) [3/4]' in text and 'Iter(train) [1/4]' not in text
+    # a process has the batch that the config states
+    stated = Config.fromfile(trained[0]).train_dataloader.batch_size
+    assert Config.fromfile(work / Path(trained[0]).name).train_dataloader.batch_size == stated
 
 
 def test_confusion_matrix(

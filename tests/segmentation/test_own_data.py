@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from vqmoe_vision.engine.predict import predict as predict_cli
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.datasets import CamVid, CheckedDataset, complete_metainfo
-from vqmoe_vision.segmentation.inference import main as predict_cli
 
 from ..rows import printed_config
 from ..runs import score, train

@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
-from vqmoe_vision.engine.config import add_config_options
+from vqmoe_vision.engine.cli import load_config, make_folder, run
 from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.engine.record import FILE, read_history
 from vqmoe_vision.moe.config import check
@@ -23,24 +23,7 @@ from .survey import survey
 
 def analyze(argv: Sequence[str] | None = None) -> None:
     """Writes a report of the routing of trained models."""
-    parser = argparse.ArgumentParser(description='See what the experts of trained models do.')
-    add = parser.add_argument
-    add('config', help=CONFIG_HELP)
-    text = 'files written by tools/train.py; several of one run, oldest first'
-    add('checkpoints', nargs='+', help=text)
-    text = 'another model to look at on the same images; may be repeated'
-    pair = ('CONFIG', 'CHECKPOINT')
-    add('--beside', nargs=2, action='append', default=[], metavar=pair, help=text)
-    add('--images', help="folder of images, in place of the config's test images")
-    add('--num-images', type=int, default=1000, help='look at so many, drawn from all')
-    add('--batch-size', type=int, default=32)
-    text = 'also how many tokens change their expert under crops, flips, noise and corruptions'
-    add('--shifts', action='store_true', help=text)
-    text = 'folder for report.html and numbers.json'
-    add('--out', type=Path, default=Path('work_dirs/analysis'), help=text)
-    add('--device', help='where to run (default: a GPU if there is one)')
-    add_config_options(parser)
-    run(parser, argv, _analyze)
+    run(parser_of('analyze'), argv, _analyze)
 
 
 def _analyze(args: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
 from .datasets import ImageClassification, load_image
+from .inference import TopClasses
 from .transforms import normalization_of, normalized_as, preprocessing_of
 
 _TRANSFORM = 'test_dataloader.dataset.transform'
@@ -66,6 +67,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         ValueError: The model cannot be built from these arguments.
         TypeError: The model does not know one of `model_kwargs`.
     """
+
+    predictions = TopClasses
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.engine.cli import load_config, make_folder, run
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
@@ -30,7 +31,6 @@ from .report import draw_figures, write_tables
 from .spec import read_comparison
 from .store import (
     ONE_THREAD,
-    WORK_DIR,
     Results,
     Run,
     Store,
@@ -45,17 +45,7 @@ from .store import (
 
 def compare(argv: Sequence[str] | None = None) -> None:
     """Compares rows of options over seeds."""
-    parser = argparse.ArgumentParser(description='Compare models over seeds.')
-    actions = parser.add_subparsers(required=True, metavar='ACTION', dest='action')
-    for action, (function, text) in _ACTIONS.items():
-        one = actions.add_parser(action, help=text, description=text)
-        # of a table p is corrected for all rows, whatever is looked at
-        one.set_defaults(function=function, rows=None, seeds=None, work_dir=WORK_DIR)
-        for name, of, options in _ARGUMENTS:
-            if action in of.split():
-                one.add_argument(name, **options)
-        one.add_argument('--debug', action='store_true', help='show the full trace of an error')
-    run(parser, argv, lambda args: args.function(args))
+    run(parser_of('compare'), argv, lambda args: _ACTIONS[args.action](args))
 
 
 class Work:
@@ -205,33 +195,9 @@ def _control(args: argparse.Namespace) -> None:
 
 
 _ACTIONS = {
-    'run': (_run, 'work through all runs that have no results yet'),
-    'table': (_table, 'make tables and learning curves from the results'),
-    'shifts': (_measure, 'test finished runs under the shifts that the comparison names'),
-    'routing': (_measure, 'measure what the routing of finished runs is like'),
-    'check': (_check, 'repeat the first losses of runs that have results'),
-    'forest': (_forest, 'draw contrasts of several comparisons, and what they say together'),
-    'control': (_control, 'see which router finds which structure, in tokens of known clusters'),
-}
-_SPECS, _PARTS = 'run table shifts routing check', 'run shifts routing check'
-# arguments, the actions that take them, and what argparse is told
-_ARGUMENTS: list[tuple[str, str, Any]] = [
-    ('spec', _SPECS, {'help': 'file in configs/comparisons, or a config'}),
-    ('specs', 'forest', {'nargs': '+', 'metavar': 'SPEC', 'help': 'files in configs/comparisons'}),
-    ('--rows', _PARTS, {'nargs': '+', 'metavar': 'ROW', 'help': 'only these'}),
-    ('--separation', 'control', {'nargs': '+', 'type': float, 'metavar': 'S'}),
-    ('--seeds', f'{_PARTS} control', {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
-    ('--methods', 'control', {'nargs': '+', 'default': [], 'metavar': 'ROW', 'help': 'only these'}),
-    ('--quick', 'control', {'action': 'store_true', 'help': 'two separations and one seed'}),
-    ('--work-dir', _SPECS, {'type': Path, 'default': WORK_DIR, 'help': 'for runs'}),
-    ('--results', f'{_SPECS} forest', {'type': Path, 'default': Path('docs/results'),
-                                       'help': 'for rows and tables'}),
-    ('--jobs', 'run', {'type': int, 'help': 'at a time (default: one, or one per GPU)'}),
-    ('--images', 'table', {'type': Path, 'help': 'folder for what documents show of it'}),
-    ('--sample', 'check', {'type': int, 'metavar': 'N', 'help': 'only N rows, drawn at random'}),
-    ('--out', 'forest', {'type': Path, 'default': WORK_DIR / 'forest.png', 'metavar': 'FILE.png'}),
-    ('--out', 'control', {'type': Path, 'metavar': 'FILE.json', 'help': 'scores; a figure beside'}),
-]  # fmt: skip
+    'run': _run, 'table': _table, 'shifts': _measure, 'routing': _measure, 'check': _check,
+    'forest': _forest, 'control': _control,
+}  # fmt: skip
 
 
 TOLERANCE = 1e-3  # relative: another processor rounds differently

@@ -297,8 +297,8 @@ def choose(field: str, wanted: Sequence[Any] | None, known: Collection[Any]) -> 
 # no row has; and the pipelines of mmseg's configs, which their data sets repeat.
 _LEFT_OUT = {
     'custom_imports', 'default_scope', 'env_cfg', 'launcher', 'log_level', 'log_processor',
-    'resume', 'test_pipeline', 'train_pipeline', 'tta_model', 'tta_pipeline', 'vis_backends',
-    'visualizer', 'work_dir',
+    'resume', 'test_pipeline', 'total_batch_size', 'train_pipeline', 'tta_model', 'tta_pipeline',
+    'vis_backends', 'visualizer', 'work_dir',
 }  # fmt: skip
 _KEEPING = {  # default hooks
     'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',

@@ -17,20 +17,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 from vqmoe_vision.engine.cli import as_typed, load_config, one_line
 from vqmoe_vision.engine.config import flat, parse_options
-from vqmoe_vision.engine.model import without_sources
+from vqmoe_vision.engine.model import check_model
 from vqmoe_vision.moe.config import check
 
 from .spec import SOURCE, Comparison, recipe_of
 from .statistics import pooled_noise
 
-WORK_DIR = Path('work_dirs/comparisons')  # unless the command line says otherwise
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
 
@@ -113,16 +110,11 @@ class Run:
     def build(self) -> None:
         """Builds its model without memory for it: a mistake there would end all runs of the row."""
         config = self.merged()
-        # of a segmentor the backbone alone, which rows differ in
         model = config.model.get('backbone', config.model)
         try:
             fits = not (model.get('pretrained') and model.get('extra_mlps'))
             check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
-            with (
-                DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine')),
-                torch.device('meta'),
-            ):
-                MODELS.build(without_sources(model))
+            check_model(config)
         except Exception as error:  # whatever a library makes of a value
             raise ValueError(self._said(error)) from error
 

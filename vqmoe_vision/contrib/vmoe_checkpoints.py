@@ -25,6 +25,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
+from ..arguments import parser_of
 from ..models.compat import StateDict, misfit, refuse_values, shorten, without
 from ..models.create import create_model
 from ..models.export import preprocessing_of, save
@@ -258,17 +259,8 @@ def _extension(code: int, data: bytes) -> Any:
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     """Writes a V-MoE of JAX as a folder that timm reads."""
     from ..engine.cli import run
-    from ..engine.config import add_config_options
 
-    text = 'Write a released V-MoE of github.com/google-research/vmoe as a folder that timm reads.'
-    parser = argparse.ArgumentParser(description=text)
-    add = parser.add_argument
-    add('checkpoint', help='path of its files without .index and .data-00000-of-00008')
-    add('out', help='folder to write')
-    add('--without-head', action='store_true', help='leave out the classifier, for the features')
-    text = 'what no file says, for example top_k=2 eval_capacity_factor=1.5 (default: top_k=2)'
-    add_config_options(parser, text)
-    run(parser, argv, _convert)
+    run(parser_of('convert_vmoe'), argv, _convert)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -173,6 +173,14 @@ def read_content(path: str, verify: bool = True) -> Any:
     return _in_one_piece(content, file) if verify else content
 
 
+def classes_of(path: str) -> list[str]:
+    """Names of the classes that a checkpoint, or a folder of timm, says; empty if it says none."""
+    content = read_content(path, verify=False)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    stated = ((meta or {}).get('dataset_meta') or {}).get('classes')
+    return list(stated or describe(path).config.get('label_names') or ())
+
+
 def check_content(path: str) -> None:
     """Compares all checksums of a checkpoint, also of the parts that lie beside it."""
     _checked_parts(_load(path), path)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
@@ -21,28 +22,30 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.moe.config import check
 
 from .checkpoint_files import SaveError, in_use, newest_before, newest_checkpoint
 from .checkpoint_hook import end_by
 from .config import (
-    add_config_options,
     base_path,
     check_fields,
+    check_folders,
     expand,
     find_config,
     innermost,
+    merge,
     merge_options,
+    parse_options,
+    share_batch,
     take_ours,
 )
 from .hooks import check_hooks, check_training_data
-from .model import unwrapped, without_sources
+from .model import check_model, unwrapped, without_sources
 from .optim import use_amp
 from .processes import (
-    LAUNCHERS,
     LostError,
     RankError,
-    check_batch,
     check_configs,
     check_datasets,
     join,
@@ -54,44 +57,26 @@ from .sharded import ShardingHook, check_parallel
 from .step_values import NonFiniteError
 from .terminal import of_terminal, shown
 
-# What every tool says of its first argument, and those of trained models of the second.
-CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
-CHECKPOINT_HELP = 'file written by tools/train.py, or the folder of timm that is made of it'
-
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Trains the model of a config."""
-    parser = _parser('Train a model.')
-    parser.add_argument(
-        '--resume', action='store_true', help='go on from the latest checkpoint in the work dir'
-    )
-    parser.add_argument(
-        '--amp', action='store_true', help='mixed precision: bfloat16, float16 on an older GPU'
-    )
-    run(parser, argv, _train)
+    run(parser_of('train'), argv, _train)
 
 
 def test(argv: Sequence[str] | None = None) -> None:
     """Tests a checkpoint of the model of a config."""
-    parser = _parser('Test a checkpoint.')
-    add = parser.add_argument
-    add('checkpoint', help=CHECKPOINT_HELP)
-    add('--out', type=Path, help='JSON file to write the metrics to')
-    add('--show-dir', help='folder to write predictions over their images to')
-    add('--tta', action='store_true', help="augment the test as the config's tta_pipeline says")
-    run(parser, argv, _test)
+    run(parser_of('test'), argv, _test)
 
 
 def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
     """Reads a config file and merges the options of the command line into it."""
-    theirs = Config._get_cfg_path
-    Config._get_cfg_path = staticmethod(base_path)
-    try:
+    ours = (('_get_cfg_path', base_path), ('_merge_a_into_b', merge))
+    with ExitStack() as patched:
+        for name, own in ours:
+            patched.enter_context(patch.object(Config, name, staticmethod(own)))
         config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
-    finally:
-        Config._get_cfg_path = staticmethod(theirs)
     merge_options(config, options or {})
     expand(config)
     return config
@@ -114,19 +99,6 @@ def augment_test(config: Config) -> None:
     config.model = dict(config.tta_model, module=config.model)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    add = parser.add_argument
-    add('config', help=CONFIG_HELP)
-    add('--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)")
-    add_config_options(parser)
-    add('--launcher', choices=LAUNCHERS, default='none')
-    # torchrun sets the variable; torch.distributed.launch passes the option
-    add('--local_rank', '--local-rank', type=int, default=0)
-    add('--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log')
-    return parser
-
-
 def _train(args: argparse.Namespace) -> None:
     with ExitStack() as alone, together(args.launcher):
         config = _configure(args)
@@ -134,9 +106,10 @@ def _train(args: argparse.Namespace) -> None:
         if args.amp:
             use_amp(config)
         join(args.launcher, config)
+        share_batch(config, get_world_size(), args.cfg_options)
         check_configs(config)
-        check_batch(config, args.cfg_options)
         check_parallel(config)
+        _check_parts(config, ('train', 'val'))
         if get_rank() == 0:
             make_folder(Path(config.work_dir))
             alone.enter_context(in_use(Path(config.work_dir)))
@@ -154,6 +127,13 @@ def _train(args: argparse.Namespace) -> None:
         check_training_data(runner)
         with shown(runner, args.log, told):
             runner.train()
+
+
+def _check_parts(config: Config, splits: tuple[str, ...]) -> None:
+    """Finds mistakes in options of the model, and missing data, before a file is written."""
+    check_folders(config, splits)
+    with suppress(RuntimeError):  # of a network that cannot be without memory
+        check_model(config)
 
 
 def _latest(args: argparse.Namespace, folder: Path) -> str | None:
@@ -177,6 +157,7 @@ def _test(args: argparse.Namespace) -> None:
         told = take_ours(config)
         join(args.launcher, config)
         check_configs(config)
+        _check_parts(config, ('test',))
         if writes := args.out is not None and get_rank() == 0:  # before the work
             check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
             if not args.out.exists():  # as /dev/stdout does
@@ -260,13 +241,13 @@ def run(
     action: Callable[[argparse.Namespace], None],
 ) -> None:
     """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only."""
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = '--debug' in arguments
     options: dict[str, Any] = {}
     try:
         args = parser.parse_args(arguments)
-        options = getattr(args, 'cfg_options', {})
+        if hasattr(args, 'cfg_options'):
+            args.cfg_options = options = parse_options(args.cfg_options)
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = debug
         expand(vars(args))

@@ -3,7 +3,6 @@
 Our tools take our types for stock ones, so that any run goes on to the bit.
 """
 
-import argparse
 import ast
 import inspect
 import os
@@ -23,10 +22,11 @@ from ..moe.config import check
 
 _PREFIX = 'vqmoe_vision::'  # of configs that come with the package
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
-# that of sharded.py, and those of tests with --tta.
+# that of sharded.py, that of `share_batch`, and those of tests with --tta.
 _EXTRA_FIELDS = {
     'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters',
-    'model_wrapper_cfg', 'parallel', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline',
+    'model_wrapper_cfg', 'parallel', 'runner_type', 'sync_bn', 'total_batch_size', 'tta_model',
+    'tta_pipeline',
 }  # fmt: skip
 # Of these mmengine's Runner reads the named entries, and passes over all others.
 _READ = {
@@ -75,6 +75,33 @@ def base_path(base: str, filename: str) -> tuple[str, str | None]:
     return (find_config(base), None) if named else _mmengine_base_path(base, filename)
 
 
+_mmengine_merge = Config._merge_a_into_b
+
+
+def merge(own: dict, base: dict, *args: bool) -> dict:
+    """As mmengine's; a file that states the batch of a process takes no total of its base."""
+    loader = own.get('train_dataloader')
+    if isinstance(loader, dict) and 'batch_size' in loader and 'total_batch_size' not in own:
+        base = {name: value for name, value in base.items() if name != 'total_batch_size'}
+    return _mmengine_merge(own, base, *args)
+
+
+def share_batch(config: Config, processes: int = 1, options: Mapping[str, Any] = {}) -> None:
+    """Lets a process take its part of `total_batch_size`, the images of a step of the optimizer."""
+    total, loader = config.get('total_batch_size'), config.get('train_dataloader')
+    if total is None or loader is None:
+        return
+    batches = (config.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+    parts = processes * batches
+    allowed = f'a multiple of {parts}, {processes} processes x {batches} batches a step'
+    fits = type(total) is int and total > 0 and total % parts == 0
+    check(fits, 'total_batch_size', total, allowed)
+    stated = (as_arguments(dict(options)).get('train_dataloader') or {}).get('batch_size')
+    allowed = f'{total // parts}, or left out, with total_batch_size={total} and {parts} such parts'
+    check(stated in (None, total // parts), 'train_dataloader.batch_size', stated, allowed)
+    loader.batch_size = total // parts
+
+
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
     """The values of options by dotted name."""
     found = {}
@@ -90,23 +117,6 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
         else:
             found[name] = DictAction._parse_iterable(value)
     return found
-
-
-class _CfgOptions(argparse.Action):
-    """As mmengine's `DictAction`, which takes no dictionaries."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **parse_options(values)})
-
-
-def add_config_options(
-    parser: argparse.ArgumentParser,
-    text: str = 'change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
-) -> None:
-    """Adds `--cfg-options` to a parser."""
-    parser.add_argument(
-        '--cfg-options', action=_CfgOptions, nargs='+', metavar='NAME=VALUE', default={}, help=text
-    )
 
 
 def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +140,10 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
         config.merge_from_dict(options)
     except (KeyError, TypeError) as error:  # of an element that a list lacks, or of what holds none
         raise ValueError(f'--cfg-options {" ".join(options)}: {error}') from error
+    loader = as_arguments(options).get('train_dataloader')
+    if 'total_batch_size' not in options and 'batch_size' in (loader or {}):
+        config.pop('total_batch_size', None)  # what was stated later counts
+    share_batch(config)
 
 
 def check_fields(config: Config) -> None:
@@ -144,6 +158,17 @@ def check_fields(config: Config) -> None:
     mode = compiled.get('mode') if isinstance(compiled := config.get('compile'), dict) else None
     allowed = "one without CUDA graphs: 'default' or 'max-autotune-no-cudagraphs'"
     check(mode not in ('reduce-overhead', 'max-autotune'), 'compile.mode', mode, allowed)
+
+
+def check_folders(config: Config, splits: Sequence[str]) -> None:
+    """Refuses data sets whose folder is missing, before anything is built."""
+    for name in (f'{split}_dataloader' for split in splits):
+        for dataset in innermost((config.get(name) or {}).get('dataset') or ConfigDict()):
+            root = dataset.get('data_root')
+            there = not isinstance(root, str) or '://' in root or Path(root).exists()
+            check(
+                there, f'{name}.dataset.data_root', root, 'a folder that exists, see docs/data.md'
+            )
 
 
 def expand(holder: Any) -> None:

@@ -8,10 +8,22 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
+
+IMAGE_SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'})
+
+
+def list_images(place: str | Path) -> list[Path]:
+    """An image file, or those of a folder by name."""
+    if not Path(place).is_dir():
+        return [Path(place)]
+    if files := sorted(p for p in Path(place).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+        return files
+    raise ValueError(f'{place} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
 
 
 @contextmanager

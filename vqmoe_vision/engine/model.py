@@ -138,7 +138,8 @@ class MoeTrainingMixin:
 
     A model has `normalize_inputs(datasets)`, which lets images of data sets, by field, be
     normalised as the weights want it; `test_preprocessing(dataset)`, how else a test prepares them,
-    entries of timm's `pretrained_cfg`; and `exportable(size)`, what leaves PyTorch of it.
+    entries of timm's `pretrained_cfg`; `exportable(size)`, what leaves PyTorch of it; and
+    `predictions`, the class that writes what it says of images.
 
     Attributes:
         routing_statistics: Averages over every `collect` block; `MoeStateHook` reads and resets it.
@@ -199,6 +200,10 @@ class MoeTrainingMixin:
         """As `misfit_of`; a file of timm has no normalisation."""
         model: Any = self
         own = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+        kinds = {name.partition('.')[0] for name in own}, {*dict(model.named_children())}
+        for part, kind in (('model', 'classifier'), ('backbone', 'segmentor')):
+            if part in kinds[0] - kinds[1]:
+                return f'it is the checkpoint of a {kind}'
         return misfit_of(model, self.in_own_names({KEY: self.normalization, **own}))
 
     def in_own_names(self, state: StateDict) -> StateDict:
@@ -339,6 +344,14 @@ def without_sources(model: dict[str, Any]) -> ConfigDict:
         changed = without_weights(changed)
         changed |= {'features': None} if changed.get('features') else {}
     return ConfigDict(changed)
+
+
+def check_model(config: Config) -> None:
+    """Builds a config's model without memory for it: a mistake shows before anything is there."""
+    # of a segmentor the backbone alone, which has the options
+    model = config.model.get('module', config.model)
+    with scope_of(config), torch.device('meta'):
+        MODELS.build(without_sources(model.get('backbone', model)))
 
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:

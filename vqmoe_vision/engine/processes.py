@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from threading import Thread
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, get_world_size, init_dist
+from mmengine.dist import all_gather_object, init_dist
 from mmengine.logging import print_log
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS
@@ -38,7 +38,6 @@ _VARIABLES = {
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
     'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
-LAUNCHERS = ('none', *_VARIABLES)
 _TORCHRUN = 'TORCHELASTIC_RUN_ID'
 # Seconds for which a rank lets the first one speak, which mostly has the same to say.
 _PATIENCE = 3.0
@@ -146,18 +145,6 @@ def join(launcher: str, config: Config) -> None:
         print_log("env_cfg.dist_cfg.backend='nccl' needs GPUs: gloo on a CPU", 'current')
     options['timeout'] = timedelta(seconds=timeout_of(config))
     dist.init_process_group('gloo' if backend == 'nccl' else backend, **options)
-
-
-def check_batch(config: Config, options: Iterable[str]) -> None:
-    """Refuses a config that trains otherwise on several processes than on one."""
-    size, name = get_world_size(), 'train_dataloader.batch_size'
-    batch = (config.get('train_dataloader') or {}).get('batch_size')
-    if size == 1 or batch is None or {name, 'train_dataloader'} & {*options}:
-        return
-    raise ValueError(
-        f'{name}={batch} counts one process, and {size} would train on {size * batch} images a '
-        f'step: write --cfg-options {name}=B; {size} x B is what one process had as {batch}'
-    )
 
 
 def check_configs(config: Config) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from mmengine.config import Config
 from timm.models.vision_transformer import VisionTransformer
 
+from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.models.compat import STATED, shorten
 from vqmoe_vision.models.create import create_model, create_saved
 from vqmoe_vision.models.export import (
@@ -39,10 +41,10 @@ from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed
 
-from .checkpoint import read_content
+from .checkpoint import classes_of, read_content
 from .checkpoint_files import BEST, POINTER, last_checkpoint, write_atomically
 from .cli import load_config, make_folder, run
-from .config import add_config_options, as_arguments
+from .config import as_arguments
 from .model import load_trained, weights_normalization
 from .record import PACKAGES, read_numbers
 
@@ -51,24 +53,7 @@ _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
 
 def publish(argv: Sequence[str] | None = None) -> None:
     """Writes a checkpoint for others."""
-    parser = argparse.ArgumentParser(
-        description="Write a run's model as a folder that timm and the Hugging Face hub read, or a "
-        'checkpoint with its weights, its config and its classes, without optimizer, schedulers '
-        'and log.'
-    )
-    add = parser.add_argument
-    add('source', help='work dir of tools/train.py, or a checkpoint of it')
-    add(
-        'out',
-        help='of a work dir: folder to write; of a checkpoint: NAME.pth, which is written as '
-        'NAME-<8 digits of sha256>.pth',
-    )
-    add(
-        '--checkpoint', metavar='FILE', help='of the work dir (default: the best, or else the last)'
-    )
-    add('--license', metavar='ID', help="the hub's name, such as apache-2.0")
-    add('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
-    run(parser, argv, lambda args: print(f'wrote {_publish(args)}'))
+    run(parser_of('publish'), argv, lambda args: print(f'wrote {_publish(args)}'))
 
 
 def _publish(args: argparse.Namespace) -> Path:
@@ -253,20 +238,7 @@ def _sources(config: Config) -> list[str]:
 
 def upcycle(argv: Sequence[str] | None = None) -> None:
     """Writes a model with experts that are made of a dense one."""
-    parser = argparse.ArgumentParser(
-        description='Make a model with experts of a dense vision transformer, and write it as a '
-        'folder that timm reads, with a report of every tensor.'
-    )
-    add = parser.add_argument
-    add('source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights')
-    add('model', help='name of a model with experts, such as vit_small_vqmoe')
-    add('out', help='folder to write, which does not exist yet or is empty')
-    add('--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)')
-    add_config_options(
-        parser,
-        'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
-    )
-    run(parser, argv, _upcycle)
+    run(parser_of('upcycle'), argv, _upcycle)
 
 
 def _upcycle(args: argparse.Namespace) -> None:
@@ -320,41 +292,10 @@ def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None
 
     `int8`, which writes with `--int8`, is called as `export_onnx`.
     """
-    parser = argparse.ArgumentParser(
-        description='Write a model as a file of ONNX or of torch.export, and compare the two.'
-    )
-    add = parser.add_argument
-    add(
-        'source',
-        help='config, or work dir of tools/train.py, or name of a timm model, or local-dir:FOLDER '
-        'of tools/publish.py',
-    )
-    add(
-        'checkpoint',
-        nargs='?',
-        help='weights of the config or the name (default: its own); of a work dir the best or last',
-    )
-    add('out', help='file to write: NAME.onnx or NAME.pt2')
-    add(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help='of the images of a segmentor, in pixels (default: its window)',
-    )
-    add('--batch', type=int, help='images per call (default: any number)')
-    add('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
-    add(
-        '--int8',
-        action='store_const',
-        const=int8,
-        help='linear layers in int8, those of the experts included',
-    )
-    add_config_options(parser)
-    run(parser, argv, _export)
+    run(parser_of('export'), argv, partial(_export, int8=int8))
 
 
-def _export(args: argparse.Namespace) -> None:
+def _export(args: argparse.Namespace, int8: Any) -> None:
     out = Path(args.out)
     check(out.suffix in SUFFIXES, 'out', args.out, f'a name that ends in {" or ".join(SUFFIXES)}')
     onnx = out.suffix == '.onnx'
@@ -363,8 +304,8 @@ def _export(args: argparse.Namespace) -> None:
         require_packages()
     make_folder(out.parent)
     model = _exportable(args)
-    if args.int8 is not None:
-        args.int8(model, out, args.batch, args.opset)
+    if args.int8:
+        int8(model, out, args.batch, args.opset)
     elif onnx:
         export_onnx(model, out, args.batch, args.opset)
     else:
@@ -394,10 +335,9 @@ def _exportable(args: argparse.Namespace) -> Exportable:
             f'config {source!r} has a {type(model).__name__}: its model must be a Classifier or a '
             'MoeEncoderDecoder'
         )
-    found, content = model.exportable(size), read_content(checkpoint, verify=False)
-    meta = content.get('meta') if isinstance(content, dict) else None
-    if classes := ((meta or {}).get('dataset_meta') or {}).get('classes'):
-        found.about['classes'] = list(classes)
+    found = model.exportable(size)
+    if classes := classes_of(str(checkpoint)):
+        found.about['classes'] = classes
     return found
 
 

@@ -22,15 +22,16 @@ def of_terminal(logger: logging.Logger) -> list[logging.Handler]:
 
 @contextmanager
 def shown(runner: Runner, choice: str | None, told: str = '') -> Iterator[None]:
-    """Shows what is told, and a run of `ToolRunner`: by a bar, or by the lines of the log."""
+    """Shows what is told, and a run of `ToolRunner`: by a bar, by the log's lines, or briefly."""
     bars = choice == 'bar' or (choice is None and sys.stdout.isatty())
     with tqdm(file=sys.stdout, dynamic_ncols=True, disable=not bars or runner.rank > 0) as bar:
         for handler in of_terminal(runner.logger):
             if not bar.disable:
                 handler.addFilter(lambda record: bar.clear() is None)
-            elif handler.level == logging.WARNING:  # of other ranks it is that of errors
+            # of other ranks it is that of errors
+            elif handler.level == logging.WARNING and choice != 'brief':
                 handler.setLevel(logging.INFO)
-        runner.register_hook(hook := TerminalHook(runner, bar), 'LOWEST')
+        runner.register_hook(hook := TerminalHook(runner, bar, choice == 'brief'), 'LOWEST')
         if told:
             hook.say(told)
         yield
@@ -39,13 +40,14 @@ def shown(runner: Runner, choice: str | None, told: str = '') -> Iterator[None]:
 class TerminalHook(Hook):
     """Says where a run begins and ends, and moves a bar between."""
 
-    def __init__(self, runner: Runner, bar: Any) -> None:
+    def __init__(self, runner: Runner, bar: Any, brief: bool) -> None:
         self._runner, self._bar, self._score = runner, bar, ''
+        self._tells = brief or not bar.disable
 
     def say(self, line: str) -> None:
         """Shows a line, which the log file gets too."""
         self._runner.logger.info(line)
-        if not self._bar.disable:
+        if self._tells:
             self._bar.write(line)
 
     def _what(self, split: str) -> str:
@@ -57,12 +59,21 @@ class TerminalHook(Hook):
         images = len(getattr(runner, loader).dataset)
         return f'{name} ({size:.1f} M parameters) on {" and ".join(names)} ({images} images)'
 
+    def _batch(self) -> str:
+        runner = self._runner
+        images = runner.train_dataloader.batch_size
+        batches = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        parts = f'{runner.world_size} processes x {images} images x {batches} batches'
+        total = 'an unknown number' if images is None else runner.world_size * images * batches
+        return f'Each step of the optimizer has {total} images ({parts})'
+
     def before_train(self, runner: Runner) -> None:
         """Says what is trained on what."""
         done, end, limit = progress_of(runner)
         kind = limit.removeprefix('max_')
         begun = f', from {kind} {done} on' if done else ''
         self.say(f'Training {self._what("train")}: {end} {kind}{begun}, into {runner.work_dir}')
+        self.say(self._batch())
         self._bar.reset(runner.max_iters - runner.iter)
 
     def before_test(self, runner: Runner) -> None:

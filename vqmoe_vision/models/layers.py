@@ -192,10 +192,11 @@ def draw_as(experts: Experts, weight_init: str) -> None:
 
 def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices of the blocks that hold an MoE layer."""
-    allowed = f"'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
+    allowed = f"'all', 'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
     chosen: Sequence[int] = ()
     if isinstance(moe_layers, str):
-        match = re.fullmatch(r'(every|last)([1-9]\d*)', moe_layers)
+        every = 'every1' if moe_layers == 'all' else moe_layers
+        match = re.fullmatch(r'(every|last)([1-9]\d*)', every)
         every_second = range(depth)[1::2]
         if match and match[1] == 'every':
             chosen = range(depth)[int(match[2]) - 1 :: int(match[2])]

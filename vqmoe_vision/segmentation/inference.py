@@ -1,7 +1,6 @@
 """Predictions for images that need no data set: files, folders and arrays; `tools/predict.py`."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,19 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
-from mmengine.utils import track_iter_progress
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP, load_config, run
-from vqmoe_vision.engine.config import add_config_options, innermost
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.config import innermost
 from vqmoe_vision.engine.hooks import check_class_names
+from vqmoe_vision.engine.images import list_images
 from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.moe.config import check
 
 from .datasets import complete_metainfo
-from .transforms import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr, named
+from .transforms import LOADING, LoadImage, image_loader, in_bgr, named
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,7 @@ def _list_images(images: Any) -> list:
     """The files and arrays that `predict` was asked for."""
     if not isinstance(images, str | Path):
         return [images] if isinstance(images, np.ndarray) else list(images)
-    if not Path(images).is_dir():
-        return [images]
-    if files := sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-        return files
-    raise ValueError(f'{images} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
+    return list_images(images)
 
 
 def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
@@ -149,34 +144,26 @@ def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
     return load.shifted(pixels)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Segments an image or a folder of images."""
-    parser = argparse.ArgumentParser(description='Segment images.')
-    parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
-    parser.add_argument('images', nargs='+', help='image files, or folders of images')
-    parser.add_argument(
-        '--out-dir',
-        type=Path,
-        default=Path('work_dirs/predictions'),
-        help='gets overlays/<name>.png and labels/<name>.png (class indices)',
-    )
-    parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
-    parser.add_argument('--opacity', type=float, default=0.5, help='of the colours, 0 to 1')
-    add_config_options(parser)
-    run(parser, argv, _predict)
+class Overlays:
+    """What `tools/predict.py` writes of images: `overlays/NAME.png` and `labels/NAME.png`."""
 
+    def __init__(self, args: argparse.Namespace, files: Sequence[Path]) -> None:
+        check(args.topk is None, '--topk', args.topk, 'left out, it is for a classifier')
+        self._opacity, self._out = 0.5 if args.opacity is None else args.opacity, args.out_dir
+        check(0 <= self._opacity <= 1, '--opacity', args.opacity, 'from 0 to 1')
+        seen: dict[str, Path] = {}
+        for file in files:
+            same = seen.setdefault(file.stem, file)
+            check(same is file, 'images', str(file), f'one without the output of {same}')
+        options = args.config, args.checkpoint, args.device, args.cfg_options
+        self._predictor = Predictor(*options)
 
-def _predict(args: argparse.Namespace) -> None:
-    check(0 <= args.opacity <= 1, '--opacity', args.opacity, 'from 0 to 1')
-    files = [Path(file) for images in args.images for file in _list_images(images)]
-    seen: dict[str, Path] = {}
-    for file in files:
-        same = seen.setdefault(file.stem, file)
-        check(same is file, 'images', str(file), f'one without the output of {same}')
-    predictor = Predictor(args.config, args.checkpoint, args.device, args.cfg_options)
-    for file in track_iter_progress(files, file=sys.stdout):
-        result = predictor(file, opacity=args.opacity)
-        mmcv.imwrite(result.overlay, str(args.out_dir / 'overlays' / f'{result.name}.png'))
-        mmcv.imwrite(result.labels, str(args.out_dir / 'labels' / f'{result.name}.png'))
-    print(f'\nwrote {args.out_dir}/overlays and {args.out_dir}/labels')
+    def add(self, file: Path) -> None:
+        """Segments an image and writes both."""
+        result = self._predictor(file, opacity=self._opacity)
+        for folder, pixels in (('overlays', result.overlay), ('labels', result.labels)):
+            mmcv.imwrite(pixels, str(self._out / folder / f'{result.name}.png'))
+
+    def end(self) -> str:
+        """What is said in the end."""
+        return f'wrote {self._out}/overlays and {self._out}/labels'

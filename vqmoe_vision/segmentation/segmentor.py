@@ -28,6 +28,7 @@ from vqmoe_vision.moe.config import check
 
 from . import mmseg_patches
 from .backbone import TimmViT
+from .inference import Overlays
 from .preprocessor import (
     class_of,
     completed,
@@ -73,6 +74,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         ValueError: The backbone is not a `TimmViT`, there are several decode heads, an auxiliary
             head has another `num_classes`, or `test_cfg` has what mmseg would pass over.
     """
+
+    predictions = Overlays
 
     def __init__(
         self,

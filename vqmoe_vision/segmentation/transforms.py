@@ -26,7 +26,6 @@ from vqmoe_vision.moe.config import check
 
 IGNORE = 255
 # Of files that are taken for images, in capitals too.
-IMAGE_SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'})
 # What a pipeline without files, such as that of an image at hand, leaves out.
 LOADING_LABELS = frozenset({'LoadAnnotations', 'LoadLabels'})
 LOADING_IMAGES = frozenset({'LoadImageFromFile', 'LoadImage'})

@@ -1,5 +1,4 @@
 # ADE20K, 150 classes, with the augmentation behind mmsegmentation's published numbers.
-# A batch of 8: on 8 GPUs set train_dataloader.batch_size=1.
 _base_ = 'segmentation_loaders.py'
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,5 +1,6 @@
 # The recipe of QTClassification for images; each file beside this one names its data. Training
 # leaves out the images of dev, at which validation looks; split='trainval' takes them too.
+total_batch_size = 256
 train_dataloader = dict(
     batch_size=256,
     num_workers=4,

@@ -1,6 +1,7 @@
 # How segmentation data sets on disk are read; each file that builds on this one names its data.
+total_batch_size = 8  # our tools divide it by their processes, others read the batch of each
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=1,
     num_workers=4,
     persistent_workers=True,
     worker_init_fn=dict(type='keep_worker_seed'),

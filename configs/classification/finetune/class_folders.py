@@ -4,6 +4,7 @@
 _base_ = ['_base_.py', '../../_base_/datasets/imagenet.py']
 model = dict(img_size=224, num_classes=3)
 data = dict(data_root='data/mine', dev_size=0)
+total_batch_size = 64
 train_dataloader = dict(batch_size=64, num_workers=4, dataset=data)
 val_dataloader = dict(batch_size=64, num_workers=4, dataset=dict(split='val', **data))
 test_dataloader = val_dataloader

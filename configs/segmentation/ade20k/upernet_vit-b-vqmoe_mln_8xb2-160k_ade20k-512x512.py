@@ -1,13 +1,14 @@
 # From scratch; model.backbone.pretrained=True with a model of timm starts from ImageNet weights.
 # UPerNet on four levels of a ViT, made a pyramid, trained and tested as mmsegmentation's. The norms
 # of its heads are over the batch, in a distributed run over that of all GPUs: one image alone has
-# no variance. A batch of 16: on 8 GPUs set train_dataloader.batch_size=2.
+# no variance.
 _base_ = [
     '../../_base_/datasets/ade20k.py',
     '../../_base_/models/segmenter.py',
     '../../_base_/segmentation_runtime.py',
 ]
-train_dataloader = dict(batch_size=16)
+total_batch_size = 16
+train_dataloader = dict(batch_size=2)
 sync_bn = 'torch'
 norm_cfg = dict(type='BN', requires_grad=True)
 loss = dict(type='CrossEntropyLoss', use_sigmoid=False)

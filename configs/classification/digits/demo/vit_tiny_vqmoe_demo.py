@@ -16,6 +16,7 @@ model = dict(
 )
 # scikit-learn's scans of handwritten digits: 8x8 pixels, enlarged to 48x48.
 norm = dict(from_scratch=dict(mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35)))
+total_batch_size = 64
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
