@@ -78,3 +78,14 @@ def test_version_and_changelog_agree() -> None:
     released = f'{re.escape(vqmoe_vision.__version__)} - [0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}'
     developed = vqmoe_vision.__version__.endswith('.dev0')
     assert re.fullmatch('Unreleased' if developed else released, newest[1])
+
+
+def test_readme_citation_and_code_call_the_paper_alike() -> None:
+    root, title = (
+        PACKAGE.parent,
+        'On the Role of Discrete Representation in Sparse Mixture of Experts',
+    )
+    for file in ('README.md', 'CITATION.cff', 'vqmoe_vision/moe/methods/vqmoe.py'):
+        assert title in (root / file).read_text()
+    cited = (root / 'CITATION.cff').read_text()
+    assert f'\nversion: {vqmoe_vision.__version__}\n' in cited

@@ -5,7 +5,7 @@ from pathlib import Path
 from . import models
 from .moe import collect_losses, per_expert, update_state
 
-__version__ = '0.1.0.dev0'
+__version__ = '0.1.0'
 _PACKAGE = Path(__file__).parent
 # In a wheel configs and tools are where OpenMMLab's packages have theirs; a clone has them beside
 # the package.

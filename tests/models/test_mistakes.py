@@ -71,6 +71,7 @@ CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
     ),
     ('vit_small_patch16_18x2_224', None, {'pretrained': True}, 'pretrained=True .* no weights'),
     ('vit_tiny_patch16_224', None, {'pretrained': 1}, 'pretrained=1'),
+    (SPARSE, None, {'pretrained': True}, 'pretrained=True .*upcycle='),
 ]
 
 

@@ -48,6 +48,7 @@ def test_default_size_and_placement(name: str) -> None:
         ('every2', 5, (1, 3)),
         ('every2', 6, (1, 3, 5)),
         ('every1', 3, (0, 1, 2)),
+        ('all', 3, (0, 1, 2)),
         ('every3', 7, (2, 5)),
         ('last2', 12, (9, 11)),  # V-MoE's Last 2 of a B/16
         ('last1', 4, (3,)),

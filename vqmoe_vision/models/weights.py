@@ -339,7 +339,8 @@ def read_weights(model: Any, cache_dir: str | Path | None = None) -> StateDict:
     """The weights that a model's `pretrained_cfg` names, as timm reads them."""
     config = {**model.pretrained_cfg, 'custom_load': False}
     source = source_of(config)
-    check(bool(source), 'pretrained', True, f'False, no weights of {config["architecture"]}')
+    hint = '; upcycle=NAME makes experts of a dense one' if isinstance(model, SparseModel) else ''
+    check(bool(source), 'pretrained', True, f'False, no weights of {config["architecture"]}{hint}')
     if config.get('file'):
         config |= {'source': None, 'file': weights_in(config['file'])}
     found: dict = {}

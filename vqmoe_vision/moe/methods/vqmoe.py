@@ -1,7 +1,7 @@
 """VQMoE: a router branch and a vector-quantized branch over the same experts.
 
-"On the Effectiveness of Discrete Representations in Sparse Mixture of Experts" (Do et al., arXiv
-2411.19402; TMLR 2025 as "On the Role of Discrete Representation in Sparse Mixture of Experts").
+"On the Role of Discrete Representation in Sparse Mixture of Experts" (Do et al., TMLR 2025,
+arXiv 2411.19402).
 For one token x with experts f_1 .. f_E and codes v_1 .. v_M:
 
     (1)  f_SMoE(x) = sum_i r(x)_i f_i(x)
