@@ -24,9 +24,8 @@ def main() -> None:
     found = re.search(r"__version__ = '(.*)'", Path(spec.origin).read_text())
     parser.add_argument('--version', action='version', version=found[1] if found else 'unknown')
     tools = parser.add_subparsers(title='tools', required=True, metavar='TOOL', dest='tool')
-    for name, tool in arguments['TOOLS'].items():
-        line, kind = tool.__doc__.partition('\n')[0], arguments['_Formatter']
-        arguments['describe'](tools.add_parser(name, help=line, formatter_class=kind), name)
+    for name, (line, *_) in arguments['TOOLS'].items():
+        arguments['fill'](tools.add_parser(name, help=line), name)
     args, unknown = parser.parse_known_args()
     if unknown:  # as the tool would say it
         tools.choices[args.tool].error(f'unrecognized arguments: {" ".join(unknown)}')

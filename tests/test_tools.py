@@ -51,13 +51,10 @@ def test_help_and_typos_are_told_by_the_standard_library() -> None:
 @pytest.mark.parametrize('tool', NAMES)
 def test_examples_in_the_help_of_a_tool_are_possible(tool: str) -> None:
     assert (TOOLS / f'{tool}.py').is_file()
-    parser = parser_of(tool)
-    assert parser.description and parser.description.endswith('.')
-    examples = [words for words in map(shlex.split, (parser.epilog or '').splitlines()) if words]
-    given = [words[words.index(tool) + 1 :] for words in examples if tool in words]
-    assert given
-    for words in given:
-        parser.parse_args(words)
+    *sentences, examples = NAMES[tool]
+    assert examples and all(text[0].isupper() and '.' in text for text in sentences)
+    for example in examples:
+        parser_of(tool).parse_args(shlex.split(example))
 
 
 @pytest.mark.parametrize('tool', NAMES)
@@ -74,12 +71,11 @@ def test_vqmoe_and_a_tool_take_the_same_arguments(
         return {}
 
     monkeypatch.setattr(runpy, 'run_path', run)
-    for line in (parser_of(tool).epilog or '').splitlines():
-        words = [w if w != 'CONFIG' else __file__ for w in shlex.split(line)]
-        if words[:2] == ['vqmoe', tool]:
-            monkeypatch.setattr(sys, 'argv', words)
-            vqmoe.main()
-            assert ran.pop() == [str(TOOLS / f'{tool}.py'), *words[2:]]
+    for example in NAMES[tool][2]:
+        words = [word if word != 'CONFIG' else __file__ for word in shlex.split(example)]
+        monkeypatch.setattr(sys, 'argv', ['vqmoe', tool, *words])
+        vqmoe.main()
+        assert ran.pop() == [str(TOOLS / f'{tool}.py'), *words]
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in TOOLS.glob('*.py')))

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from vqmoe_vision.engine.predict import predict
+    from vqmoe_vision.engine.cli import predict
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; predicting needs: pip install '.[train]', or '.[seg]'")
 

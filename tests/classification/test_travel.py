@@ -19,9 +19,8 @@ from timm.data import create_transform, resolve_model_data_config
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.classification.datasets import digits
 from vqmoe_vision.engine.checkpoint import load_from_local, read_state
-from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.cli import load_config, predict
 from vqmoe_vision.engine.model import load_trained
-from vqmoe_vision.engine.predict import predict
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.models.create import create_model
 
@@ -242,15 +241,15 @@ def test_images_without_labels_are_classified(
     model.normalize_inputs({'test_dataloader.dataset': source})
     with torch.no_grad():  # what a test makes of the same images
         shares, places = model(torch.stack([source[i][0] for i in range(3)])).softmax(1).topk(2)
-    for i, (path, ranked) in enumerate(found.items()):
-        assert path == str(tmp_path / f'in/{i}.png') and path in said
-        assert [each['class'] for each in ranked] == [str(c) for c in places[i].tolist()]
-        probabilities = torch.tensor([each['probability'] for each in ranked])
-        torch.testing.assert_close(probabilities, shares[i])
-        own = [row for row in rows if row['image'] == path]
-        assert [(row['rank'], row['class']) for row in own] == [
-            (str(rank), each['class']) for rank, each in enumerate(ranked, 1)
-        ]
+    assert len(found) == 6 and found == [
+        {**row, 'rank': int(row['rank']), 'probability': float(row['probability'])} for row in rows
+    ]
+    assert [row['image'] for row in found[::2]] == [str(tmp_path / f'in/{i}.png') for i in range(3)]
+    assert all(row['image'] in said for row in found)
+    assert [row['class'] for row in found] == [str(place) for place in places.flatten().tolist()]
+    torch.testing.assert_close(
+        torch.tensor([row['probability'] for row in found]), shares.flatten()
+    )
     for wrong in (['--topk', '11'], ['--opacity', '0.5'], ['--topk', '0']):
         with pytest.raises(SystemExit, match=f'^error: {wrong[0]}='):
             predict([*command, *wrong])

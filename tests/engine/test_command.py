@@ -55,7 +55,7 @@ def test_a_terminal_shows_a_bar_and_a_file_every_line(
     cli.train([DIGITS, '--work-dir', str(run), *asked, *options])
     shown = capsys.readouterr().out
     assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
-    assert ' 600 images (1 processes x 600 ' in shown
+    assert ' 600 images: 1 processes x 600 ' in shown
     assert f'last {run}/epoch_1.pth' in shown and 'Trained, accuracy/top1 ' in shown
     bar = choice == 'bar'
     assert ('| 2/2 [' in shown and ', loss ' in shown) == bar

@@ -15,7 +15,7 @@ from mmseg.registry import MODELS
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.predict import predict as predict_cli
+from vqmoe_vision.engine.cli import predict as predict_cli
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.inference import Predictor, _read
 from vqmoe_vision.segmentation.transforms import LoadImage

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqmoe_vision.engine.predict import predict as predict_cli
+from vqmoe_vision.engine.cli import predict as predict_cli
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.datasets import CamVid, CheckedDataset, complete_metainfo
 

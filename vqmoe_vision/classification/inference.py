@@ -4,7 +4,10 @@ import argparse
 import csv
 import json
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +18,6 @@ from vqmoe_vision.moe.config import check
 
 from .datasets import load_image
 from .transforms import normalized_as
-
-Ranked = list[tuple[str, float]]  # names of classes and their probabilities, the likeliest first
 
 
 class TopClasses:
@@ -36,32 +37,29 @@ class TopClasses:
         transform = config.test_dataloader.dataset.get('transform')
         check(isinstance(transform, dict), field, transform, 'that of an image')
         self._transform = normalized_as(transform, self._model.known_normalization, field)
-        self._out, self._found = args.out_dir, dict[str, Ranked]()
-        make_folder(self._out)
+        self._file, self._rows = args.out_dir / 'predictions.csv', list[dict[str, Any]]()
+        make_folder(args.out_dir)
 
     @torch.inference_mode()
     def add(self, file: Path) -> None:
         """Classifies an image."""
         image = self._transform(load_image(str(file)))[None].to(self._device)
         shares, places = self._model(image)[0].float().softmax(0).topk(self._topk)
-        names = [self._classes[i] for i in places.tolist()]
-        self._found[str(file)] = list(zip(names, shares.tolist(), strict=True))
+        ranked = enumerate(zip(places.tolist(), shares.tolist(), strict=True), 1)
+        self._rows += [
+            {'image': str(file), 'rank': rank, 'class': self._classes[place], 'probability': share}
+            for rank, (place, share) in ranked
+        ]
 
     def end(self) -> str:
         """Writes both files; a line for each image."""
-        table = self._out / 'predictions.csv'
-        ranked = {
-            image: [{'class': name, 'probability': share} for name, share in found]
-            for image, found in self._found.items()
-        }
-        table.with_suffix('.json').write_text(json.dumps(ranked, indent=1) + '\n')
-        with table.open('w', newline='') as file:
-            rows = csv.writer(file)
-            rows.writerow(('image', 'rank', 'class', 'probability'))
-            for image, found in self._found.items():
-                rows.writerows((image, i, *each) for i, each in enumerate(found, 1))
+        self._file.with_suffix('.json').write_text(json.dumps(self._rows, indent=1))
+        with self._file.open('w', newline='') as file:
+            table = csv.DictWriter(file, self._rows[0].keys())
+            table.writeheader()
+            table.writerows(self._rows)
         lines = [
-            f'{image}: {", ".join(f"{name} {share:.3f}" for name, share in found)}'
-            for image, found in self._found.items()
+            f'{image}: ' + ', '.join('{class} {probability:.3f}'.format_map(row) for row in rows)
+            for image, rows in groupby(self._rows, itemgetter('image'))
         ]
-        return '\n'.join([*lines, f'wrote {table} and {table.with_suffix(".json").name}'])
+        return '\n'.join([*lines, f'wrote {self._file} and predictions.json'])

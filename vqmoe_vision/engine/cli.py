@@ -1,4 +1,4 @@
-"""What `tools/train.py` and `tools/test.py` do, and how every tool runs."""
+"""What `tools/train.py`, `test.py` and `predict.py` do, and how every tool runs."""
 
 import argparse
 import logging
@@ -18,8 +18,9 @@ from unittest.mock import patch
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import track_iter_progress
 from torch import nn
 
 from vqmoe_vision.arguments import parser_of
@@ -41,7 +42,8 @@ from .config import (
     take_ours,
 )
 from .hooks import check_hooks, check_training_data
-from .model import check_model, unwrapped, without_sources
+from .images import list_images
+from .model import check_model, scope_of, unwrapped, without_sources
 from .optim import use_amp
 from .processes import (
     LostError,
@@ -66,6 +68,11 @@ def train(argv: Sequence[str] | None = None) -> None:
 def test(argv: Sequence[str] | None = None) -> None:
     """Tests a checkpoint of the model of a config."""
     run(parser_of('test'), argv, _test)
+
+
+def predict(argv: Sequence[str] | None = None) -> None:
+    """Predicts images, and writes what the task of a model makes of them."""
+    run(parser_of('predict'), argv, _predict)
 
 
 def load_config(
@@ -127,6 +134,21 @@ def _train(args: argparse.Namespace) -> None:
         check_training_data(runner)
         with shown(runner, args.log, told):
             runner.train()
+
+
+def _predict(args: argparse.Namespace) -> None:
+    files = [file for images in args.images for file in list_images(images)]
+    config = load_config(args.config, args.cfg_options)
+    for name in ('model', 'test_dataloader'):
+        check(config.get(name) is not None, f'{args.config}: {name}', None, 'a config')
+    with scope_of(config):
+        kind: Any = MODELS.get(config.model.type)
+    allowed = 'Classifier or MoeEncoderDecoder'
+    check(hasattr(kind, 'predictions'), 'model.type', config.model.type, allowed)
+    predictions = kind.predictions(args, files)
+    for file in track_iter_progress(files, file=sys.stdout):
+        predictions.add(file)
+    print(f'\n{predictions.end()}')
 
 
 def _check_parts(config: Config, splits: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from mmengine.hooks import CheckpointHook, Hook
@@ -59,21 +60,17 @@ class TerminalHook(Hook):
         images = len(getattr(runner, loader).dataset)
         return f'{name} ({size:.1f} M parameters) on {" and ".join(names)} ({images} images)'
 
-    def _batch(self) -> str:
-        runner = self._runner
-        images = runner.train_dataloader.batch_size
-        batches = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        parts = f'{runner.world_size} processes x {images} images x {batches} batches'
-        total = 'an unknown number' if images is None else runner.world_size * images * batches
-        return f'Each step of the optimizer has {total} images ({parts})'
-
     def before_train(self, runner: Runner) -> None:
         """Says what is trained on what."""
         done, end, limit = progress_of(runner)
         kind = limit.removeprefix('max_')
         begun = f', from {kind} {done} on' if done else ''
         self.say(f'Training {self._what("train")}: {end} {kind}{begun}, into {runner.work_dir}')
-        self.say(self._batch())
+        images, updates = runner.train_dataloader.batch_size, runner.optim_wrapper
+        parts = runner.world_size, images, getattr(updates, '_accumulative_counts', 1)
+        if images is not None:
+            told = '{} processes x {} images x {} batches'.format(*parts)
+            self.say(f'Each step of the optimizer has {prod(parts)} images: {told}')
         self._bar.reset(runner.max_iters - runner.iter)
 
     def before_test(self, runner: Runner) -> None:

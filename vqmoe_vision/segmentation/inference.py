@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mmcv
 import numpy as np
@@ -71,7 +70,11 @@ def predict(
         FileNotFoundError: There is no such config.
     """
     predictor = Predictor(config, checkpoint, device, options)
-    for index, image in enumerate(_list_images(images)):
+    if isinstance(images, str | Path):
+        images = list_images(images)
+    elif isinstance(images, np.ndarray):
+        images = [images]
+    for index, image in enumerate(images):
         yield predictor(image, f'image_{index}', opacity)
 
 
@@ -120,13 +123,6 @@ class Predictor:
         labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()
         mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
-
-
-def _list_images(images: Any) -> list:
-    """The files and arrays that `predict` was asked for."""
-    if not isinstance(images, str | Path):
-        return [images] if isinstance(images, np.ndarray) else list(images)
-    return list_images(images)
 
 
 def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
