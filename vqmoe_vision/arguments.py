@@ -10,7 +10,7 @@ _DIGITS = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # What each tool does, in a line and in more, and what may stand behind its name.
 TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     'train': ('Train the model of a config.',
-              'The best checkpoint of the validations is kept, and the last one. Several processes:\n'
+              'The best checkpoint and the last one are kept. Several processes:\n'
               'torchrun --nproc_per_node=8 -m vqmoe_vision train CONFIG --launcher pytorch',
               (_DIGITS, 'CONFIG --cfg-options model.moe.top_k=1', 'CONFIG --resume')),
     'test': ('Test a checkpoint on the test data of its config.',
