@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several GPUs: tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
-# Add --cfg-options train_dataloader.batch_size=B, the images of one GPU: batches are not multiplied.
+# The config's total_batch_size is divided by the GPUs; see docs/scaling.md.
 # On several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
 

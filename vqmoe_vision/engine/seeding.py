@@ -188,7 +188,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         hub, sampler = self.runner.message_hub, self.dataloader.sampler
         seen = hub.get_info(SEEN, 0)
-        for name, value in {SIZE: self.dataloader.batch_size, PROCESSES: get_world_size()}.items():
+        for name, value in {PROCESSES: get_world_size(), SIZE: self.dataloader.batch_size}.items():
             former = hub.get_info(name, value)
             allowed = f'{former}, in the middle of an epoch that a checkpoint goes on with'
             check(not seen or former == value, _FIELDS[name], value, allowed)
