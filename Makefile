@@ -57,7 +57,7 @@ format: $(VENV)/.dev ## fix style and formatting where that can be automated
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.dev ## check the types of the package and the benchmark
+types: $(VENV)/.dev ## check the types of the package, its console script and the benchmark
 	$(BIN)/mypy
 
 # timm's tests are not in its wheel, so they come from the source distribution of the very version
