@@ -43,7 +43,7 @@ from .config import (
 )
 from .hooks import check_hooks, check_training_data
 from .images import list_images
-from .model import check_model, scope_of, unwrapped, without_sources
+from .model import check_model, unwrapped, without_sources
 from .optim import use_amp
 from .processes import (
     LostError,
@@ -141,8 +141,8 @@ def _predict(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.cfg_options)
     for name in ('model', 'test_dataloader'):
         check(config.get(name) is not None, f'{args.config}: {name}', None, 'a config')
-    with scope_of(config):
-        kind: Any = MODELS.get(config.model.type)
+    with MODELS.switch_scope_and_registry(config.get('default_scope')) as models:
+        kind: Any = models.get(config.model.type)
     allowed = 'Classifier or MoeEncoderDecoder'
     check(hasattr(kind, 'predictions'), 'model.type', config.model.type, allowed)
     predictions = kind.predictions(args, files)
