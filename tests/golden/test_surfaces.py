@@ -80,6 +80,7 @@ def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(
         raise probe.Taken(config)
 
     monkeypatch.setattr(Runner, 'from_cfg', take)
+    (outside.parent / 'data/cifar10').mkdir(parents=True)  # the tool wants to see a folder
     base = 'vqmoe_vision::classification/cifar10.py'
     outside.write_text(f'_base_ = {base!r}\nmodel = dict(depth=3)\n')
     tool = str(ROOT / 'tools/train.py')
