@@ -1,6 +1,7 @@
 """Trainings and tests by the tools, and what a training leaves in its work dir without one."""
 
 import json
+import re
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,19 @@ def score(
     given = [str(config), str(checkpoint), '--work-dir', str(work), '--out', str(out), *arguments]
     cli.test([*given, '--cfg-options', f'experiment_name=test {next(_NAMES)}', *options])
     return json.loads(out.read_text())
+
+
+# in a file the year stands in front of what a terminal shows
+_DATE = r'\d{4}/(?=\d\d/\d\d \d\d:\d\d:\d\d - mmengine - )'
+
+
+def messages(work_dir: Path) -> list[str]:
+    """What a terminal shows of each message, one or more lines."""
+    (log,) = work_dir.glob('*/*.log')
+    return [part.rstrip('\n') for part in re.split(f'^{_DATE}', log.read_text(), flags=re.M)[1:]]
+
+
+def reports(work_dir: Path) -> list[str]:
+    """Messages with losses, scores, or the load of experts."""
+    told = re.compile(r'INFO - (Iter|Epoch)\(|INFO - (train_epoch|val|test)  ')
+    return [message for message in messages(work_dir) if told.search(message)]

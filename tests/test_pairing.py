@@ -127,7 +127,7 @@ def shared(one: Keep, other: Keep) -> list[str]:
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('row', ALL_ROWS)
-def test_rows_at_one_seed_are_a_pair(keep, kind: str, row: str) -> None:
+def test_rows_at_one_seed_are_a_pair(keep, kind, row):
     dense, other = keep(kind, 'dense_1x'), keep(kind, row)
     names = shared(dense, other)
     assert len(names) > 0.6 * len(dense.start)  # but the MLPs that are experts, or wider
@@ -137,7 +137,7 @@ def test_rows_at_one_seed_are_a_pair(keep, kind: str, row: str) -> None:
 
 
 @TASKS
-def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
+def test_experts_start_alike_whatever_routes_to_them(keep, task):
     rows = [keep(task, row) for row in ALL_ROWS if not row.startswith('dense')]
     for row in rows[1:]:
         experts = [name for name in shared(rows[0], row) if '.experts.' in name]
@@ -146,19 +146,19 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('kind', 'row'),
+    'kind, row',
     # the others see the same loader
     [
         *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
         *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
     ],
 )
-def test_the_number_of_workers_changes_no_image(keep, kind: str, row: str) -> None:
+def test_the_number_of_workers_changes_no_image(keep, kind, row):
     assert keep(kind, row, num_workers=2).images == keep(kind, 'dense_1x').images
 
 
 @TASKS
-def test_another_seed_is_another_pair(keep, task: str) -> None:
+def test_another_seed_is_another_pair(keep, task):
     one, other = keep(task, 'vqmoe'), keep(task, 'vqmoe', seed=2)
     assert not set(one.images) & set(other.images)
     told = {'normalization'}  # by the config

@@ -25,7 +25,7 @@ def run_script(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path: Path) -> None:
+def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path):
     folder = tmp_path / 'scripts'
     folder.mkdir()
     (folder / 'neighbour.py').write_text('import timm\nnames = timm.list_models("vit_tiny_*")\n')
@@ -51,7 +51,7 @@ def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path: Pa
 @pytest.mark.long
 @pytest.mark.skipif(not (SCRIPTS / 'train.py').exists(), reason="timm's scripts: make timm-scripts")
 @pytest.mark.parametrize('method', METHODS)
-def test_train_py_trains_experts_over_a_resume(method: str, tmp_path: Path) -> None:
+def test_train_py_trains_experts_over_a_resume(method, tmp_path):
     for name in ('train/red', 'train/blue', 'validation/red', 'validation/blue'):
         (tmp_path / name).mkdir(parents=True)
         for i in range(4):

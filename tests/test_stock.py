@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -14,9 +12,8 @@ from mmengine.config import Config
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.config import take_ours
 
-from .logs import messages
 from .rows import CONFIGS
-from .runs import train
+from .runs import messages, train
 
 PROGRAM = """
 import importlib, pkgutil, sys, warnings
@@ -74,7 +71,7 @@ assert not optimizers._global_optimizer_pre_hooks and not optimizers._global_opt
 """
 
 
-def test_every_stock_name_is_stock_and_no_function_is_patched() -> None:
+def test_every_stock_name_is_stock_and_no_function_is_patched():
     done = subprocess.run([sys.executable, '-c', PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -86,7 +83,7 @@ LEAVES = [
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
-def test_our_configs_name_our_types(leaf: str) -> None:
+def test_our_configs_name_our_types(leaf):
     config = Config.fromfile(CONFIGS / leaf)
     known = config.copy()
     assert take_ours(known) == ''
@@ -134,9 +131,7 @@ randomness = dict(seed=3)
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # mmseg's, of losses and heads
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(
-    workers: int, tmp_path: Path
-) -> None:
+def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(workers, tmp_path):
     random = np.random.default_rng(0)
     for kind, high, channels in (('images', 256, (3,)), ('labels', 3, ())):
         (tmp_path / kind).mkdir()
@@ -158,7 +153,7 @@ def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(
 
 
 @pytest.mark.parametrize('options', [{}, {'checkpoint': None}])
-def test_what_a_config_leaves_to_mmengine_is_ours_too(options: dict[str, Any]) -> None:
+def test_what_a_config_leaves_to_mmengine_is_ours_too(options):
     config = Config(dict(train_cfg=dict(by_epoch=True, max_epochs=2), default_hooks=options))
     config.custom_hooks = [dict(type='mmengine.CheckpointHook', interval=5)]
     assert 'ResumableEpochLoop for EpochBasedTrainLoop' in take_ours(config)

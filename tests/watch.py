@@ -94,9 +94,6 @@ class Watch(TorchDispatchMode):
         return torch.Tag.pointwise in func.tags and func not in COPIES
 
 
-# --- what has to be seen
-
-
 @torch.library.custom_op('tests_watch::opaque', mutates_args=())
 def opaque(x: Tensor) -> Tensor:
     """An operator inside which nobody looks."""

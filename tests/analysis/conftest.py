@@ -35,7 +35,7 @@ def make(method: str, **options: Any) -> VisionTransformer:
 
 
 @pytest.fixture
-def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+def unpainted(monkeypatch) -> None:
     """Pictures are composed and empty: painting them is most of a report's time."""
     blank = BytesIO()
     Image.new('RGB', (8, 8)).save(blank, 'png')
@@ -49,7 +49,7 @@ def make_tiny() -> Make:
 
 
 @pytest.fixture(params=VARIANTS)
-def tiny_variant(request: pytest.FixtureRequest) -> VisionTransformer:
+def tiny_variant(request) -> VisionTransformer:
     """A tiny model of each method, preset and trial in turn."""
     method, options = VARIANTS[request.param]
     return make(method, **options)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures('unpainted')
 
 
 @pytest.fixture
-def untrained(tmp_path: Path) -> Callable[..., tuple[str, str]]:
+def untrained(tmp_path) -> Callable[..., tuple[str, str]]:
     """Writes a small config and a checkpoint of its model; gives both paths."""
 
     def write(base: Path = DIGITS, name: str = 'run', seed: int = 0) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def untrained(tmp_path: Path) -> Callable[..., tuple[str, str]]:
 
 
 @pytest.fixture
-def report(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., dict]:
+def report(tmp_path, capsys) -> Callable[..., dict]:
     """Runs the tool; gives what `numbers.json` says, once the page is there."""
 
     def run(*words: str) -> dict:
@@ -65,7 +65,7 @@ def says(*words: str) -> str:
     return message
 
 
-def test_a_segmentor_beside_a_classifier(untrained, report) -> None:
+def test_a_segmentor_beside_a_classifier(untrained, report):
     beside = untrained(SCENES, 'scenes')
     one, other = report(*untrained(), '--beside', *beside)['surveys']
     assert one['title'] == 'run/seed_0' and other['title'] == 'scenes/seed_0'
@@ -75,7 +75,7 @@ def test_a_segmentor_beside_a_classifier(untrained, report) -> None:
         assert counts == len(survey['classes'])
 
 
-def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -> None:
+def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report):
     config, first = untrained(seed=0)
     second = untrained(seed=1)[1]
     found = report(config, first, second)
@@ -86,7 +86,7 @@ def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -
     assert change['shares']['blocks.1.mlp.router'] > 0.5
 
 
-def test_mistakes_are_one_line(untrained, tmp_path) -> None:
+def test_mistakes_are_one_line(untrained, tmp_path):
     config, checkpoint = untrained()
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(untrained, tmp_path) -> None:
     assert 'absent.pth' in says(config, 'absent.pth')
 
 
-def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained) -> None:
+def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained):
     config, first = untrained(seed=0)
     second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
     state = torch.load(first)['state_dict']

@@ -29,7 +29,7 @@ def of_layer(layer, classes=None, **changes) -> Survey:
     return Survey('x', 1, classes, {NAME: dataclasses.replace(layer, **changes)}, [], {})
 
 
-def test_loads_of_layers_with_different_numbers_of_experts() -> None:
+def test_loads_of_layers_with_different_numbers_of_experts():
     first, second = layer_survey(), layer_survey()
     second = dataclasses.replace(second, num_experts=2, load={ROUTER: torch.tensor([0.25, 0.75])})
     seen = Survey('x', 1, None, {NAME: first, 'blocks.3.mlp': second}, [], {})
@@ -42,7 +42,7 @@ def test_loads_of_layers_with_different_numbers_of_experts() -> None:
     assert '75 %' in plain(picture.alt)
 
 
-def test_a_row_of_the_class_map_sums_to_a_hundred() -> None:
+def test_a_row_of_the_class_map_sums_to_a_hundred():
     (picture, _) = figures.class_maps(survey())
     (image,) = picture.figure.axes[0].get_images()
     drawn = torch.as_tensor(image.get_array())
@@ -60,7 +60,7 @@ def cell(picture, row: int, column: int) -> torch.Tensor:
     return torch.as_tensor(drawn.get_array()[row * step + middle, column * step + middle])
 
 
-def test_a_patch_has_the_colour_that_the_legend_gives_its_expert() -> None:
+def test_a_patch_has_the_colour_that_the_legend_gives_its_expert():
     seen = survey(layers=1)
     for example in seen.examples:
         example.image[:] = 0
@@ -77,7 +77,7 @@ def test_a_patch_has_the_colour_that_the_legend_gives_its_expert() -> None:
         assert cell(first, row, 1).tolist() == pytest.approx(shown[name], abs=1e-6)
 
 
-def test_axes_of_the_map_by_hand() -> None:
+def test_axes_of_the_map_by_hand():
     # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
     tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5
     codes = Codes(tokens[:2], torch.tensor([0.5, 0.5]), tokens, torch.tensor([0, 1, 0, 1]))
@@ -92,7 +92,7 @@ def test_axes_of_the_map_by_hand() -> None:
     torch.testing.assert_close(colours.float(), expert_colours(2))
 
 
-def test_curves_hold_the_history() -> None:
+def test_curves_hold_the_history():
     lines = history(3)
     load, codes, change = figures.training_curves(lines)
     first = load.figure.axes[0].get_lines()[0]
@@ -108,7 +108,7 @@ def test_curves_hold_the_history() -> None:
     assert figures.training_curves([{'iteration': 1, 'layers': {}}]) == []
 
 
-def test_shifts_stand_beside_chance() -> None:
+def test_shifts_stand_beside_chance():
     seen = survey(layers=1)
     seen.layers[NAME].numbers[f'{ROUTER}/changed_by_chance'] = 0.62
     table, kept = shift_tables([seen, soft_survey()])
@@ -119,7 +119,7 @@ def test_shifts_stand_beside_chance() -> None:
     assert shown == [('by chance', '62 %'), ('gaussian_noise 3', '12 %'), ('flip', '12 %')]
 
 
-def test_patch_takes_the_colour_of_its_expert() -> None:
+def test_patch_takes_the_colour_of_its_expert():
     images = torch.zeros(1, 1, 4, 6)
     images[..., 3, 5] = 1.0
     experts = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
@@ -134,7 +134,7 @@ def test_patch_takes_the_colour_of_its_expert() -> None:
             torch.testing.assert_close(tinted[0, :, row, column], expected)
 
 
-def test_label_maps_are_drawn_in_the_colours_of_the_legend() -> None:
+def test_label_maps_are_drawn_in_the_colours_of_the_legend():
     palette = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     labels = torch.tensor([[[0, 1], [2, 0]], [[1, 1], [1, 1]]])
     rows = {'labels': labels, 'predictions': torch.zeros_like(labels)}

@@ -22,7 +22,7 @@ def make_experts(identical: bool) -> Experts:
     return experts
 
 
-def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load() -> None:
+def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load():
     assert measures.load_entropy(ONE_TAKES_ALL) == 0
     # load 0, 12, 0, 0: mean 3, variance (9 + 81 + 9 + 9) / 4 = 27; sqrt(27) / 3 = sqrt(E - 1)
     assert measures.load_variation(ONE_TAKES_ALL) == pytest.approx(math.sqrt(3))
@@ -31,9 +31,7 @@ def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load() -> 
 
 
 @pytest.mark.parametrize('experts', [2, 3, 8])
-def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_range(
-    experts,
-) -> None:
+def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_range(experts):
     load = torch.randint(50, (experts,)).scatter(0, torch.tensor([0]), 7)
     ranges = {
         measures.load_entropy: (0, 1),
@@ -50,7 +48,7 @@ def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_ra
 
 @pytest.mark.parametrize('shape', [(2, 2), (5, 3), (3, 5)])
 @pytest.mark.parametrize('most', [1, 3, 20])
-def test_mutual_information_agrees_with_scikit_learn(shape: tuple[int, int], most: int) -> None:
+def test_mutual_information_agrees_with_scikit_learn(shape, most):
     table = torch.randint(most + 1, shape)
     table[0, 0] = 1
     experts, labels = table.nonzero().t().repeat_interleave(table[table > 0], dim=1).numpy()
@@ -66,7 +64,7 @@ def gram(tokens: Tensor) -> Tensor:
     return tokens.double().t() @ tokens.double()
 
 
-def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length() -> None:
+def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length():
     tokens = torch.randn(40, 8) @ torch.randn(8, 8)
     shares = torch.linalg.svdvals(tokens.double())
     shares = shares / shares.sum()
@@ -76,7 +74,7 @@ def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length()
         assert measures.effective_rank(gram(same)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_identical_experts_are_wholly_similar_and_others_are_not() -> None:
+def test_identical_experts_are_wholly_similar_and_others_are_not():
     tokens = torch.randn(9, 6)
     for similar in (True, False):
         experts = make_experts(similar)
@@ -88,7 +86,7 @@ def test_identical_experts_are_wholly_similar_and_others_are_not() -> None:
             assert mean == pytest.approx(1) if similar else abs(mean) < 0.5
 
 
-def test_cosine_of_outputs_is_averaged_over_tokens() -> None:
+def test_cosine_of_outputs_is_averaged_over_tokens():
     # expert 0 answers (1, 0) and (0, 2), expert 1 (3, 0) and (5, 0): cosines 1 and 0
     outputs = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [5.0, 0.0]]])
     similarity = measures.output_similarity(outputs)
@@ -96,7 +94,7 @@ def test_cosine_of_outputs_is_averaged_over_tokens() -> None:
     assert measures.mean_similarity(similarity) == 0.5
 
 
-def test_changed_share_counts_tokens() -> None:
+def test_changed_share_counts_tokens():
     before = torch.tensor([[0, 1, 2, -1]])
     assert measures.changed_share(before, before) == 0
     assert measures.changed_share(before, torch.tensor([[0, 2, 2, 3]])) == 0.5
@@ -104,7 +102,7 @@ def test_changed_share_counts_tokens() -> None:
     assert measures.changed_share(before, (before + 1) % 4) == 1
 
 
-def test_chance_of_change_is_the_change_of_a_routing_drawn_anew() -> None:
+def test_chance_of_change_is_the_change_of_a_routing_drawn_anew():
     assert measures.chance_of_change(ONE_TAKES_ALL) == 0
     assert measures.chance_of_change(EVEN) == pytest.approx(1 - 1 / E)
     # shares 1/2, 1/4, 1/4: 1 - 1/4 - 1/16 - 1/16
@@ -116,7 +114,7 @@ def test_chance_of_change_is_the_change_of_a_routing_drawn_anew() -> None:
     assert share == pytest.approx(measures.chance_of_change(load), abs=0.017)
 
 
-def test_parameters_approach_the_last_checkpoint() -> None:
+def test_parameters_approach_the_last_checkpoint():
     # at (1, 0), (1, 1), (0, 2): cosines with (0, 2) are 0, 1 / sqrt 2, 1;
     # distances are sqrt 5, sqrt 2, 0 of sqrt 5
     trajectory = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
 
 
 @pytest.fixture(scope='module')
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(tmp_path_factory) -> str:
     """The report of two models and a history."""
     out = tmp_path_factory.mktemp('report') / 'new' / 'folder'
     files = write_report([survey(), soft_survey()], out, {'run': history()}, CHANGES)
@@ -34,7 +33,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return files[0].read_text()
 
 
-def test_every_picture_is_in_the_page_and_nothing_is_fetched(page: str) -> None:
+def test_every_picture_is_in_the_page_and_nothing_is_fetched(page):
     pictures = re.findall('src="data:image/png;base64,([^"]*)"', page)
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
@@ -45,7 +44,7 @@ def test_every_picture_is_in_the_page_and_nothing_is_fetched(page: str) -> None:
     assert not any(word in page for word in ('http:', 'https:', '@import'))
 
 
-def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page: str) -> None:
+def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page):
     sections = re.findall('<h2 id="([^"]*)"', page)[1:]
     assert {*re.findall('<a [^>]*href="#([^"]*)"', page)} == {*sections}
     assert sections == [
@@ -57,12 +56,12 @@ def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page: str
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
+def test_names_are_text_and_no_markup(tmp_path):
     page = write_report([survey('<b>x</b> & "y"', layers=1)], tmp_path)[0].read_text()
     assert '<h3>&lt;b&gt;x&lt;/b&gt; &amp; &#34;y&#34;</h3>' in page and '<b>' not in page
 
 
-def test_models_as_they_are(tmp_path: Path) -> None:
+def test_models_as_they_are(tmp_path):
     """Of every method, untrained: whatever a survey holds has a place, and numbers a meaning."""
     normalization = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
     surveys = []
@@ -88,7 +87,7 @@ VISIBLE = "[...document.querySelector('.stepped').querySelectorAll('figure')].ma
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Any]:
+def opened(tmp_path) -> Iterator[Any]:
     """The report alone in a window; what it complains about or fetches is a failure."""
     playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
     browsers = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
@@ -108,7 +107,7 @@ def opened(tmp_path: Path) -> Iterator[Any]:
     assert [c for c in complaints if c != page.as_uri()[:99] and not c.startswith('data:')] == []
 
 
-def test_the_page_opens_and_its_slider_steps_by_keyboard(opened: Any) -> None:
+def test_the_page_opens_and_its_slider_steps_by_keyboard(opened):
     widths = opened.evaluate(LOADED)
     assert len(widths) == 19 and min(widths) > 0
     assert opened.evaluate(VISIBLE) == [True] + [False] * 3

@@ -64,12 +64,12 @@ def flat_patches(images: int) -> Tensor:
     return levels.repeat_interleave(8, -2).repeat_interleave(8, -1).expand(-1, 3, -1, -1)
 
 
-def test_experts_by_content_follow_their_patches(by_content) -> None:
+def test_experts_by_content_follow_their_patches(by_content):
     found = shares(by_content, flat_patches(3), flip(), crop(), noise(0.01))
     assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
 
 
-def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content) -> None:
+def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content):
     found = shares(by_content, torch.zeros(2, 3, 32, 48), flip(), noise(0.05))
     assert found == {'flip': 0, 'noise 0.05': 0}
     replaced = Shift('other', lambda pixels, first, patch: flat_patches(len(pixels)))
@@ -79,7 +79,7 @@ def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_
 
 
 @pytest.mark.parametrize('shift', [*corruptions([3]), noise(0.1)], ids=lambda shift: shift.name)
-def test_an_image_is_always_changed_alike_and_nothing_else_is(shift: Shift) -> None:
+def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
     pixels = torch.rand(3, 3, 40, 32)
     pixels[2] = pixels[1]
     kept = pixels.clone()
@@ -93,7 +93,7 @@ def test_an_image_is_always_changed_alike_and_nothing_else_is(shift: Shift) -> N
     assert torch.equal(pixels, kept)
 
 
-def test_corruptions_leave_numpys_generator_alone_and_differ_between_images() -> None:
+def test_corruptions_leave_numpys_generator_alone_and_differ_between_images():
     pixels = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
     for name in ('impulse_noise', 'glass_blur', 'snow'):
         state = np.random.get_state()[1].copy()
@@ -102,7 +102,7 @@ def test_corruptions_leave_numpys_generator_alone_and_differ_between_images() ->
         assert not torch.equal(changed[0], changed[1])
 
 
-def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused() -> None:
+def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused():
     changed = corruption('frost', 1).change(torch.rand(2, 1, 32, 32), 0, PATCH)
     assert changed.shape == (2, 1, 32, 32)
     with pytest.raises(ValueError, match='images='):
@@ -112,7 +112,7 @@ def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused() -> Non
 NAME = 'blocks.1.mlp'
 
 
-def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny) -> None:
+def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny):
     before = make_tiny('smoe')
     after = copy.deepcopy(before)
     images = torch.rand(3, 3, 32, 32)
@@ -123,7 +123,7 @@ def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny) -> N
     assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 1}
 
 
-def test_a_part_that_arrives_first_has_converged_first(make_tiny) -> None:
+def test_a_part_that_arrives_first_has_converged_first(make_tiny):
     # the router has its last weights at the second checkpoint of three, the experts are half way
     start = make_tiny('vqmoe', num_experts=2).state_dict()
     moved = {n: torch.randn_like(v) for n, v in start.items() if v.is_floating_point()}

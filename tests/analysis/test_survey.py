@@ -80,7 +80,7 @@ COLLAPSE = {
 }
 
 
-def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny) -> None:
+def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny):
     images, labels = images_of_classes(5)
     models = {name: make_tiny('vqmoe', codebook='plain') for name in ('sound', 'collapsed')}
     make_sound(models['sound'], images, labels)
@@ -97,7 +97,7 @@ def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny) -> Non
     assert sound.keys() == collapsed.keys() == COLLAPSE.keys() | others
 
 
-def test_every_method_can_be_looked_at(tiny_variant) -> None:
+def test_every_method_can_be_looked_at(tiny_variant):
     batches = [(torch.rand(n, 3, 32, 32), torch.arange(n) % 3) for n in (3, 2)]
     seen = look(tiny_variant, *batches, classes=CLASSES, num_examples=4, shifts=[flip()])
     assert seen.images == 5
@@ -131,7 +131,7 @@ def test_every_method_can_be_looked_at(tiny_variant) -> None:
 
 
 @pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
-def test_the_numbers_are_those_of_the_record(make_tiny, cosine: bool) -> None:
+def test_the_numbers_are_those_of_the_record(make_tiny, cosine):
     model = make_tiny('vqmoe', num_codes=8, use_cosine_sim=cosine)
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_the_numbers_are_those_of_the_record(make_tiny, cosine: bool) -> None:
         assert layer.numbers[f'effective_rank_{name}'] == pytest.approx(expected, rel=1e-4)
 
 
-def test_batches_change_nothing(make_tiny) -> None:
+def test_batches_change_nothing(make_tiny):
     model, images = make_tiny('vqmoe'), torch.rand(4, 3, 32, 32)
     labels = torch.tensor([0, 2, 1, 0])
     whole = look(model, (images, labels), classes=CLASSES)
@@ -177,7 +177,7 @@ def test_batches_change_nothing(make_tiny) -> None:
             assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_confident_patches_are_those_with_the_largest_weights(make_tiny) -> None:
+def test_confident_patches_are_those_with_the_largest_weights(make_tiny):
     model, images = make_tiny('smoe', top_k=2), torch.rand(6, 3, 32, 32)
     record = recorded(model, images)[NAME]
     layer = look(model, *images.split(4)).layers[NAME]
@@ -197,7 +197,7 @@ def test_confident_patches_are_those_with_the_largest_weights(make_tiny) -> None
         assert len(layer.confident['router'][expert]) == expected
 
 
-def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny) -> None:
+def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny):
     # upper half class 0, lower half class 2, except that the last patch is mostly ignored
     model, images = make_tiny('hashmoe'), torch.rand(2, 3, 32, 32)
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
@@ -214,7 +214,7 @@ IMAGES = torch.rand(2, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
-    ('batches', 'options', 'field'),
+    'batches, options, field',
     [
         ([], {}, 'batches='),
         ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes='),
@@ -223,14 +223,14 @@ IMAGES = torch.rand(2, 3, 32, 32)
         ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan'),
     ],
 )
-def test_mistakes_are_refused(make_tiny, batches, options, field: str) -> None:
+def test_mistakes_are_refused(make_tiny, batches, options, field):
     with pytest.raises(ValueError, match=field):
         look(make_tiny('smoe'), *batches, **options)
     with pytest.raises(ValueError, match='dense'):
         look(timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1), IMAGES)
 
 
-def test_memory_does_not_grow_with_images(make_tiny) -> None:
+def test_memory_does_not_grow_with_images(make_tiny):
     model = make_tiny('vqmoe', num_experts=2)
     seen = look(model, *torch.rand(130, 3, 32, 32).split(26), num_examples=2)
     layer = seen.layers[NAME]

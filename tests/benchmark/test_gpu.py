@@ -77,9 +77,7 @@ def vit(width):
 
 
 @pytest.mark.parametrize('form', ['', '+compiled'])
-@pytest.mark.parametrize(
-    ('width', 'what'), [*zip(WIDTHS, ('ours', 'layer', 'network'), strict=True)]
-)
+@pytest.mark.parametrize('width, what', [*zip(WIDTHS, ('ours', 'layer', 'network'), strict=True)])
 def test_an_moe_is_held_to_its_share_over_dense(measured, tmp_path, width, what, form):
     smoe, dense = vit(width) if what == 'network' else (what, 'dense')
     # both forms, lest the compiled one be slower than the eager one

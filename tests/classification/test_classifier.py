@@ -18,9 +18,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
-def test_loss_holds_every_auxiliary_loss_of_the_model(
-    method: str | None, grad_checkpointing: bool
-) -> None:
+def test_loss_holds_every_auxiliary_loss_of_the_model(method, grad_checkpointing):
     moe = method and {'method': method, 'num_experts': 2}
     model = Classifier(
         'vit_tiny_patch16_224', moe=moe, grad_checkpointing=grad_checkpointing, **SMALL
@@ -53,7 +51,7 @@ STREAM = {'weight': 0.5, 'blocks': [1]}
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', *(f'vit_tiny_{m}' for m in METHODS)])
-def test_loss_of_the_stream_is_its_mean_square(name: str) -> None:
+def test_loss_of_the_stream_is_its_mean_square(name):
     model = Classifier(name, stream_loss={'weight': 0.5, 'blocks': [1, 0]}, **SMALL)
     inputs, targets = batch()
     entries = model(inputs, targets, mode='loss')
@@ -78,7 +76,7 @@ WRONG: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ('field', 'options'),
+    'field, options',
     [
         *((rf'model\.{field}', dict(stream_loss={**STREAM, **wrong})) for field, wrong in WRONG),
         (r'model\.stream_loss', dict(stream_loss=STREAM, model_name='vit_base_patch16_xp_224')),
@@ -88,7 +86,7 @@ WRONG: list[tuple[str, Any]] = [
         *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
     ],
 )
-def test_what_cannot_be_is_refused(field: str, options: dict[str, Any]) -> None:
+def test_what_cannot_be_is_refused(field, options):
     with pytest.raises(ValueError, match=rf'^{field}='):
         Classifier(**{'model_name': 'vit_tiny_patch16_224', **SMALL, **options})
     with pytest.raises(ValueError, match=r"^checkpoint='a\.pth' "):
@@ -99,7 +97,7 @@ def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
     return DataLoader(range(11), size, drop_last=drop_last, **kwargs)
 
 
-def test_mixup_wants_even_batches() -> None:
+def test_mixup_wants_even_batches():
     model = Classifier('vit_tiny_patch16_224', mixup={}, **SMALL)
     with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 '):
         model.check_batches(loader(5, drop_last=True))
@@ -110,7 +108,7 @@ def test_mixup_wants_even_batches() -> None:
     Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5))
 
 
-def test_label_smoothing_without_mixup() -> None:
+def test_label_smoothing_without_mixup():
     model = Classifier('vit_tiny_patch16_224', label_smoothing=0.2, **SMALL)
     with torch.no_grad():
         model.model.head.weight.zero_()
@@ -121,7 +119,7 @@ def test_label_smoothing_without_mixup() -> None:
     torch.testing.assert_close(loss['cross_entropy_loss'].detach(), expected)
 
 
-def test_classes_of_a_name_are_not_those_of_a_training() -> None:
+def test_classes_of_a_name_are_not_those_of_a_training():
     model = Classifier('test_vit_dense', num_classes=10)
     assert 'label_names' in model.model.pretrained_cfg
     assert 'classes' not in model.exportable().about

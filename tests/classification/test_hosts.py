@@ -56,8 +56,8 @@ def start(way: str, path: str) -> dict[str, Any]:
     return {way: path}
 
 
-@pytest.mark.parametrize(('host', 'method'), PAIRS)
-def test_a_host_with_experts_by_name_trains(host: str, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize('host, method', PAIRS)
+def test_a_host_with_experts_by_name_trains(host, method, tmp_path):
     given: dict[str, Any] = {}
     if METHODS[method].needs_features:
         saved(host, tmp_path / 'dense.pth')
@@ -76,7 +76,7 @@ def test_a_host_with_experts_by_name_trains(host: str, method: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize('way', ['pretrained', 'checkpoint_path', 'upcycle'])
-def test_a_training_starts_from_one_place(way: str, tmp_path: Path) -> None:
+def test_a_training_starts_from_one_place(way, tmp_path):
     path = str(tmp_path / 'dense.pth')
     saved(HOSTS[0], tmp_path / 'dense.pth')
     host = HOSTS[0] if way != 'upcycle' else 'vit_tiny_smoe'
@@ -86,7 +86,7 @@ def test_a_training_starts_from_one_place(way: str, tmp_path: Path) -> None:
         model.init_weights()
 
 
-def test_files_of_dinov3s_authors_are_understood(tmp_path: Path) -> None:
+def test_files_of_dinov3s_authors_are_understood(tmp_path):
     source = saved(DINOV3, tmp_path / 'timm.pth', num_classes=0)
     theirs = {'reg_token': 'storage_tokens', 'gamma_1': 'ls1.gamma', 'gamma_2': 'ls2.gamma'}
     state = source.state_dict()
@@ -101,11 +101,9 @@ def test_files_of_dinov3s_authors_are_understood(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(('host', 'method', 'options'), EXACT)
+@pytest.mark.parametrize('host, method, options', EXACT)
 @pytest.mark.parametrize('way', ['checkpoint', 'pretrained', 'checkpoint_path'])
-def test_it_begins_with_the_answers_of_dense_weights(
-    host: str, method: str, options: dict[str, Any], way: str, tmp_path: Path
-) -> None:
+def test_it_begins_with_the_answers_of_dense_weights(host, method, options, way, tmp_path):
     path = tmp_path / 'dense.pth'
     source = saved(host, path)
     model = build(host, method, moe=options, **start(way, str(path))).eval()

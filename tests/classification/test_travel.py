@@ -36,7 +36,7 @@ CODE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory) -> Path:
     """Work dir of a run of one epoch that was validated, and what its test has written."""
     folder = tmp_path_factory.mktemp('trained')
     options = {**OPTIONS, 'train_cfg': dict(max_epochs=1, val_interval=1)}
@@ -61,9 +61,7 @@ def same(model: Any, again: Any) -> None:
     equal(again.eval()(images), model.eval()(images))
 
 
-def test_the_run_as_a_folder_of_timm(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_the_run_as_a_folder_of_timm(trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'sub/my-model'
     numbers = trained.parent / 'scores.json'
     # the line of the page, with the reader's own files in their place
@@ -109,7 +107,7 @@ def test_the_run_as_a_folder_of_timm(
     assert load_config('tiny.py').model == config.model
 
 
-def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Path) -> None:
+def test_timms_files_are_tested_as_the_checkpoint_is(trained, tmp_path):
     folder, run_config = tmp_path / 'out', str(trained / 'tiny.py')
     publish([str(trained), str(folder)])
     expected = json.loads((trained.parent / 'scores.json').read_text())
@@ -130,7 +128,7 @@ def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize('row', ROWS)
-def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
+def test_every_row_of_a_comparison(row, tmp_path):
     options = {**OPTIONS, **row_options(row), 'model.drop_path_rate': 0.1}
     run = leave_run(tmp_path / 'run', DIGITS, options, 'abcdefghij')
     publish([str(tmp_path / 'run'), str(tmp_path / 'out')])
@@ -149,7 +147,7 @@ def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
         equal(value, run.model.get_parameter(name))
 
 
-def test_numbers_of_another_epoch_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_numbers_of_another_epoch_are_refused(trained, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(trained, run)
     (best,) = run.glob('best_*.pth')
@@ -163,7 +161,7 @@ def test_numbers_of_another_epoch_are_refused(trained: Path, tmp_path: Path) -> 
     publish([str(run), str(tmp_path / 'out'), *numbers, '--checkpoint', str(run / 'epoch_1.pth')])
 
 
-def test_a_flipped_bit_of_published_weights_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_published_weights_is_refused(trained, tmp_path):
     publish([str(trained), str(tmp_path / 'out')])
     weights = tmp_path / 'out/model.safetensors'
     content = bytearray(weights.read_bytes())
@@ -184,7 +182,7 @@ def test_a_flipped_bit_of_published_weights_is_refused(trained: Path, tmp_path: 
             load()
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path):
     run, out = tmp_path / 'run', tmp_path / 'out'
     leave_run(run, DIGITS, OPTIONS, 'abcdefghij')
     full, bad = tmp_path / 'full', tmp_path / 'bad.json'

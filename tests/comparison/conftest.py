@@ -73,7 +73,7 @@ SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path, monkeypatch) -> Path:
     """The current folder."""
     (tmp_path / 'tools').mkdir()
     (tmp_path / 'tools/train.py').write_text(TRAIN)
@@ -84,7 +84,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def spec(repository: Path) -> Callable[..., str]:
+def spec(repository) -> Callable[..., str]:
     """Writes a comparison with rows besides dense; gives its path."""
 
     def write(more: str = '', **rows: str) -> str:
@@ -98,7 +98,7 @@ def spec(repository: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def fill(spec: Callable[..., str]) -> Callable[..., str]:
+def fill(spec) -> Callable[..., str]:
     """Writes results as finished runs leave them: scores by row, one for each seed from 1 on."""
 
     def write(scores: dict[str, list[float]], more: str = '', **changes: Any) -> str:
@@ -141,7 +141,7 @@ def fill(spec: Callable[..., str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def says(capsys) -> Callable[..., str]:
     """What the program says; of one that fails the line of its error."""
 
     def run(*arguments: str) -> str:
@@ -156,7 +156,7 @@ def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 
 
 @pytest.fixture
-def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tables_alone(request, monkeypatch) -> None:
     """Figures take seconds, so only the tests that are about them draw them."""
     if not any(word in request.node.name for word in ('figure', 'images')):
         monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])

@@ -3,7 +3,6 @@
 import json
 import math
 from base64 import b64decode
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,7 @@ shifts = dict(
 """
 
 
-def test_a_run_leaves_every_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)
     (tmp_path / 'digits.py').write_text(SPEC)
     folders = ['--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]
@@ -106,7 +103,7 @@ NUMBERS = {
 }
 
 
-def test_what_stays_is_counted_beyond_chance() -> None:
+def test_what_stays_is_counted_beyond_chance():
     # of two layers chance would change 80 % and 50 %
     layers = {n: {**NUMBERS, 'router/changed_by_chance': c} for n, c in (('a', 0.8), ('b', 0.5))}
     shifts = {'flip': {'a.router': 0.8, 'b.router': 0.5}, 'fog 3': {'a.router': 0, 'b.router': 0.0}}
@@ -126,7 +123,7 @@ def test_what_stays_is_counted_beyond_chance() -> None:
     assert math.isnan(numbers['router/kept when mirrored'])
 
 
-def test_a_corruption_stands_for_all_fifteen() -> None:
+def test_a_corruption_stands_for_all_fifteen():
     tests = expanded('test_dataloader.dataset.transform.shift={corruption}_3')
     names = get_corruption_names('common')
     assert tests == [f'test_dataloader.dataset.transform.shift={name}_3' for name in names]

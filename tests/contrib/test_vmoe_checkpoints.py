@@ -45,14 +45,14 @@ def answers(model: Any, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize('top_k', [1, 2])
-def test_logits_are_those_of_jax(tree: Tree, images: Tensor, top_k: int, tmp_path: Path) -> None:
+def test_logits_are_those_of_jax(tree, images, top_k, tmp_path):
     write_files(tmp_path / 'tiny', tree)
     model: Any = load_vmoe(str(tmp_path / 'tiny'), top_k=top_k)
     assert not model.training and model.method == 'smoe'
     torch.testing.assert_close(answers(model, images), forward(tree, images, top_k), **CLOSE)
 
 
-def test_without_head_the_answers_are_the_features(images: Tensor, tmp_path: Path) -> None:
+def test_without_head_the_answers_are_the_features(images, tmp_path):
     tree = make_tree(**TINY, representation=True)
     write_files(tmp_path / 'tiny', tree)
     features = {name: value for name, value in tree.items() if not name.startswith('head')}
@@ -60,7 +60,7 @@ def test_without_head_the_answers_are_the_features(images: Tensor, tmp_path: Pat
     torch.testing.assert_close(answers(model, images), forward(features, images, 2), **CLOSE)
 
 
-def test_a_full_expert_drops_the_same_tokens(tree: Tree, images: Tensor, tmp_path: Path) -> None:
+def test_a_full_expert_drops_the_same_tokens(tree, images, tmp_path):
     write_files(tmp_path / 'tiny', tree)
     model = load_vmoe(str(tmp_path / 'tiny'), eval_capacity_factor=1.05)
     # the batch is one group, and this number is a multiple of four without rounding
@@ -71,7 +71,7 @@ def test_a_full_expert_drops_the_same_tokens(tree: Tree, images: Tensor, tmp_pat
     torch.testing.assert_close(answers(model, images), expected, **CLOSE)
 
 
-def test_the_capacities_that_the_documentation_names() -> None:
+def test_the_capacities_that_the_documentation_names():
     page = (Path(__file__).parents[2] / 'docs/weights.md').read_text()
     rows = re.findall(r'^\| [BS]/\d+, (\d+) pixels \| ([\d.]+) \| ([\d.]+) \|$', page, re.M)
     assert len(rows) == 4
@@ -82,16 +82,14 @@ def test_the_capacities_that_the_documentation_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ('sizes', 'image', 'classes', 'name', 'expected', 'millions'),
+    'sizes, image, classes, name, expected, millions',
     [
         (B16, 224, 21_843, 'vit_base_smoe', {'img_size': 224, 'depth': 12}, 301.0),
         (B16, 384, 1_000, 'vit_base_smoe', {'img_size': 384, 'patch_size': 16}, 285.2),
         (S32, 384, 1_000, 'vit_small_smoe', {'embed_dim': 512, 'depth': 8, 'num_heads': 8}, 56.8),
     ],
 )
-def test_published_sizes(
-    sizes: dict, image: int, classes: int, name: str, expected: dict, millions: float
-) -> None:
+def test_published_sizes(sizes, image, classes, name, expected, millions):
     tree = make_tree(**sizes, image=image, classes=classes, device='meta')
     entry_point, arguments = arguments_of(tree, 'published')
     assert entry_point == name
@@ -105,9 +103,7 @@ def test_published_sizes(
 
 @pytest.mark.parametrize('shards', [1, 3])
 @pytest.mark.parametrize('version', ['20220622', None])
-def test_files_of_both_versions(
-    tree: Tree, shards: int, version: str | None, tmp_path: Path
-) -> None:
+def test_files_of_both_versions(tree, shards, version, tmp_path):
     tree = {name: value.bfloat16() for name, value in tree.items()}  # which is read too
     write_files(tmp_path / 'tiny', tree, shards, version)
     state = load_vmoe(str(tmp_path / 'tiny')).state_dict()
@@ -123,7 +119,7 @@ POSITIONS = 'Encoder/posembed_input/pos_embedding'
 
 
 @pytest.mark.parametrize(
-    ('change', 'options', 'message'),
+    'change, options, message',
     [
         (changed('cls', None), {}, 'missing keys: cls_token'),
         (changed('MapHead/probe', torch.ones(1)), {}, 'unexpected keys: MapHead.probe'),
@@ -139,9 +135,7 @@ POSITIONS = 'Encoder/posembed_input/pos_embedding'
         (dict, {'router_bias': True}, "does not fit with {'router_bias': True}: .*router.bias"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
-    tree: Tree, change: Callable, options: dict, message: str, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_one_line(tree, change, options, message, tmp_path):
     write_files(tmp_path / 'tiny', change(tree))
     with pytest.raises(ValueError, match=message):
         load_vmoe(str(tmp_path / 'tiny'), **options)
@@ -158,7 +152,7 @@ def changed_index(content: bytes) -> Callable[[Path], object]:
 
 
 @pytest.mark.parametrize(
-    ('damage', 'message'),
+    'damage, message',
     [
         (lambda p: Path(f'{p}.index').unlink(), r"tiny\.index' does not exist; a checkpoint of"),
         (lambda p: shard_file(p, 1).unlink(), r"tiny\.data-00001-of-00002' does not exist"),
@@ -168,9 +162,7 @@ def changed_index(content: bytes) -> Callable[[Path], object]:
         (changed_index(msgpack.packb({'params': {}})), "no file of V-MoE: 'shard_count'"),
     ],
 )
-def test_files_that_cannot_be_read_are_one_line(
-    tree: Tree, damage: Callable, message: str, tmp_path: Path
-) -> None:
+def test_files_that_cannot_be_read_are_one_line(tree, damage, message, tmp_path):
     write_files(tmp_path / 'tiny', tree)
     damage(tmp_path / 'tiny')
     with pytest.raises(ValueError, match=message) as caught:
@@ -178,7 +170,7 @@ def test_files_that_cannot_be_read_are_one_line(
     assert '\n' not in str(caught.value)
 
 
-def test_the_folder_is_the_model(tmp_path: Path, capsys) -> None:
+def test_the_folder_is_the_model(tmp_path, capsys):
     tree = make_tree(**TINY)
     write_files(tmp_path / 'tiny', tree)
     out = tmp_path / 'converted'
@@ -201,7 +193,7 @@ def test_the_folder_is_the_model(tmp_path: Path, capsys) -> None:
         timm.create_model(f'local-dir:{out}', pretrained=True, num_experts=8)
 
 
-def test_images_of_224_pixels_are_the_middle(tmp_path: Path) -> None:
+def test_images_of_224_pixels_are_the_middle(tmp_path):
     write_files(tmp_path / 'tiny', make_tree(**{**TINY, 'image': 224, 'patch': 56}))
     convert_vmoe([str(tmp_path / 'tiny'), str(tmp_path / 'out')])
     content = json.loads((tmp_path / 'out/config.json').read_text())
@@ -210,7 +202,7 @@ def test_images_of_224_pixels_are_the_middle(tmp_path: Path) -> None:
     assert content['model_args'].items() >= {'top_k': 2, 'num_experts': 4}.items()
 
 
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path):
     write_files(tmp_path / 'tiny', make_tree(**TINY))
     before = sorted(tmp_path.iterdir())
     source, out = str(tmp_path / 'tiny'), str(tmp_path / 'out')

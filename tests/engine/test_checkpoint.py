@@ -34,7 +34,7 @@ def write(path: Path) -> dict:
     return hub
 
 
-def test_weights_and_log_are_read_as_data(tmp_path: Path) -> None:
+def test_weights_and_log_are_read_as_data(tmp_path):
     hub = write(tmp_path / 'a.pth')
     for _ in range(2):  # some mmengine takes its own list back after each checkpoint
         _load_checkpoint(str(tmp_path / 'a.pth'), map_location='cpu')
@@ -60,9 +60,7 @@ def leaves(path: Path) -> Call:
 
 
 @pytest.mark.parametrize('variable', ['', 'FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY', 'both'])
-def test_no_loader_of_mmengine_runs_code(
-    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_loader_of_mmengine_runs_code(variable, tmp_path, monkeypatch):
     for name in ('FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY'):
         if variable in (name, 'both'):
             monkeypatch.setenv(f'TORCH_{name}_LOAD', '1')
@@ -86,9 +84,7 @@ def test_no_loader_of_mmengine_runs_code(
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_loader_that_is_called_by_its_name_runs_no_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loader_that_is_called_by_its_name_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path / 'hub/checkpoints').mkdir(parents=True)
     torch.save({'w': leaves(tmp_path / 'ran')}, tmp_path / 'hub/checkpoints/a.pth')
@@ -97,7 +93,7 @@ def test_a_loader_that_is_called_by_its_name_runs_no_code(
     assert not (tmp_path / 'ran').exists()
 
 
-def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path):
     torch.save({'w': torch.ones(2)}, tmp_path / 'a.pth')
 
     def read(_: int) -> bool:
@@ -107,7 +103,7 @@ def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path: Path) -> 
         assert all(pool.map(read, range(200)))
 
 
-def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
+def test_onedl_reads_data_alone_from_every_store(tmp_path):
     load = getattr(upstream, '_safe_torch_load', None)
     if load is None:
         pytest.skip('mmengine has no such function')
@@ -119,7 +115,7 @@ def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
+def test_a_log_changes_no_other_log(tmp_path):
     hostile = HistoryBuffer([1.0], [1])  # the first of a process fills the table
     methods = dict(HistoryBuffer._statistics_methods)
     try:
@@ -145,7 +141,7 @@ def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
         7,
     ],
 )
-def test_no_text_of_a_config_is_seen(config: Any, tmp_path: Path) -> None:
+def test_no_text_of_a_config_is_seen(config, tmp_path):
     meta = {'iter': 3, 'cfg': config, 'config': config}
     # mmengine's inferencers prefer the one of the message hub
     hub = {'runtime_info': {'iter': 3, 'cfg': config}}
@@ -154,7 +150,7 @@ def test_no_text_of_a_config_is_seen(config: Any, tmp_path: Path) -> None:
     assert read['meta'] == {'iter': 3} and read['message_hub'] == {'runtime_info': {'iter': 3}}
 
 
-def test_no_text_of_a_config_hides_in_another_container(tmp_path: Path) -> None:
+def test_no_text_of_a_config_hides_in_another_container(tmp_path):
     """In a record of numpy, which has names too, or behind a method that a file brings."""
     names = Call(np.dtype, [('runtime_info', [('cfg', 'U5')]), ('cfg', 'U5')])
     scalar = np.float32(0).__reduce__()[0]
@@ -174,7 +170,7 @@ def test_no_text_of_a_config_hides_in_another_container(tmp_path: Path) -> None:
         _load_checkpoint(str(tmp_path / 'a.pth'))
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
     path, content = tmp_path / 'a.pth', {'state_dict': {'w': torch.arange(500.0)}}
     torch.save(content, path)
     sound, draw, found = path.read_bytes(), random.Random(0), 0
@@ -195,7 +191,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     assert found >= 100
 
 
-def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path: Path) -> None:
+def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
     """torch leaves the memory of its tensor as it was, and no checksum sees it."""
     path = tmp_path / 'a.pth'
     torch.save({'w': torch.arange(500.0)}, path)
@@ -208,7 +204,7 @@ def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('more', [0, 65_540, 65_550])
-def test_a_flipped_bit_is_found_whatever_follows_the_file(more: int, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_whatever_follows_the_file(more, tmp_path):
     path = tmp_path / 'a.pth'
     torch.save({'w': torch.arange(500.0)}, path)
     content = bytearray(path.read_bytes())
@@ -227,9 +223,7 @@ def built_by(field: str, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize('averages', [None, 'state_dict_ema', 'model_ema'])
 @pytest.mark.parametrize('field', ['load_from', 'checkpoint', 'checkpoint_path', 'upcycle', 'file'])
-def test_a_checkpoint_of_timms_script_is_read_by_every_way(
-    field: str, averages: str | None, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_timms_script_is_read_by_every_way(field, averages, tmp_path):
     source = tiny('vit_tiny_smoe')
     path = left_by_timm(source, tmp_path / 'out', 'vit_tiny_smoe', model_kwargs={})
     if averages is not None:  # which count, before the weights of the last step
@@ -251,9 +245,7 @@ def tiny(name: str, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize('field', ['checkpoint', 'checkpoint_path', 'upcycle', 'file'])
-def test_layers_begin_a_new_training_and_the_log_says_so(
-    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_begin_a_new_training_and_the_log_says_so(field, tmp_path, monkeypatch):
     lines: list[str] = []
     for module in (checkpoint, model_module):
         monkeypatch.setattr(module, 'print_log', lambda line, logger: lines.append(line))

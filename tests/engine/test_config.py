@@ -28,7 +28,7 @@ DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCU
 
 
 @pytest.mark.parametrize(
-    ('written', 'value'),
+    'written, value',
     [
         ("{'layer_decay': 0.8}", {'layer_decay': 0.8}),
         ("{'custom_keys': {'head': {'lr_mult': 2}}}", {'custom_keys': {'head': {'lr_mult': 2}}}),
@@ -40,11 +40,11 @@ DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCU
         ('1,2', [1, 2]),
     ],
 )  # fmt: skip
-def test_values(written: str, value: Any) -> None:
+def test_values(written, value):
     assert parse_options([f'a.b={written}']) == {'a.b': value}
 
 
-def test_only_a_hook_that_is_there_is_left_out() -> None:
+def test_only_a_hook_that_is_there_is_left_out():
     hooks = {'logger2': {'type': 'LoggerHook'}, 'runtime': {'type': 'StepValuesHook'}}
     config = Config({'default_hooks': hooks})
     merge_options(config, {'default_hooks.logger2': None, 'default_hooks.timer': None})
@@ -66,9 +66,7 @@ PLACES = {
 }
 
 
-def test_the_folder_of_the_user_is_known_in_every_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_of_the_user_is_known_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     expected = {
         name: value if value == 'a~b' else value.replace('~', str(tmp_path))
@@ -97,7 +95,7 @@ def test_the_folder_of_the_user_is_known_in_every_path(
 
 
 @pytest.mark.parametrize('options', DOCUMENTED)
-def test_documented_options_are_read_and_make_an_optimizer(options: str) -> None:
+def test_documented_options_are_read_and_make_an_optimizer(options):
     given = parse_options(shlex.split(options, comments=True))
     # nothing is left as text that was meant as more
     assert not [v for v in flat(given).values() if isinstance(v, str) and v[:1] in '{[(']
@@ -113,7 +111,7 @@ NAME = f'vqmoe_vision::{CIFAR}'
 @pytest.mark.parametrize(
     'base', [repr(NAME), f'[{NAME!r}]', f'__import__("vqmoe_vision").config_path({CIFAR!r})']
 )
-def test_a_config_outside_builds_on_it(base: str, tmp_path: Path) -> None:
+def test_a_config_outside_builds_on_it(base, tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text(f'_base_ = {base}\nmodel = dict(num_classes=7)\n')
     expected = load_config(NAME, {'model.num_classes': 7}).to_dict()

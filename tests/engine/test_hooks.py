@@ -27,13 +27,13 @@ from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.optimizer import check_optimizer
 
-from ..logs import messages
+from ..runs import messages
 from .tiny import NO_VALIDATION, config_of, trained
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
 
 
-def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded():
     model = timm.create_model('vit_tiny_smoe', **SIZES)
     optimizer = Lamb(model.parameters())
     wrapper = OptimWrapper(optimizer)
@@ -47,7 +47,7 @@ def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -
 
 
 @pytest.mark.parametrize('kind', ['parameter', 'buffer'])
-def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> None:
+def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind):
     model = nn.BatchNorm1d(2)
     model.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
     name = {'parameter': 'weight', 'buffer': 'running_mean'}[kind]
@@ -61,7 +61,7 @@ def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> N
         guard.before_save_checkpoint(runner, content)
 
 
-def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_moves_once_per_step_of_the_optimizer(monkeypatch):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapper = OptimWrapper(optimizer, accumulative_counts=2)
@@ -91,12 +91,9 @@ def runner_of(folder: Path, **options: Any) -> Runner:
 
 
 @pytest.mark.parametrize(
-    ('method', 'options'),
-    [('vqmoe', {}), ('smoe', {}), ('vqmoe', {'model.moe.codebook': 'plain'})],
+    'method, options', [('vqmoe', {}), ('smoe', {}), ('vqmoe', {'model.moe.codebook': 'plain'})]
 )
-def test_a_runner_without_the_hook_says_that_state_stands_still(
-    method: str, options: dict, tmp_path: Path
-) -> None:
+def test_a_runner_without_the_hook_says_that_state_stands_still(method, options, tmp_path):
     config = config_of(tmp_path / 'run', **ONCE, **{'model.model_name': f'vit_tiny_{method}'})
     config.merge_from_dict(options)
     config.custom_hooks = []
@@ -107,9 +104,7 @@ def test_a_runner_without_the_hook_says_that_state_stands_still(
 
 
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST', 'NORMAL'])
-def test_averages_are_taken_between_the_codebooks_and_the_save(
-    priority: str, tmp_path: Path
-) -> None:
+def test_averages_are_taken_between_the_codebooks_and_the_save(priority, tmp_path):
     ema = {'default_hooks.ema.type': 'EMAHook', 'default_hooks.ema.priority': priority}
     runner = runner_of(tmp_path / priority, **ema)
     if priority == 'NORMAL':
@@ -132,7 +127,7 @@ def classes(root: Path, part: str, dev_size: int) -> ImageClassification:
     return class_folder(str(root), part, TRANSFORM, dev_size=dev_size)
 
 
-def test_validation_sees_no_image_of_training(tmp_path: Path) -> None:
+def test_validation_sees_no_image_of_training(tmp_path):
     dev, other = classes(tmp_path, 'dev', 8), classes(tmp_path / 'other', 'train', 3)
     # the same folder, however it is written
     seen = classes(tmp_path / '..' / tmp_path.name, 'train', 3)
@@ -154,7 +149,7 @@ def runner_for(num_classes: int = 2, **of_loaders: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ('runner', 'message'),
+    'runner, message',
     [
         (runner_for(3), 'num_classes=3 is not possible: 2, the number of classes'),
         (runner_for(train=()), r'train_dataloader\.dataset\.classes='),
@@ -162,7 +157,7 @@ def runner_for(num_classes: int = 2, **of_loaders: Any) -> Any:
         (runner_for(val='ba'), r"val_dataloader\.dataset\.classes='another order'"),
     ],
 )
-def test_classes_that_differ(runner: Any, message: str) -> None:
+def test_classes_that_differ(runner, message):
     ClassCountHook().before_train(runner_for(val=['a', 'b']))  # a file of names is read as a list
     with pytest.raises(ValueError, match=message):
         ClassCountHook().before_train(runner)
@@ -170,7 +165,7 @@ def test_classes_that_differ(runner: Any, message: str) -> None:
 
 @pytest.mark.parametrize('stage', ['before_test', 'before_train'])
 @pytest.mark.parametrize('trained', ['ba', 'ac'])
-def test_classes_are_those_of_the_training(stage: str, trained: str) -> None:
+def test_classes_are_those_of_the_training(stage, trained):
     hook, meta = ClassCountHook(), {STATED: {'classes': list(trained)}}
     hook.after_load_checkpoint(SimpleNamespace(_resume=stage == 'before_train'), {'meta': meta})
     with pytest.raises(ValueError, match=r"its class \d is '\w', that of \w+_dataloader"):
@@ -179,7 +174,7 @@ def test_classes_are_those_of_the_training(stage: str, trained: str) -> None:
     hook.before_train(runner_for())  # another task may start from weights
 
 
-def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
+def test_routing_of_an_epoch_survives_a_stop_in_its_middle():
     loads = [torch.tensor([share, 1 - share]) for share in (1.0, 0.75, 0.5)]
     models: list[Any] = [nn.Linear(1, 1) for _ in range(3)]
     for model in models:

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ SLURM = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '8', 'SLURM_LOCALID': '1'}
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch) -> None:
     """One that a test may change: what it sets is taken back."""
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_RUN_ID', *SLURM):
         monkeypatch.setenv(name, '')
@@ -36,7 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, '_PATIENCE', 0.0)
 
 
-def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_without_a_launcher_are_refused(monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
     monkeypatch.setenv('WORLD_SIZE', '8')
     with pytest.raises(ValueError, match=r"--launcher='none' .*'pytorch'.* 8 "), together('none'):
@@ -46,9 +45,7 @@ def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatc
         pass
 
 
-def test_a_rank_is_named_in_its_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_is_named_in_its_error(monkeypatch, capsys):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RankError, match=r"3, ValueError\('mine'\)"), together('slurm'):
@@ -76,7 +73,7 @@ with processes.together('pytorch'):
 """
 
 
-def test_a_process_ends_with_the_torchrun_that_started_it() -> None:
+def test_a_process_ends_with_the_torchrun_that_started_it():
     done = subprocess.run([sys.executable, '-c', ORPHAN], stdout=subprocess.PIPE, text=True)
     for _ in range(100):
         try:
@@ -87,7 +84,7 @@ def test_a_process_ends_with_the_torchrun_that_started_it() -> None:
     raise AssertionError('it is an orphan')
 
 
-def test_a_batch_is_not_multiplied_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_not_multiplied_in_silence(monkeypatch):
     config, name = Config({'train_dataloader': {'batch_size': 8}}), 'train_dataloader.batch_size'
     monkeypatch.setattr(processes, 'get_world_size', lambda: 8)
     with pytest.raises(ValueError, match=rf'^{name}=8 .* 64 images'):  # 8 x 8
@@ -103,7 +100,7 @@ class BiasUnused(torch.nn.Linear):
         return x @ self.weight
 
 
-def test_parameters_without_a_gradient_are_one_line() -> None:
+def test_parameters_without_a_gradient_are_one_line():
     with alone():
         model = DistributedDataParallel(BiasUnused(2, 2))
         model(torch.ones(2)).sum().backward()
@@ -115,9 +112,7 @@ def test_parameters_without_a_gradient_are_one_line() -> None:
 
 
 @pytest.mark.parametrize('kind', [OwnDataParallel, Unwrapped])
-def test_batch_norms_over_processes_are_those_of_each_on_a_cpu(
-    kind: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_norms_over_processes_are_those_of_each_on_a_cpu(kind, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(processes, 'print_log', lambda line, logger: told.append(line))
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))

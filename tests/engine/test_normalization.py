@@ -34,7 +34,7 @@ def run_file(folder: Path, **state: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize(
-    ('name', 'arguments', 'expected'),
+    'name, arguments, expected',
     [
         ('vit_tiny_smoe', {}, None),
         (AUGREG, {}, None),  # its configuration is there, weights are not
@@ -54,9 +54,7 @@ def run_file(folder: Path, **state: torch.Tensor) -> str:
         ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/bare.pth'}, None),
     ],
 )
-def test_weights_that_timm_loads(
-    name: str, arguments: dict[str, Any], expected: Normalization | None, tmp_path: Path
-) -> None:
+def test_weights_that_timm_loads(name, arguments, expected, tmp_path):
     dense(tmp_path)
     placed = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in arguments.items()}
     said = {k: placed.pop(k) for k in ('file', 'cfg', 'mean', 'std') if k in placed}
@@ -69,7 +67,7 @@ def test_weights_that_timm_loads(
 
 
 @pytest.mark.parametrize('way', ['upcycle', 'overlay', 'stated'])
-def test_timm_loads_a_checkpoint_of_a_run(way: str, tmp_path: Path) -> None:
+def test_timm_loads_a_checkpoint_of_a_run(way, tmp_path):
     state = timm.create_model(AUGREG, **SMALL).state_dict()
     kept = {f'model.{name}': value for name, value in state.items()}
     path = run_file(tmp_path, normalization=IMAGENET.values(), **kept)
@@ -82,7 +80,7 @@ def test_timm_loads_a_checkpoint_of_a_run(way: str, tmp_path: Path) -> None:
     assert not found.differing(GREY if stated else IMAGENET)
 
 
-def test_it_is_what_the_model_kept(tmp_path: Path) -> None:
+def test_it_is_what_the_model_kept(tmp_path):
     assert read_normalization(run_file(tmp_path, normalization=GREY.values())) == GREY
     # of a model that was saved before a training, and of a run of mmseg
     assert read_normalization(run_file(tmp_path, normalization=torch.zeros(2, 3))) is None

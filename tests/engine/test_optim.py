@@ -23,7 +23,7 @@ class Wrapped(nn.Module):
         )  # fmt: skip
 
 
-def test_constructor_decays_matrices_only() -> None:
+def test_constructor_decays_matrices_only():
     model = Wrapped()
     build = TimmOptimWrapperConstructor({'optimizer': {'type': 'AdamW', 'weight_decay': 0.3}})
     groups = build(model).optimizer.param_groups
@@ -38,7 +38,7 @@ def test_constructor_decays_matrices_only() -> None:
 SGD = {'type': 'SGD', 'lr': 1.0, 'weight_decay': 0.3}
 
 
-def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
+def test_the_longest_custom_key_wins_as_in_mmengine():
     model = Wrapped()
     keys = {
         'blocks': {'lr_mult': 0.5},
@@ -66,7 +66,7 @@ def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
 
 
 @pytest.mark.parametrize(
-    ('paramwise', 'message'),
+    'paramwise, message',
     [
         ({'norm_decay_mult': 0.0}, r'norm_decay_mult=0\.0 is not possible: .* takes custom_keys'),
         *(
@@ -76,19 +76,16 @@ def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
             )
             for name, value in (('lr', 1.0), *(('lr_mult', v) for v in ('ten', -1.0, math.nan)))
         ),
-        (
-            {'custom_keys': {'hed': {'lr_mult': 2.0}}},
-            r"custom_keys='hed' .* model\.cls_token",
-        ),
+        ({'custom_keys': {'hed': {'lr_mult': 2.0}}}, r"custom_keys='hed' .* model\.cls_token"),
     ],
 )
-def test_constructor_refuses_what_it_would_ignore(paramwise: dict, message: str) -> None:
+def test_constructor_refuses_what_it_would_ignore(paramwise, message):
     config = {'optimizer': {'type': 'SGD', 'lr': 1.0}}
     with pytest.raises(ValueError, match=message):
         TimmOptimWrapperConstructor(config, paramwise)(Wrapped())
 
 
-def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32() -> None:
+def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32():
     layer = nn.Linear(3, 2)
     wrapper = CpuAmpOptimWrapper(optimizer=torch.optim.SGD(layer.parameters(), lr=1.0))
     before = layer.weight.detach().clone()

@@ -121,7 +121,7 @@ def said(folder: Path, run: str) -> list[str]:
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+def run(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     """A folder of runs, and how their ranks ended."""
     folder = tmp_path_factory.mktemp('ranks')
     config, work = str(folder / 'c.py'), str(folder / 'w')
@@ -141,7 +141,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
     return folder, start(folder, runs)
 
 
-def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run) -> None:
+def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run):
     folder, ended = run
     assert ended['killed'][1] == -9
     first, other = said(folder, 'killed')
@@ -152,7 +152,7 @@ def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run) -> None:
     assert first.count('\n') == 1 and not other
 
 
-def test_the_run_goes_on_from_its_last_checkpoint(run) -> None:
+def test_the_run_goes_on_from_its_last_checkpoint(run):
     folder, ended = run
     assert ended['resumed'] == [0, 0]
     assert 'resumed epoch: 1, iter: 3' in (folder / 'resumed/0/out').read_text()
@@ -160,7 +160,7 @@ def test_the_run_goes_on_from_its_last_checkpoint(run) -> None:
     assert (content['meta']['epoch'], content['meta']['iter']) == (2, 6)
 
 
-def test_only_the_first_rank_says_and_writes_something(run) -> None:
+def test_only_the_first_rank_says_and_writes_something(run):
     folder, _ = run
     for name in ('resumed', 'tested'):
         assert (folder / name / '1/out').read_text() == ''
@@ -170,7 +170,7 @@ def test_only_the_first_rank_says_and_writes_something(run) -> None:
     assert len(list((folder / 'w').rglob('events.out.tfevents*'))) == 3
 
 
-def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_one_process(run, monkeypatch):
     folder, ended = run
     assert ended['tested'] == [0, 0]
     monkeypatch.syspath_prepend(folder)
@@ -183,7 +183,7 @@ def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -
         assert found[name] == expected[name]
 
 
-def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run) -> None:
+def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run):
     folder, ended = run
     assert ended['sharded'] == [0, 0]
     expected, found = (read_content(str(folder / w / 'epoch_2.pth')) for w in ('w', 'wp'))
@@ -198,7 +198,7 @@ def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_different_configs_are_one_line(run) -> None:
+def test_different_configs_are_one_line(run):
     folder, ended = run
     assert ended['different'][0] == 1 and ended['different'][1] != 0
     assert said(folder, 'different') == [
@@ -209,7 +209,7 @@ def test_different_configs_are_one_line(run) -> None:
 
 
 @pytest.mark.long
-def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
+def test_slurm_segmentation_and_what_goes_wrong(tmp_path):
     config, scenes, work = str(tmp_path / 'c.py'), str(tmp_path / 's.py'), str(tmp_path / 'w')
     test = ('test', scenes, f'{work}s/iter_4.pth', '--work-dir', work)
     hook = ('--cfg-options', 'default_hooks.dies.type=Dies')
@@ -264,7 +264,7 @@ PARTS = 'parallel.state_dict_type=sharded'
 
 
 @pytest.mark.long
-def test_a_run_that_saves_in_parts(tmp_path: Path) -> None:
+def test_a_run_that_saves_in_parts(tmp_path):
     config, whole, parts = str(tmp_path / 'c.py'), tmp_path / 'w', tmp_path / 'wp'
     spread = ('train', config, '--cfg-options', EXPERTS)
     told = ('default_hooks.dies.type=Dies', 'default_hooks.dies.how="15"', 'train_cfg.max_epochs=9')

@@ -175,9 +175,8 @@ def train(runner: Runner) -> None:
 
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize(
-    'method',
-    [pytest.param(name, marks=[pytest.mark.long] * (name != 'vqmoe')) for name in METHODS],
+    'method', [pytest.param(name, marks=[pytest.mark.long] * (name != 'vqmoe')) for name in METHODS]
 )
-def test_a_training_step_reads_nothing_back(tmp_path: Path, task: str, method: str) -> None:
+def test_a_training_step_reads_nothing_back(tmp_path, task, method):
     with pytest.raises(Done):
         train(runner_of(tmp_path, task, method))

@@ -34,7 +34,7 @@ from ..variants import VARIANTS
 
 
 @pytest.mark.parametrize(
-    ('options', 'processes', 'field'),
+    'options, processes, field',
     [
         ({'expert': 2}, 2, 'parallel'),
         (2, 2, 'parallel'),
@@ -43,9 +43,7 @@ from ..variants import VARIANTS
         ({'state_dict_type': 'parts'}, 2, 'parallel.state_dict_type'),
     ],
 )
-def test_options_that_there_are_not(
-    options: Any, processes: int, field: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_that_there_are_not(options, processes, field, monkeypatch):
     monkeypatch.setattr(sharded, 'get_world_size', lambda: processes)
     with pytest.raises(ValueError, match=rf'^{field}='):
         check_parallel(Config({'parallel': options}))
@@ -61,7 +59,7 @@ def wrapper(
     return made
 
 
-def test_optimizers_that_see_wholes() -> None:
+def test_optimizers_that_see_wholes():
     check_optim_wrapper(wrapper(clip_grad={'max_norm': 1.0}))
     # what mmengine's `AmpOptimWrapper` has, which needs a GPU
     check_optim_wrapper(wrapper(loss_scaler=torch.amp.GradScaler('cpu', enabled=False)))
@@ -76,7 +74,7 @@ def test_optimizers_that_see_wholes() -> None:
 
 
 @pytest.mark.parametrize('kernels', [{}, {'foreach': True}, {'fused': True}, {'foreach': False}])
-def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels: dict[str, bool]) -> None:
+def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters(), **kernels)
     expected = optimizer.state_dict()
@@ -91,7 +89,7 @@ def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels: dict[st
     [{}, {'norm_type': 'inf'}, {'norm_type': 1}, {'foreach': False}, {'error_if_nonfinite': True}],
     ids=str,
 )
-def test_clips_as_torch_does(options: dict[str, Any]) -> None:
+def test_clips_as_torch_does(options):
     one, other = (torch.nn.Linear(3, 2) for _ in range(2))
     other.load_state_dict(one.state_dict())
     x = torch.randn(4, 3)
@@ -147,5 +145,5 @@ def take_steps(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_every_method_takes_a_step_in_bfloat16(tmp_path: Path) -> None:
+def test_every_method_takes_a_step_in_bfloat16(tmp_path):
     spawn(take_steps, (2, tmp_path), nprocs=2)

@@ -23,7 +23,7 @@ def runner_of(folder: Path, **options: Any) -> Runner:
 
 
 @pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_device(monkeypatch) -> None:
     monkeypatch.setattr(step_values, 'READ_AT_ONCE', set())
 
 
@@ -43,7 +43,7 @@ def scalars(file: Path) -> dict[str, list]:
 
 @pytest.mark.filterwarnings('ignore:Detected call of `scheduler.step')  # the first batch waits
 @pytest.mark.usefixtures('on_device')
-def test_logs_and_checkpoints_are_those_of_mmengines_hook(tmp_path: Path) -> None:
+def test_logs_and_checkpoints_are_those_of_mmengines_hook(tmp_path):
     options = {
         'default_hooks.logger.interval': 4,
         'optim_wrapper.accumulative_counts': 2,  # a norm at every second iteration
@@ -85,7 +85,7 @@ LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infini
 
 
 @pytest.mark.parametrize(
-    ('options', 'gradient', 'message', 'noticed'),
+    'options, gradient, message, noticed',
     [
         ({'default_hooks.logger.interval': 6}, False, LOSS, 6),
         ({'default_hooks.logger.interval': 50, **EACH_3}, False, LOSS, 6),
@@ -96,9 +96,9 @@ LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infini
 )
 @pytest.mark.usefixtures('on_device')
 def test_a_look_that_comes_later_names_the_iteration_and_saves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], gradient: bool,
-    message: str, noticed: int,
-) -> None:  # fmt: skip
+    tmp_path, monkeypatch, options, gradient,
+    message, noticed,
+) :  # fmt: skip
     monkeypatch.setattr(step_values, 'LONGEST', 8)
     runner = runner_of(tmp_path / 'run', **options)
     spoil = Spoil(4, gradient)
@@ -113,7 +113,7 @@ def test_a_look_that_comes_later_names_the_iteration_and_saves_nothing(
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_loss_that_is_not_finite_names_layer_component_and_iteration(value: float) -> None:
+def test_loss_that_is_not_finite_names_layer_component_and_iteration(value):
     losses = {'loss': value, 'a/vq_loss': 0.1, 'b/balance_loss': value, 'cross_entropy_loss': value}
     with pytest.raises(NonFiniteError, match=r'^b/balance became \w+ at iteration 120;'):
         check_losses(losses, 120)

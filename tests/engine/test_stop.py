@@ -103,7 +103,7 @@ def write(
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+def uninterrupted(tmp_path_factory) -> Callable[[str], dict]:
     """What an uninterrupted training of a config leaves."""
 
     @functools.cache
@@ -132,7 +132,7 @@ LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ('number', 'at', 'saved', 'workers', 'config', 'last'),
+    'number, at, saved, workers, config, last',
     [
         (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', '', TINY, 'epoch_3.pth'),
         pytest.param(
@@ -149,9 +149,9 @@ LONG = pytest.mark.long
     ],
 )  # fmt: skip
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    number: int, at: list, saved: str, workers: str, config: str, last: str, uninterrupted,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    number, at, saved, workers, config, last, uninterrupted,
+    tmp_path,
+) :  # fmt: skip
     write(tmp_path, at, [number], workers, config)
     stop_and_go_on(tmp_path, number, saved)
     equal(tmp_path / 'w', uninterrupted(config))
@@ -159,7 +159,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ('config', 'at', 'saved'),
+    'config, at, saved',
     [
         pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=LONG),
         # in the last iteration of an epoch, and in the middle
@@ -168,17 +168,15 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     ],
 )
 def test_a_signal_at_any_moment_loses_no_batch_and_no_gradient(
-    config: str, at: list, saved: str, uninterrupted, tmp_path: Path
-) -> None:
+    config, at, saved, uninterrupted, tmp_path
+):
     write(tmp_path, at, [signal.SIGTERM], config=config)
     stop_and_go_on(tmp_path, signal.SIGTERM, saved)
     equal(tmp_path / 'w', uninterrupted(config))
 
 
 @pytest.mark.long
-def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
-    uninterrupted, tmp_path: Path
-) -> None:
+def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(uninterrupted, tmp_path):
     slow = "num_workers=1, worker_init_fn=dict(type='slow_to_start')"
     write(tmp_path, ['waiting', 1], [signal.SIGTERM], slow, EARLY)
     done = start(tmp_path, new_session=True)
@@ -205,7 +203,7 @@ def stop_and_go_on(tmp_path: Path, number: int, saved: str) -> None:
     assert again.returncode == 0, again.stderr
 
 
-def test_ctrl_c_before_a_training_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_before_a_training_is_one_line(tmp_path):
     write(tmp_path, ['never'], [])
     (tmp_path / 'told_to_stop.py').write_text(
         'import os\nos.kill(os.getpid(), 2)'
@@ -224,7 +222,7 @@ def test_ctrl_c_before_a_training_is_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (-signal.SIGINT, 'SIGINT: stopped\n')
 
 
-def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
     write(tmp_path, ['iteration', 9], [signal.SIGTERM, signal.SIGTERM])
     done = start(tmp_path)
     assert done.returncode == -signal.SIGTERM
@@ -271,7 +269,7 @@ def begin(worker_id: int) -> None:
 @pytest.mark.parametrize(
     'inside', ['work()', "p = get_context('fork').Process(target=work); p.start(); p.join()"]
 )
-def test_a_process_ends_whose_loader_is_still_at_work(inside: str, tmp_path: Path) -> None:
+def test_a_process_ends_whose_loader_is_still_at_work(inside, tmp_path):
     path = tmp_path / 'at_work.py'
     path.write_text(AT_WORK.replace('INSIDE', inside))
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
@@ -283,7 +281,7 @@ def test_a_process_ends_whose_loader_is_still_at_work(inside: str, tmp_path: Pat
         os.kill(int(worker), 0)
 
 
-def test_a_signal_to_all_processes_leaves_the_workers_of_a_loader_at_work() -> None:
+def test_a_signal_to_all_processes_leaves_the_workers_of_a_loader_at_work():
     loader = DataLoader(SlowSamples(), batch_size=None, num_workers=1, worker_init_fn=begin)
     keep_workers(loader)
     before = set(active_children())

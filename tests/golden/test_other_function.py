@@ -60,15 +60,13 @@ def names(words: str, line: str) -> bool:
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory) -> Path:
     return runs_in(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize('case', FUNCTIONS)
 @pytest.mark.parametrize('way', WAYS)
-def test_weights_with_a_config_beside_them(
-    case: str, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_with_a_config_beside_them(case, way, tmp_path, caplog):
     theirs, saved, ours, given, words = FUNCTIONS[case]
     model = create(theirs, **saved)
     arguments = {**SMALL, **(EXPERTS if theirs == OURS else {}), **saved}
@@ -102,7 +100,7 @@ DINOV3 = (
 
 
 @pytest.mark.parametrize(
-    ('command', 'words'),
+    'command, words',
     [
         (f'{TRAIN} {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
         (f'{TEST} model.moe.top_k=1', 'top_k'),
@@ -116,7 +114,7 @@ DINOV3 = (
         (f'{TEST} model.act_layer=relu', 'act_layer'),
     ],
 )
-def test_weights_of_a_run(command: str, words: str, runs: Path, tmp_path: Path) -> None:
+def test_weights_of_a_run(command, words, runs, tmp_path):
     for name in ('c', 's', 'tiny.py', 'scenes.py'):
         (tmp_path / name).symlink_to(runs / name)
     (tmp_path / 'order.py').write_text(ORDER)

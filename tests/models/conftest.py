@@ -1,7 +1,6 @@
 """Tiny models of every method, of every preset that runs other code, and dense ones beside them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,18 +69,18 @@ def check_complete(report: Report, model: Any, source: dict[str, torch.Tensor]) 
 
 
 @pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
+def method(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def tiny(method: str) -> Make:
+def tiny(method) -> Make:
     """Builds a tiny model of each method in turn."""
     return lambda **kwargs: make(method, **kwargs)
 
 
 @pytest.fixture(params=VARIANTS)
-def tiny_variant(request: pytest.FixtureRequest) -> Make:
+def tiny_variant(request) -> Make:
     """Builds a tiny model of each method, preset and form in turn."""
     method, options = VARIANTS[request.param]
     return lambda **kwargs: make(method, **{**options, **kwargs})
@@ -94,7 +93,7 @@ def make_tiny() -> Make:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Any, str]:
+def saved(tmp_path) -> tuple[Any, str]:
     """A dense model, and its file."""
     model, path = dense(), tmp_path / 'dense.pth'
     torch.save(model.state_dict(), path)

@@ -2,21 +2,34 @@
 
 import json
 import shutil
+from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from vqmoe_vision.models import complexity
-from vqmoe_vision.models.create import create_model, create_to_start, without_weights
+from vqmoe_vision.models.create import (
+    create_model,
+    create_to_start,
+    options_in_full,
+    without_weights,
+)
 from vqmoe_vision.moe import METHODS
+
+from ..variants import VARIANTS
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
 DENSE = 'vit_tiny_patch16_224'
 
 
-def test_options_of_the_moe_layers_reach_the_model() -> None:
+def test_options_of_the_moe_layers_reach_the_model():
     moe = dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
     model = create_model('vit_tiny_smoe', moe, **SMALL)  # which says the method too
     assert model.moe_config == METHODS['smoe'].config.from_options(preset='group', num_experts=2)
@@ -25,7 +38,7 @@ def test_options_of_the_moe_layers_reach_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ('extra_mlps', 'options', 'hidden'),
+    'extra_mlps, options, hidden',
     [
         (2, {}, 72),  # 48 in four blocks, and two more: 48 * 6 / 4
         (1, {}, 60),
@@ -33,7 +46,7 @@ def test_options_of_the_moe_layers_reach_the_model() -> None:
         (2, {'depth': 12}, 56),
     ],
 )
-def test_a_dense_model_is_widened_by_mlps(extra_mlps: int, options: dict, hidden: int) -> None:
+def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
     model = create_model(DENSE, extra_mlps=extra_mlps, **{**SMALL, **options})
     plain = create_model(DENSE, **{**SMALL, **options})
     assert {block.mlp.fc1.out_features for block in model.blocks} == {hidden}
@@ -61,7 +74,7 @@ def test_a_dense_model_is_widened_by_mlps(extra_mlps: int, options: dict, hidden
     ],
     ids=str,
 )
-def test_a_model_without_its_weights_is_the_same_network(given: dict, tmp_path: Path) -> None:
+def test_a_model_without_its_weights_is_the_same_network(given, tmp_path):
     size = {**SMALL, 'img_size': 16}
     source = timm.create_model(DENSE, **size)
     source.pretrained_cfg.update(input_size=(3, 16, 16), fixed_input_size=True)
@@ -81,3 +94,45 @@ def test_a_model_without_its_weights_is_the_same_network(given: dict, tmp_path: 
     shutil.rmtree(tmp_path)  # with the file that says it, the model's own size is left
     gone = create_to_start(**without_weights(arguments))
     assert gone.patch_embed.img_size == (224, 224)
+
+
+SIZES = {'depth': 2, 'embed_dim': 24, 'num_heads': 2, 'img_size': 32, 'num_classes': 3}
+
+
+@pytest.mark.parametrize('method, options', VARIANTS.values(), ids=VARIANTS)
+def test_options_in_full_are_those_of_the_model(method, options):
+    name = f'vit_tiny_{method}'
+    found = options_in_full({'model_name': name, 'moe': options, **SIZES})
+    assert found.pop('method') == method
+    assert json.loads(json.dumps(found)) == found
+    with torch.device('meta'):
+        model: Any = create_model(name, options, **SIZES)
+    config = model.moe_config
+    assert found == {n: v for n, v in asdict(config).items() if n not in config.unused()}
+    # the other two ways to write them
+    assert options_in_full({'model_name': name, **options}) == {'method': method, **found}
+    host = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': method, **options}}
+    assert options_in_full(host) == {'method': method, **found}
+
+
+NAMES = ('test_vit_vqmoe', 'test_vit_dense')
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_weights_come_with_the_package_and_see_a_cat(name):
+    assert f'{name}.cifar10' in timm.list_models(pretrained=True)
+    model = timm.create_model(name, pretrained=True).eval()
+    file = Path(model.pretrained_cfg['file'])
+    assert file.stat().st_size < 2e6
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    photo = Image.open(files('vqmoe_vision.models') / 'weights/cat.jpg')
+    images = create_transform(**resolve_model_data_config(model))(photo)[None]
+    assert model.pretrained_cfg['label_names'][model(images).argmax()] == 'cat'
+
+
+def test_one_is_upcycled_from_the_other_and_not_from_its_own_weights():
+    dense = timm.create_model('test_vit_dense', pretrained=True).eval()
+    options = dict(form='discrete', expert_input='token', input_norm=False)
+    sparse = timm.create_model('test_vit_vqmoe', upcycle='test_vit_dense', **options).eval()
+    torch.testing.assert_close(sparse(IMAGES), dense(IMAGES), rtol=1e-5, atol=1e-5)

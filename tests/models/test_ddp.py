@@ -28,12 +28,7 @@ WORLD = 2
 
 
 # larger losses, where there are any, and no noise
-OPTIONS = {
-    'router_noise': 0.0,
-    'load_weight': 0.0,
-    'importance_weight': 0.5,
-    'balance_weight': 0.5,
-}
+OPTIONS = {'router_noise': 0.0, 'load_weight': 0.0, 'importance_weight': 0.5, 'balance_weight': 0.5}
 
 
 def quiet(method: str, **options: Any) -> dict[str, Any]:
@@ -162,13 +157,13 @@ def worker(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope='module')
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp('ddp')
     spawn(worker, (folder,), nprocs=WORLD)
     return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
 
 
-def test_losses_and_their_gradients_are_those_of_all_tokens(ranks) -> None:
+def test_losses_and_their_gradients_are_those_of_all_tokens(ranks):
     first, second = (rank['losses'] for rank in ranks)
     expected = losses_of_tokens()
     gradients = {name for name in expected if name.endswith('gradient')}
@@ -191,12 +186,12 @@ def assert_one_training(ranks: list[list[dict[str, Tensor]]], single: nn.Module,
 
 
 @pytest.mark.parametrize('mode', MODES)
-def test_processes_that_share_a_batch_train_as_one(ranks, method: str, mode: str) -> None:
+def test_processes_that_share_a_batch_train_as_one(ranks, method, mode):
     found = [rank[method][mode] for rank in ranks]
     assert_one_training(found, make(method, **quiet(method)), mode)
 
 
-def test_ranks_stay_equal(ranks, method: str) -> None:
+def test_ranks_stay_equal(ranks, method):
     first, second = (rank[method]['state'] for rank in ranks)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     start = make(method).state_dict()

@@ -1,7 +1,6 @@
 """What a user may get wrong: one line that names the field, and nothing has changed."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,15 +68,15 @@ CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'moe', 'given', 'named'), CALLS)
-def test_create_model(name: str, moe: Any, given: dict[str, Any], named: str) -> None:
+@pytest.mark.parametrize('name, moe, given, named', CALLS)
+def test_create_model(name, moe, given, named):
     with pytest.raises((TypeError, ValueError), match=named) as caught:
         create_model(name, moe, **({} if name == RESNET else TINY) | given)
     assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('name', WRONG)
-def test_a_wrong_value_is_named(name: str) -> None:
+def test_a_wrong_value_is_named(name):
     with pytest.raises(ValueError, match=f'^{name}=.* is not possible'):
         make('vqmoe', **{name: WRONG[name]})
 
@@ -85,12 +84,12 @@ def test_a_wrong_value_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     'layers', ['every0', 'every5', 'last3', 'first2', [4], [-1], [], 1, [True]], ids=str
 )
-def test_blocks_that_are_not_there(layers: Any) -> None:
+def test_blocks_that_are_not_there(layers):
     with pytest.raises(ValueError, match=r'^moe_layers=.* depth=4'):
         make('vqmoe', moe_layers=layers)
 
 
-def test_an_option_of_another_method_is_a_type_error(method: str) -> None:
+def test_an_option_of_another_method_is_a_type_error(method):
     options = {name for other in METHODS.values() for name in other.config.option_names()}
     for option in options - METHODS[method].config.option_names():
         with pytest.raises(TypeError, match=f"'{option}'"):
@@ -137,8 +136,8 @@ CONVERTED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(('build', 'options', 'named'), CONVERTED)
-def test_what_cannot_be_converted_stays_as_it_is(build: Any, options: dict, named: str) -> None:
+@pytest.mark.parametrize('build, options, named', CONVERTED)
+def test_what_cannot_be_converted_stays_as_it_is(build, options, named):
     model = build()
     kinds = [type(module) for module in model.modules()]
     with pytest.raises((TypeError, ValueError), match=named):
@@ -147,7 +146,7 @@ def test_what_cannot_be_converted_stays_as_it_is(build: Any, options: dict, name
 
 
 @pytest.mark.parametrize(
-    ('options', 'named'),
+    'options, named',
     [
         ({}, 'host=None'),
         ({'host': 'moe_host'}, "host='moe_host'"),
@@ -159,12 +158,12 @@ def test_what_cannot_be_converted_stays_as_it_is(build: Any, options: dict, name
         ({'host': DENSE, 'method': 'smoe', 'upcycle': 'a.pth'}, "upcycle='a.pth'"),
     ],
 )
-def test_hosts(options: dict[str, Any], named: str) -> None:
+def test_hosts(options, named):
     with pytest.raises(ValueError, match=f'^{named}'):
         timm.create_model('moe_host', **options)
 
 
-def test_a_model_that_has_no_discrete_form_stays_as_it_is() -> None:
+def test_a_model_that_has_no_discrete_form_stays_as_it_is():
     full = make('vqmoe')
     with alone():
         wrapped = nn.parallel.DistributedDataParallel(full)
@@ -174,12 +173,12 @@ def test_a_model_that_has_no_discrete_form_stays_as_it_is() -> None:
     assert full.moe_config.form == 'full' and 'blocks.1.mlp.gate.weight' in full.state_dict()
 
 
-def test_what_is_not_counted() -> None:
+def test_what_is_not_counted():
     with pytest.raises(ValueError, match=r'^model='):
         complexity(nn.Linear(2, 2))
 
 
-def test_what_is_not_saved(tmp_path: Path) -> None:
+def test_what_is_not_saved(tmp_path):
     built: Any = create_model(SPARSE, norm_layer=partial(nn.LayerNorm, eps=1e-5), **TINY)
     short: Any = create_model(SPARSE, {'moe_layers': [3]}, **TINY)
     short.prune_intermediate_layers([1])
@@ -208,7 +207,7 @@ EXPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize('named', EXPORTED)
-def test_what_is_not_exported(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_exported(named, tmp_path, monkeypatch):
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)

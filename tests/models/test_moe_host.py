@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,9 +39,7 @@ def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = VIT, 
 @pytest.mark.parametrize('classes', [10, 5])
 @pytest.mark.parametrize('moe', ROWS)
 @pytest.mark.parametrize('host', HOSTS)
-def test_every_tensor_of_weights_by_name_is_reported(
-    host: str, moe: dict[str, Any] | None, classes: int
-) -> None:
+def test_every_tensor_of_weights_by_name_is_reported(host, moe, classes):
     source = dense(host).state_dict()
     model = by_name(source, moe, host, num_classes=classes, img_size=64)
     report = model.weights_report
@@ -78,14 +75,8 @@ THEIRS: list[Any] = [
 
 
 @pytest.mark.parametrize('moe', ROWS)
-@pytest.mark.parametrize(('host', 'options', 'names', 'extra'), THEIRS)
-def test_what_timms_filter_drops_is_reported(
-    host: str,
-    options: dict[str, Any],
-    names: dict[str, str],
-    extra: tuple[str, ...],
-    moe: dict[str, Any] | None,
-) -> None:
+@pytest.mark.parametrize('host, options, names, extra', THEIRS)
+def test_what_timms_filter_drops_is_reported(host, options, names, extra, moe):
     source = dense(host, **options).state_dict()
     state = {name: torch.ones(32) for name in extra} | source
     for theirs, ours in names.items():
@@ -116,19 +107,15 @@ TORN: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize('classes', [10, 5, 0])  # timm is strict in none of the last two
 @pytest.mark.parametrize('moe', ROWS)
-@pytest.mark.parametrize(('change', 'message'), TORN)
-def test_weights_by_name_are_not_half_loaded(
-    change: Any, message: str, moe: dict[str, Any] | None, classes: int
-) -> None:
+@pytest.mark.parametrize('change, message', TORN)
+def test_weights_by_name_are_not_half_loaded(change, message, moe, classes):
     state = change(dense().state_dict())
     with pytest.raises(ValueError, match=message):
         by_name(state, moe, num_classes=classes)
 
 
-@pytest.mark.parametrize(('host', 'method'), PAIRS)
-def test_a_converted_model_is_saved_as_it_is(
-    host: str, method: str, tmp_path: Path, images: torch.Tensor
-) -> None:
+@pytest.mark.parametrize('host, method', PAIRS)
+def test_a_converted_model_is_saved_as_it_is(host, method, tmp_path, images):
     model = dense(host)
     options = {'num_experts': 4, 'moe_layers': (0, 3), 'expert_mlp_ratio': 2.0}
     how = {'split': True, 'noise': 0.1}
@@ -147,7 +134,7 @@ def test_a_converted_model_is_saved_as_it_is(
     assert [tuple(part.shape) for part in features(images)] == [(4, 32, 4, 4)] * 3
 
 
-def test_copies_of_frozen_parameters_are_frozen(method: str) -> None:
+def test_copies_of_frozen_parameters_are_frozen(method):
     model = dense().requires_grad_(False)
     model.blocks[3].mlp.requires_grad_(True)
     report = convert_to_moe(model, method)

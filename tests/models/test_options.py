@@ -131,12 +131,12 @@ DRAWS = (options(), st.integers(1, 3), st.booleans())
 
 @settings(max_examples=200)
 @given(*DRAWS)
-def test_options(named: tuple[str, dict[str, Any]], batch: int, direct: bool) -> None:
+def test_options(named, batch, direct):
     check_options(*named, batch, direct)
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_features_of_a_shallow_model(method: str) -> None:
+def test_features_of_a_shallow_model(method):
     model = timm.create_model(f'vit_tiny_{method}', features_only=True, **SMALL).eval()
     maps = model(torch.randn(1, 3, 8, 8))
     assert [tuple(each.shape) for each in maps] == [(1, 8, 2, 2)] * 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ResPostBlock
@@ -38,10 +39,8 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'options', 'target', 'told'), OTHERS)
-def test_another_function_is_refused(
-    name: str, options: dict, target: dict, told: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize('name, options, target, told', OTHERS)
+def test_another_function_is_refused(name, options, target, told, tmp_path):
     _, folder = folder_of(tmp_path, name, **options)
     for start in (
         lambda: make('smoe', upcycle=f'local-dir:{folder}', **target),
@@ -52,7 +51,7 @@ def test_another_function_is_refused(
 
 
 @pytest.mark.parametrize(
-    ('name', 'options'),
+    'name, options',
     [
         (DENSE, dict(num_heads=4)),
         (DENSE, dict(attn_layer='diff')),
@@ -63,9 +62,7 @@ def test_another_function_is_refused(
         ('vit_base_patch16_siglip_gap_224', dict(fc_norm=False, **OF_SIGLIP)),
     ],
 )
-def test_the_same_function_answers_alike(
-    name: str, options: dict[str, Any], tmp_path: Path, images: torch.Tensor
-) -> None:
+def test_the_same_function_answers_alike(name, options, tmp_path, images):
     saved = {k: v for k, v in options.items() if k != 'block_fn'}
     source, folder = folder_of(tmp_path, name, **saved)
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', renormalize=True, **options).eval()
@@ -75,7 +72,7 @@ def test_the_same_function_answers_alike(
 
 @pytest.mark.parametrize('way', ['bare', 'folder', 'run'])
 @pytest.mark.parametrize(
-    ('options', 'target', 'hint'),
+    'options, target, hint',
     [
         (dict(class_token=False, global_pool='map'), OF_SIGLIP, "global_pool='map'"),
         (dict(global_pool='avg'), {}, "global_pool='avg'"),
@@ -84,9 +81,9 @@ def test_the_same_function_answers_alike(
     ],
 )
 def test_a_head_behind_another_pooling_starts_anew(
-    options: dict, target: dict, hint: str, way: str, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    options, target, hint, way, tmp_path,
+    caplog,
+) :  # fmt: skip
     source, folder = folder_of(tmp_path, DENSE, **options)
     upcycle = f'local-dir:{folder}'
     if way != 'folder':
@@ -109,7 +106,7 @@ def test_a_head_behind_another_pooling_starts_anew(
     assert not caplog.messages
 
 
-def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path: Path) -> None:
+def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path):
     """By `checkpoint_path` and `load_from`, which take all of the weights or none."""
     source, path = dense(global_pool='max'), str(tmp_path / 'a.pth')
     torch.save({'state_dict': source.state_dict(), 'meta': {STATED: state_network(source)}}, path)
@@ -123,14 +120,14 @@ def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path: Path) ->
     create_model(DENSE, checkpoint_path=path, **{**TINY, 'global_pool': 'max'})
 
 
-def test_a_bare_file_with_rotary_positions_is_refused(tmp_path: Path) -> None:
+def test_a_bare_file_with_rotary_positions_is_refused(tmp_path):
     path = str(tmp_path / 'a.pth')
     torch.save(dense('vit_small_patch16_dinov3').state_dict(), path)
     with pytest.raises(ValueError, match=r'names of an Eva .* rotary'):
         make('smoe', upcycle=path, **DINOV3)
 
 
-def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path: Path) -> None:
+def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path):
     path, name = str(tmp_path / 'a.pth'), 'vit_pe_core_tiny_patch16_384'
     state = dense(name).state_dict()
     with pytest.raises(ValueError, match=r'unexpected keys: norm_pre'):
@@ -163,10 +160,8 @@ ROTARY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'given', 'options'), ROTARY)
-def test_other_rotary_positions_are_refused(
-    name: str, given: dict, options: dict, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize('name, given, options', ROTARY)
+def test_other_rotary_positions_are_refused(name, given, options, tmp_path):
     shape = EVA02 if name != DINO else {}
     _, folder = folder_of(tmp_path, name, **shape, **given)
     place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
@@ -178,3 +173,44 @@ def test_other_rotary_positions_are_refused(
     # images of another size have other positions of the same kind
     model: Any = create_model(name, {'method': 'smoe'}, **{**arguments, 'img_size': 48})
     assert 'head.weight' in model.weights_report.loaded
+
+
+SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
+
+
+@pytest.mark.parametrize(
+    'name, moe', [(BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'}), (SPARSE, None)]
+)
+@pytest.mark.parametrize('tag', [None, 'cifar10'])
+def test_weights_by_name_are_compared_with_the_network_of_the_name(name, moe, tag):
+    given: dict[str, Any] = dict(pretrained=True, pretrained_cfg=tag)
+    known = re.escape(f'{name}.cifar10' if tag else name)
+    for options, told in (
+        (dict(num_heads=4), 'num_heads=3, the model has num_heads=4'),
+        (dict(act_layer='relu'), 'act_layer=gelu, the model has act_layer=relu$'),
+    ):
+        with pytest.raises(ValueError, match=f'of {known} .* {told}'):
+            create_model(name, moe, **given, **options)
+    model: Any = create_model(name, moe, **given)
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.parametrize('place', ['file', 'state_dict', 'folder'])
+@pytest.mark.parametrize('name, moe', [(BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'})])
+def test_weights_in_the_place_of_those_of_a_name_are_not_said_to_be_its(name, moe, place, tmp_path):
+    theirs = timm.create_model(name, num_heads=4)
+    save_for_hf(theirs, tmp_path / 'L', model_args={'num_heads': 4}, safe_serialization=True)
+    file = tmp_path / 'L/model.safetensors'
+    if place == 'file':
+        file = file.rename(tmp_path / 'bare.safetensors')
+    overlay = {'file': str(file)} if place != 'state_dict' else {place: theirs.state_dict()}
+    given = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    model: Any = create_model(name, moe, **given, num_heads=4)
+    assert 'head.weight' in model.weights_report.loaded
+    if place == 'folder':
+        with pytest.raises(
+            ValueError, match=r'of test_vit_dense .* num_heads=4, the model has num_heads=3'
+        ):
+            create_model(name, moe, **given)
+    else:  # a bare file says nothing
+        create_model(name, moe, **given)

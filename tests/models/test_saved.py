@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,9 +38,7 @@ def same(model: nn.Module, again: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.parametrize('recorded', [True, False])
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_every_method_with_all_its_options(
-    variant: str, recorded: bool, tmp_path: Path, images: Tensor, train_step: Any
-) -> None:
+def test_every_method_with_all_its_options(variant, recorded, tmp_path, images, train_step):
     method, options = VARIANTS[variant]
     model: Any = make(method, depth=2, moe_layers=[0], **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -64,16 +61,14 @@ def test_every_method_with_all_its_options(
 
 
 @pytest.mark.parametrize(
-    ('variant', 'before', 'after'),
+    'variant, before, after',
     [
         *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in VARIANTS),
         *((method, {}, {'img_size': 48}) for method in METHODS),
         *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
     ],
 )
-def test_a_model_whose_images_have_another_size_by_now(
-    variant: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_model_whose_images_have_another_size_by_now(variant, before, after, tmp_path):
     method, options = VARIANTS.get(variant, (variant, {}))
     model: Any = make(method, depth=2, **options, **before)
     model.set_input_size(**after)
@@ -82,7 +77,7 @@ def test_a_model_whose_images_have_another_size_by_now(
     same(model, again, torch.randn(2, 3, *model.patch_embed.img_size))
 
 
-def test_what_a_folder_says(tmp_path: Path) -> None:
+def test_what_a_folder_says(tmp_path):
     """Of these weights, and nothing of those that timm has under the same name."""
     model: Any = create_model('vit_tiny_patch16_224.augreg_in21k_ft_in1k', **TINY)
     names = [f'class {index}' for index in range(10)]
@@ -102,16 +97,14 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ('name', 'given', 'problem'),
+    'name, given, problem',
     [
         ('vit_tiny_smoe', {'top_k': 1}, 'its answers differ'),
         ('vit_tiny_smoe', {'depth': 3}, 'unexpected keys: blocks.3'),
         ('vit_tiny_patch16_224', {'depth': 3}, 'Unexpected key'),
     ],
 )
-def test_another_model_is_not_left_behind(
-    name: str, given: dict[str, Any], problem: str, tmp_path: Path
-) -> None:
+def test_another_model_is_not_left_behind(name, given, problem, tmp_path):
     model: Any = create_model(name, **TINY)
     model._model_args = {**TINY, **given}
     with pytest.raises(ValueError, match=f'^timm does not build the model again .*{problem}'):

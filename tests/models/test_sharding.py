@@ -90,14 +90,12 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(('world', 'expert_processes', 'num_experts'), LAYOUTS)
-def test_learns_what_ddp_learns(
-    world: int, expert_processes: int, num_experts: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize('world, expert_processes, num_experts', LAYOUTS)
+def test_learns_what_ddp_learns(world, expert_processes, num_experts, tmp_path):
     spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
 
 
-def test_blocks_inside_of_others_come_first() -> None:
+def test_blocks_inside_of_others_come_first():
     inner = [nn.Sequential(nn.Linear(2, 2), nn.GELU()) for _ in range(2)]
     stage = nn.ModuleDict({'blocks': nn.Sequential(*inner)})
     # a feed-forward network of mmcv
@@ -152,7 +150,7 @@ def load_into(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Path) -
 
 @pytest.mark.filterwarnings('ignore:torch.distributed is disabled:UserWarning')  # one process
 @pytest.mark.parametrize(
-    ('before', 'after'),
+    'before, after',
     [
         pytest.param((2, 1), None, id='2-to-1'),
         pytest.param((2, 2), (4, 1), id='2-experts-to-4', marks=pytest.mark.long),
@@ -160,9 +158,7 @@ def load_into(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Path) -
         pytest.param((4, 1), (2, 2), id='4-to-2-experts', marks=pytest.mark.long),
     ],
 )
-def test_saved_in_one_layout_and_loaded_in_another(
-    before: tuple[int, int], after: tuple[int, int] | None, tmp_path: Path
-) -> None:
+def test_saved_in_one_layout_and_loaded_in_another(before, after, tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
     spawn(save, (*before, tmp_path / 'a'), nprocs=before[0])

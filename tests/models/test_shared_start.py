@@ -35,7 +35,7 @@ def fresh(name: str, shared: bool, **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize(
-    ('name', 'options', 'scaled'),
+    'name, options, scaled',
     [
         (OWN, {}, False),
         (OWN, {'fix_init': True}, True),
@@ -44,9 +44,7 @@ def fresh(name: str, shared: bool, **options: Any) -> nn.Module:
         (DINOV3, {}, True),
     ],
 )
-def test_fresh_experts_are_spread_as_the_mlps_in_their_place(
-    name: str, options: dict[str, Any], scaled: bool, shared: bool
-) -> None:
+def test_fresh_experts_are_spread_as_the_mlps_in_their_place(name, options, scaled, shared):
     dense = timm.create_model(VIT if name == OWN else name, **{**TINY, **options})
     found = spreads(fresh(name, shared, **options))
     assert found == pytest.approx(spreads(dense), rel=0.05)  # 0.5 % by chance
@@ -69,7 +67,7 @@ def check_parts(model: Any, weight_init: str) -> None:
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('name', [OWN, VIT])
 @pytest.mark.parametrize('weight_init', sorted(MODES))
-def test_weight_init_is_that_of_the_experts_too(name: str, weight_init: str, shared: bool) -> None:
+def test_weight_init_is_that_of_the_experts_too(name, weight_init, shared):
     model = fresh(name, shared, weight_init=weight_init)
     check_parts(model, weight_init)
     model.init_weights()  # of timm: draws all of it again
@@ -77,9 +75,9 @@ def test_weight_init_is_that_of_the_experts_too(name: str, weight_init: str, sha
 
 
 @pytest.mark.parametrize(
-    ('name', 'dense'), [('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT)]
+    'name, dense', [('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT)]
 )
-def test_the_rest_is_that_of_the_dense_model_of_the_shape(name: str, dense: str) -> None:
+def test_the_rest_is_that_of_the_dense_model_of_the_shape(name, dense):
     models = [timm.create_model(each, img_size=32) for each in (name, dense)]
     for model, each in zip(models, (name, dense), strict=True):
         share_start(model, each, seed=3, img_size=32)

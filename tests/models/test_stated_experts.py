@@ -40,7 +40,7 @@ def run_of(model: Any, path: Path, stated: Any) -> str:
 
 
 @pytest.fixture(scope='module')
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for form, (method, options) in FORMS.items():
         made[form] = tmp_path_factory.mktemp('saved') / form
@@ -50,10 +50,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize(('theirs', 'ours'), PAIRS)
-def test_experts_of_another_method_are_refused(
-    theirs: str, ours: str, folders: dict[str, Path]
-) -> None:
+@pytest.mark.parametrize('theirs, ours', PAIRS)
+def test_experts_of_another_method_are_refused(theirs, ours, folders):
     method, options = FORMS[ours]
     message = f"saved with method='{FORMS[theirs][0]}', the model has method='{method}'"
     with pytest.raises(ValueError, match=message):
@@ -61,7 +59,7 @@ def test_experts_of_another_method_are_refused(
 
 
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
-def test_a_run_says_it_as_values(way: str, tmp_path: Path) -> None:
+def test_a_run_says_it_as_values(way, tmp_path):
     source = make('smoe', renormalize=True)
     path = run_of(source, tmp_path / 'a.pth', state_network(source))
     found, own = network_of(path), Network.of(source)
@@ -83,14 +81,14 @@ def test_a_run_says_it_as_values(way: str, tmp_path: Path) -> None:
     'stated',
     [None, 7, {'method': None, 'options': None}, {'method': 'moe_of_tomorrow'}, {'method': [1]}],
 )
-def test_what_says_nothing_is_not_refused(stated: Any, tmp_path: Path) -> None:
+def test_what_says_nothing_is_not_refused(stated, tmp_path):
     path = run_of(make('smoe'), tmp_path / 'a.pth', stated)
     model: Any = create_model('vit_tiny_ecmoe', **TINY, upcycle=path)
     assert not model.weights_report.warnings
 
 
 @pytest.mark.parametrize('case', OPTIONS)
-def test_an_option_is_told_if_answers_follow_it(case: str, images: torch.Tensor) -> None:
+def test_an_option_is_told_if_answers_follow_it(case, images):
     method, options = OPTIONS[case]
     source = shaken(make(method))
     try:
@@ -121,7 +119,7 @@ def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
 
 
 @pytest.mark.parametrize('theirs', METHODS)
-def test_a_checkpoint_of_timms_script_says_its_method(theirs: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_timms_script_says_its_method(theirs, tmp_path):
     ours = 'ecmoe' if theirs == 'smoe' else 'smoe'  # of the same tensors, where any two are
     model, script = make(theirs, num_experts=4), {'model_kwargs': {'num_experts': 4}}
     path = left_by_timm(model, tmp_path / 'out', f'vit_tiny_{theirs}', **script)

@@ -35,7 +35,7 @@ def step(task: Any, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> 
     return loss.detach()
 
 
-def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, images: Tensor) -> None:
+def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, images):
     model = tiny_variant(depth=2)
     twin = copy.deepcopy(model)
     torch.manual_seed(1)  # router noise
@@ -51,9 +51,7 @@ def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, image
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_state_moves_once_per_step_and_travels_in_checkpoints(
-    make_tiny, checkpointing: bool
-) -> None:
+def test_state_moves_once_per_step_and_travels_in_checkpoints(make_tiny, checkpointing):
     options = {'vqmoe': {}, 'stablemoe': {'stage1_steps': 2}}
     moved = {}
     for method, chosen in options.items():
@@ -91,7 +89,7 @@ def restore() -> None:
         setattr(timm.task, name, task)
 
 
-def test_install_leaves_nothing_of_timms_but_the_base() -> None:
+def test_install_leaves_nothing_of_timms_but_the_base():
     install()
     install()  # a second time changes nothing
     try:

@@ -2,15 +2,20 @@
 
 import copy
 import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from vqmoe_vision import collect_losses
-from vqmoe_vision.moe import start_training
+from vqmoe_vision.moe import METHODS, start_training
 
 TARGETS = torch.arange(4)
 # Checkpointing repeats the very same operations, so nothing may differ but the order in which
@@ -40,11 +45,11 @@ def accumulated(model: nn.Module, batches: list[Tensor]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'passes'),
+    'kwargs, passes',
     [({}, 1), ({'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1}, 2)],
     ids=['one pass', 'LayerScale, DropPath, two passes'],
 )
-def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs: dict, passes: int) -> None:
+def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
     batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
     plain = tiny_variant(depth=2, **kwargs)
     repeated = copy.deepcopy(plain)
@@ -59,7 +64,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs: dict, pass
 
 
 @pytest.mark.parametrize(
-    ('method', 'options'),
+    'method, options',
     [
         ('vqmoe', {}),
         ('vqmoe', {'form': 'discrete'}),
@@ -68,8 +73,8 @@ def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs: dict, pass
     ],
 )
 def test_backward_outside_the_block_is_an_error_in_a_block_of_timm(
-    make_tiny, images: Tensor, method: str, options: dict
-) -> None:
+    make_tiny, images, method, options
+):
     """Nothing behind the experts keeps a tensor there, so that the repeated pass ends early."""
     model = make_tiny(method, **options).train()
     model.set_grad_checkpointing()
@@ -89,7 +94,7 @@ def decayed(model: nn.Module, **options) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in ids}
 
 
-def test_what_weight_decay_touches_in_a_moe_layer(tiny_variant) -> None:
+def test_what_weight_decay_touches_in_a_moe_layer(tiny_variant):
     model = tiny_variant(depth=2)
     prefix = 'blocks.1.mlp.'
     touched = {n.removeprefix(prefix) for n in decayed(model) if n.startswith(prefix)}
@@ -115,7 +120,7 @@ LEFT_ALONE: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize('variant', LEFT_ALONE)
-def test_what_weight_decay_leaves_alone(make_tiny, variant: str) -> None:
+def test_what_weight_decay_leaves_alone(make_tiny, variant):
     method, _, option = variant.partition('-')
     name, _, value = option.partition('=')
     model = make_tiny(method, depth=2, **({name: value} if name else {}))
@@ -130,7 +135,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, step, steps: range
         step(model, optimizer, images, targets)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step):
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = tiny_variant()
         start_training(model, 30)  # StableMoE freezes its router after three: in the second part
@@ -149,3 +154,111 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step) -> 
     optimizer.load_state_dict(saved['optimizer'])
     train(resumed, optimizer, train_step, range(2, 5))
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_pass_that_is_overtaken_sees_its_own_images_or_is_refused(make_tiny, method):
+    model = make_tiny(method, depth=2).eval()
+    slow_images, images = torch.randn(4, 3, 32, 32), 3 * torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, expected_slow = model(images), model(slow_images)
+    main, begun, overtaken = threading.get_ident(), threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.get_ident() != main:
+            begun.set()
+            assert overtaken.wait(60)
+
+    model.blocks[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        slow = pool.submit(torch.no_grad()(model), slow_images)
+        assert begun.wait(60)
+        answer = model(images)
+        overtaken.set()
+    torch.testing.assert_close(answer, expected, rtol=0, atol=0)
+    if METHODS[method].read_patches is not None:
+        with pytest.raises(ValueError, match=r'^thread='):
+            slow.result()
+    else:
+        torch.testing.assert_close(slow.result(), expected_slow, rtol=0, atol=0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def gradients_of(model: nn.Module, batches: list[Tensor]) -> list[Tensor | None]:
+    """After all forward passes and then one backward."""
+    torch.manual_seed(3)
+    with collect_losses(model, update_state=False) as collected:
+        loss = sum(model(images).square().mean() for images in batches) + collected.total()
+        loss.backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def in_blocks(model: nn.Module) -> nn.Module:
+    model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))
+    return model
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('passes', [1, 2])
+@pytest.mark.parametrize('checkpointed', [in_blocks, Checkpointed])
+def test_gradients_are_the_same_or_refused(make_tiny, method, passes, checkpointed):
+    batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
+    plain = make_tiny(method, depth=2).train()
+    own = checkpointed(copy.deepcopy(plain))
+    if passes == 2 and METHODS[method].read_patches is not None:
+        with pytest.raises(RuntimeError, match=r'use model\.set_grad_checkpointing\(\)'):
+            gradients_of(own, batches)
+    else:
+        expected = gradients_of(plain, batches)
+        torch.testing.assert_close(gradients_of(own, batches), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(
+    model: nn.Module,
+    steps: int,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    amp: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Train a copy of `model`; loss, gradients and statistics of each step."""
+    model = copy.deepcopy(model).train()
+    called = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)  # the same images and the same router noise
+        images = torch.randn(4, 3, 32, 32) + step  # other tokens, other experts
+        model.zero_grad()
+        with collect_losses(called) as collected:
+            with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+                logits = called(images)
+            loss = F.cross_entropy(logits.float(), torch.arange(4)) + collected.total()
+            loss.backward()
+        optimizer.step()
+        learned = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({'loss': loss.detach(), **learned, **collected.losses, **collected.stats})
+    return found
+
+
+def test_compiled_training_equals_eager_and_compiles_once(tiny):
+    model = tiny(depth=2, init_values=0.1)
+    counter = CompileCounterWithBackend('aot_eager')
+    expected = run(model, 4)
+    found = run(model, 4, lambda m: torch.compile(m, fullgraph=True, backend=counter))
+    # the same operations in the same order, but for fused sums
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1

@@ -22,7 +22,7 @@ def moe_blocks(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_default_size_and_placement(name: str) -> None:
+def test_default_size_and_placement(name):
     _, size, method = name.split('_')
     with torch.device('meta'):
         model: Any = timm.create_model(name)
@@ -43,7 +43,7 @@ def test_default_size_and_placement(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('layers', 'depth', 'expected'),
+    'layers, depth, expected',
     [
         ('every2', 5, (1, 3)),
         ('every2', 6, (1, 3, 5)),
@@ -56,12 +56,12 @@ def test_default_size_and_placement(name: str) -> None:
         (range(2), 4, (0, 1)),
     ],
 )
-def test_which_blocks_are_moe(layers: object, depth: int, expected: tuple[int, ...]) -> None:
+def test_which_blocks_are_moe(layers, depth, expected):
     assert resolve_moe_layers(layers, depth) == expected
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_option_is_tried_with_another_value_than_its_default(method: str) -> None:
+def test_every_option_is_tried_with_another_value_than_its_default(method):
     config = METHODS[method].config
     shared = {'num_experts', 'expert_mlp_ratio'}  # of every method, and tried below
     tried = [config.from_options(preset) for preset in config.PRESETS]
@@ -71,7 +71,7 @@ def test_every_option_is_tried_with_another_value_than_its_default(method: str) 
         assert field.name in shared or any(value != field.default for value in values), field.name
 
 
-def test_options_of_the_vit_reach_the_experts(tiny) -> None:
+def test_options_of_the_vit_reach_the_experts(tiny):
     model = tiny(mlp_ratio=2.0, act_layer='relu', proj_bias=False, proj_drop_rate=0.3)
     experts = model.blocks[1].mlp.experts
     assert experts.fc1.weight.shape[1] == 64

@@ -168,6 +168,6 @@ def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
 
 
 @pytest.fixture(autouse=True)
-def _warned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _warned(monkeypatch) -> None:
     """Most tests train single layers without a collector, knowingly."""
     monkeypatch.setattr(layer_module, '_said', {UNCOLLECTED})

@@ -14,7 +14,7 @@ from vqmoe_vision.moe.config import check
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
 
 
-@pytest.mark.parametrize(('method', 'preset'), PRESETS)
+@pytest.mark.parametrize('method, preset', PRESETS)
 def test_a_preset_sets_exactly_its_fields(method, preset):
     config = METHODS[method].config
     changed = config.PRESETS[preset]
@@ -74,7 +74,7 @@ NUMBERS = {'inf': math.inf, 'nan': math.nan}
 
 
 @pytest.mark.parametrize(
-    ('method', 'given'),
+    'method, given',
     [(m, each.strip()) for m, text in REFUSED.items() for each in re.split(r'\||\n', text.strip())],
 )
 def test_impossible_options_and_those_without_effect(method, given):
@@ -98,7 +98,7 @@ def test_the_weight_of_a_loss_has_no_effect_where_the_loss_is_zero(
     assert ('vq_weight' in config.of_preset(vq_weight=0.5, **options).unused()) == zero
 
 
-def test_a_value_is_shown_in_one_line_of_bearable_length() -> None:
+def test_a_value_is_shown_in_one_line_of_bearable_length():
     with pytest.raises(ValueError, match='is not possible: a name') as refusal:
         check(False, 'upcycle', {'weight': torch.zeros(100, 100)}, 'a name')
     assert '\n' not in str(refusal.value) and len(str(refusal.value)) < 600

@@ -60,7 +60,7 @@ def compare(rank: int, world: int, folder: Path, batches: list[int]) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize('batches', [[3, 2], [1, 3, 2, 2]], ids=['2', '4'])
-def test_equals_all_experts_on_each_process(batches: list[int], tmp_path: Path) -> None:
+def test_equals_all_experts_on_each_process(batches, tmp_path):
     world = len(batches)
     spawn(compare, (world, tmp_path, batches), nprocs=world)
     found = torch.load(tmp_path / 'rank0.pth')
@@ -75,7 +75,7 @@ class Mesh:
         return 3
 
 
-def test_refuses_processes_that_do_not_divide_the_experts() -> None:
+def test_refuses_processes_that_do_not_divide_the_experts():
     layer = OneLayer('smoe')
     message = r'^experts of layer.experts=4'
     with pytest.raises(ValueError, match=message):

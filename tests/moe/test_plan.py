@@ -51,7 +51,7 @@ def _same_threads_after() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ('loads', 'dtype', 'amx', 'threads', 'expected'),
+    'loads, dtype, amx, threads, expected',
     [
         # float32, two threads: even groups may add 32 rows per expert ...
         ([1032, 968], 'float32', True, 2, [1032, 1032]),

@@ -72,7 +72,7 @@ def check_gradients(module: nn.Module, tokens: Tensor, recorded: dict[str, Any])
 
 
 @records('layers')
-def test_layer(record: dict[str, Any]) -> None:
+def test_layer(record):
     model = timm.create_model(record['model'], **SIZES, **record['options'])
     model.train(record['training'])
     layer = model.blocks[1].mlp
@@ -100,7 +100,7 @@ def test_layer(record: dict[str, Any]) -> None:
 
 
 @records('codebooks')
-def test_codebook(record: dict[str, Any]) -> None:
+def test_codebook(record):
     tokens = torch.tensor(record['tokens']).requires_grad_()
     codebook = CODEBOOKS[record['codebook']](6, tokens.shape[1])
     load(codebook, record['weights'])
@@ -118,7 +118,7 @@ def test_codebook(record: dict[str, Any]) -> None:
 
 
 @records('defaults')
-def test_defaults_answer_what_they_did(record: dict[str, Any]) -> None:
+def test_defaults_answer_what_they_did(record):
     """Of three passes with an update each: a new option leaves who does not give it alone."""
     model = timm.create_model('vit_tiny_vqmoe', **SIZES, **record['options'])
     layer = model.train().blocks[1].mlp
@@ -138,7 +138,7 @@ def test_defaults_answer_what_they_did(record: dict[str, Any]) -> None:
 
 
 @records('losses')
-def test_loss(record: dict[str, Any]) -> None:
+def test_loss(record):
     arguments = {n: torch.tensor(v).requires_grad_() for n, v in record['arguments'].items()}
     loss = getattr(losses, record['function'])(**arguments, **record['options'])
     value = values_of({'': loss})['']
@@ -149,7 +149,7 @@ def test_loss(record: dict[str, Any]) -> None:
 
 
 @records('anchors')
-def test_anchors(record: dict[str, Any]) -> None:
+def test_anchors(record):
     # many codes at one point draw an anchor each; the token they quantize to is the first code's
     num_codes = 4000
     tokens = torch.tensor(record['tokens'])

@@ -1,11 +1,16 @@
 """Routing functions: top-k, weights, loads, and the places of a capacity against a naive queue."""
 
+import copy
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch import nn
 
 from vqmoe_vision.moe import routing
+from vqmoe_vision.moe.codebooks.usage import random_choice, random_integers
+from vqmoe_vision.moe.experts import Experts
 
 
 def naive_capacity(indices, num_experts, capacity, priority=None):
@@ -67,3 +72,63 @@ def test_perplexities_of_many_along_a_dimension():
     shares = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
     assert routing.perplexities(shares, dim=1).tolist() == pytest.approx([2**1.5, 1])
     assert routing.perplexities(shares.T, dim=0).tolist() == pytest.approx([2**1.5, 1])
+
+
+ROWS = torch.arange(2**16)
+
+
+def mixed(value: int) -> int:
+    """The mixing function in integers without bounds, as it is written for C's uint32."""
+    value ^= value >> 16
+    value = value * 0x21F0AAAD % 2**32
+    value ^= value >> 15
+    value = value * 0x735A2D97 % 2**32
+    return value ^ value >> 15
+
+
+def test_numbers_are_those_of_arithmetic_without_bounds():
+    # two counters of which one has more than 32 bits
+    stream = mixed((mixed((mixed(2) + 5) % 2**32) + 2**40 + 7) % 2**32)
+    expected = [mixed((mixed(row) + stream) % 2**32) for row in range(1000)]
+    assert random_integers(ROWS[:1000], 5, 2**40 + 7).tolist() == expected
+    assert random_integers(ROWS[:1000], torch.tensor(5), 2**40 + 7).tolist() == expected
+
+
+def test_choices_follow_their_weights():
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 5.0, 1e-6])
+    picks = random_choice(weights.expand(2**16, -1), torch.tensor(3))
+    counts = torch.bincount(picks, minlength=6)
+    assert counts[0] == counts[3] == 0 and counts[5] <= 2
+    # 8192, 16384 and 40960, of standard deviations up to 124
+    expected = torch.tensor([8192, 16384, 40960])
+    assert (counts[[1, 2, 4]] - expected).abs().max() < 5 * 124
+
+
+def test_every_expert_starts_with_the_spread_of_a_vit_layer():
+    experts = Experts(8, 384, 512)
+    for linear in (experts.fc1, experts.fc2):
+        spread = linear.weight.flatten(1).std(dim=1)
+        # 196608 draws: the standard error of a standard deviation is 0.02 / sqrt(2 n) = 3e-5
+        torch.testing.assert_close(spread, torch.full((8,), 0.02), rtol=0, atol=2e-4)
+        assert torch.equal(linear.bias, torch.zeros_like(linear.bias))
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_separate_experts_equal_stacked_ones_in_every_call(bias):
+    stacked = Experts(3, 8, 16, bias=bias).double()
+    for parameter in stacked.parameters():
+        nn.init.normal_(parameter)
+    separate = copy.deepcopy(stacked)
+    separate.separate()
+    rows = torch.randn(7, 8, dtype=torch.float64)
+    # the second expert has no rows, and the last two rows are of no expert
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    # float64: kernels sum in another order
+    close = {'rtol': 1e-12, 'atol': 1e-12}
+    torch.testing.assert_close(separate.fc1(rows, offsets), stacked.fc1(rows, offsets), **close)
+    torch.testing.assert_close(separate(rows, offsets)[:5], stacked(rows, offsets)[:5], **close)
+    for own in (rows, rows[:0]):
+        torch.testing.assert_close(separate.fc1.one(2, own), stacked.fc1.one(2, own), **close)
+    even = rows[:6].view(3, 2, 8)
+    torch.testing.assert_close(separate.fc1.evenly(even), stacked.fc1.evenly(even), **close)
+    assert separate.params_per_expert() == stacked.params_per_expert()

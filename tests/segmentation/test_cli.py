@@ -57,19 +57,19 @@ def write_variant(config: str, text: str) -> str:
 
 
 @pytest.fixture
-def config(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+def config(tmp_path, request) -> str:
     return write_config(tmp_path, request.node.name)
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory) -> Path:
     """Work dir of a run of two iterations."""
     folder = tmp_path_factory.mktemp('trained')
     config = write_config(folder, 'trained')
     return train(config, folder / 'run')
 
 
-def test_training_logs_losses_statistics_and_metrics(trained: Path) -> None:
+def test_training_logs_losses_statistics_and_metrics(trained):
     (scalars,) = trained.glob('*/vis_data/scalars.json')
     records = [json.loads(line) for line in scalars.read_text().splitlines()]
     layer, names = 'blocks.1.mlp', set().union(*records)
@@ -83,7 +83,7 @@ def test_training_logs_losses_statistics_and_metrics(trained: Path) -> None:
     assert train != held_out
 
 
-def test_what_comes_first_is_about_the_run(config: str, tmp_path: Path) -> None:
+def test_what_comes_first_is_about_the_run(config, tmp_path):
     command = [sys.executable, ROOT / 'tools/predict.py', config, 'none.pth', tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == ''
@@ -92,9 +92,7 @@ def test_what_comes_first_is_about_the_run(config: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('options', [[], ['--tta']])
 @pytest.mark.parametrize('batch_size', [1, 2])
-def test_test_writes_metrics_and_overlays(
-    trained: Path, config: str, tmp_path: Path, batch_size: int, options: list[str]
-) -> None:
+def test_test_writes_metrics_and_overlays(trained, config, tmp_path, batch_size, options):
     shown = tmp_path / 'shown'
     metrics = score(
         config, trained / 'iter_2.pth', tmp_path, f'test_dataloader.batch_size={batch_size}',
@@ -121,9 +119,7 @@ del scenes
 """
 
 
-def test_a_wrapped_test_set_is_tested_augmented_and_predicted(
-    trained: Path, config: str, tmp_path: Path
-) -> None:
+def test_a_wrapped_test_set_is_tested_augmented_and_predicted(trained, config, tmp_path):
     checkpoint = str(trained / 'iter_2.pth')
     wrapped = write_variant(config, WRAPPED)
     image = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
@@ -141,9 +137,7 @@ def test_a_wrapped_test_set_is_tested_augmented_and_predicted(
 
 
 @pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.long)])
-def test_resumed_run_equals_an_uninterrupted_one(
-    config: str, tmp_path: Path, num_workers: int
-) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(config, tmp_path, num_workers):
     options = [
         'train_cfg.max_iters=4',
         f'train_dataloader.num_workers={num_workers}',
@@ -166,7 +160,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def test_python_in_three_lines(trained: Path, config: str) -> None:
+def test_python_in_three_lines(trained, config):
     checkpoint, grey = str(trained / 'iter_2.pth'), noise(20, 30)
     colour = np.repeat(grey[..., None], 3, axis=2)
     images = [grey, colour, np.dstack([colour, noise(20, 30, seed=1)])]  # with transparency
@@ -184,9 +178,7 @@ def test_python_in_three_lines(trained: Path, config: str) -> None:
 
 @pytest.mark.parametrize('option', [('shift', 'fog_3'), ('color_type', 'grayscale')])
 @pytest.mark.parametrize('as_file', [True, False])
-def test_prediction_reads_images_as_the_test_does(
-    option: tuple[str, str], as_file: bool, trained: Path, config: str, tmp_path: Path
-) -> None:
+def test_prediction_reads_images_as_the_test_does(option, as_file, trained, config, tmp_path):
     image, checkpoint = noise(40, 50, 3), str(trained / 'iter_2.pth')
     path = tmp_path / 'a.png'
     cv2.imwrite(str(path), image)
@@ -202,7 +194,7 @@ def test_prediction_reads_images_as_the_test_does(
     assert (found.overlay == (seen if seen.ndim == 3 else seen[..., None])).all()
 
 
-def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Path) -> None:
+def test_classes_that_a_config_chooses(trained, config, tmp_path):
     def choosing(*classes: str, heads: int = 11) -> str:
         chosen = f'test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))'
         return write_variant(
@@ -224,9 +216,7 @@ def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Pat
             Predictor(choosing(*classes), str(trained / 'iter_2.pth'))
 
 
-def test_folder_to_overlays_and_label_maps(
-    trained: Path, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_to_overlays_and_label_maps(trained, config, tmp_path, capsys):
     folder, out = tmp_path / 'in', tmp_path / 'out'
     folder.mkdir()
     for name, shape in (('grey.png', (16, 20)), ('alpha.png', (9, 8, 4)), ('a.jpg', (16, 16, 3))):
@@ -239,7 +229,7 @@ def test_folder_to_overlays_and_label_maps(
     assert {p.name for p in (out / 'overlays').iterdir()} == labels.keys()
 
 
-def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> None:
+def test_mistakes_of_prediction(trained, config, tmp_path):
     bad, twin = tmp_path / 'bad.png', tmp_path / 'bad.jpg'
     bad.write_bytes(b'no image')
     (tmp_path / 'empty').mkdir()
@@ -263,9 +253,7 @@ def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize('tool', ['predict', 'demo', 'train'])
-def test_without_mmsegmentation_it_says_what_to_install(
-    tool: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_mmsegmentation_it_says_what_to_install(tool, monkeypatch):
     for name in [name for name in sys.modules if name.startswith('vqmoe_vision.segmentation')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'mmcv', None)

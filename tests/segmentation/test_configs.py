@@ -1,6 +1,5 @@
 """Every config: its model can be built and run in each row and size, and its pipelines run."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,15 +48,13 @@ def dataset(config: Config, split: str = 'train') -> Any:
 
 
 @pytest.mark.parametrize(
-    ('leaf', 'size', 'row'),
+    'leaf, size, row',
     [
         *((DATA_SETS[0], size, 'vqmoe') for size in SIZES if size != 'tiny'),
         *((leaf, SMALL.get(leaf, 'tiny'), row) for leaf in (*DATA_SETS, *SMALL) for row in ROWS),
     ],
 )
-def test_every_config_takes_every_row(
-    leaf: str, size: str, row: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_config_takes_every_row(leaf, size, row, monkeypatch):
     config = load(leaf, row, size)
     model = build(config, monkeypatch)
     backbone, head = model.routed_model, model.decode_head
@@ -94,7 +91,7 @@ ALBUMENTATIONS = f'{ADE}/segmenter_vit-s-vqmoe_mask_8xb1-albu-160k_ade20k-512x51
 
 
 @pytest.mark.parametrize('leaf', [*DATA_SETS, LARGE, ALBUMENTATIONS, BUDGET, DIGITS])
-def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
+def test_pipelines_run(leaf, tmp_path):
     config = load(leaf)
     files = next((files for name, files in FILES.items() if name in leaf), None)
     if files is not None:

@@ -16,7 +16,7 @@ def scenes(split: str = 'train', **kwargs: int) -> DigitScenes:
     return DigitScenes(split=split, **{'num_scenes': 8, 'size': 64, **kwargs}, pipeline=[])
 
 
-def test_scene_depends_on_index_split_and_seed_only() -> None:
+def test_scene_depends_on_index_split_and_seed_only():
     first, again = scenes(), pickle.loads(pickle.dumps(scenes()))
     assert (first[3]['img'] == again[3]['img']).all()
     assert (first[3]['gt_seg_map'] == again[3]['gt_seg_map']).all()
@@ -25,7 +25,7 @@ def test_scene_depends_on_index_split_and_seed_only() -> None:
     assert (first[3]['img'] != scenes(seed=1)[3]['img']).any()
 
 
-def test_scene_is_an_image_with_a_label_map() -> None:
+def test_scene_is_an_image_with_a_label_map():
     counts = np.zeros(256, int)
     data = scenes(num_scenes=60, size=96)
     for index in range(len(data)):
@@ -39,7 +39,7 @@ def test_scene_is_an_image_with_a_label_map() -> None:
     assert len(data.metainfo['classes']) == len(data.metainfo['palette']) == 11
 
 
-def test_impossible_scenes_and_parts() -> None:
+def test_impossible_scenes_and_parts():
     for field, value in (('split', 'val'), ('size', 20)):
         with pytest.raises(ValueError, match=f'^{field}='):
             scenes(**{field: value})
@@ -53,7 +53,7 @@ CAMVID = dict(img_path='images/train', seg_map_path='annotations/train')
 
 
 @pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59', 'CamVid'])
-def test_what_is_missing_is_named_with_the_page_that_helps(name: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named_with_the_page_that_helps(name, tmp_path):
     suffix = dict(img_suffix='.jpg', seg_map_suffix='.png')
     config = dict(type=name, data_root=str(tmp_path), data_prefix=CAMVID, ann_file='', **suffix)
 
@@ -77,7 +77,7 @@ def test_what_is_missing_is_named_with_the_page_that_helps(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize('prefix', [{}, {'seg_map_path': None}])
-def test_images_without_label_maps(prefix: dict[str, None], tmp_path: Path) -> None:
+def test_images_without_label_maps(prefix, tmp_path):
     write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
     prefix = {'img_path': CAMVID['img_path'], **prefix}
     kwargs: dict = dict(data_root=str(tmp_path), data_prefix=prefix)
@@ -89,7 +89,7 @@ def test_images_without_label_maps(prefix: dict[str, None], tmp_path: Path) -> N
         CamVid(data_root=str(tmp_path), data_prefix=dict(img_path=None))
 
 
-def test_ade20k_layout_with_mmsegs_conventions(tmp_path: Path) -> None:
+def test_ade20k_layout_with_mmsegs_conventions(tmp_path):
     labels = np.array([[0, 1], [2, 150]])
     prefix = dict(img_path='images/training', seg_map_path='annotations/training')
     write_pair(tmp_path, 'images/training/A.jpg', 'annotations/training/A.png', labels)
@@ -100,7 +100,7 @@ def test_ade20k_layout_with_mmsegs_conventions(tmp_path: Path) -> None:
     assert len(data.metainfo['classes']) == 150
 
 
-def test_an_image_that_a_transform_cannot_take_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_an_image_that_a_transform_cannot_take_is_named_with_the_reason(tmp_path):
     write_pair(tmp_path, 'images/train/a.png', 'annotations/train/a.png', np.zeros((8, 8)))
     steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale_factor=0.01)]
     data = CamVid('.png', data_root=str(tmp_path), data_prefix=CAMVID, pipeline=steps)
@@ -108,7 +108,7 @@ def test_an_image_that_a_transform_cannot_take_is_named_with_the_reason(tmp_path
         data[0]
 
 
-def test_dev_is_set_aside_of_train_in_runs_of_neighbours() -> None:
+def test_dev_is_set_aside_of_train_in_runs_of_neighbours():
     train, dev = part_indices(367, 'train', 60), part_indices(367, 'dev', 60)
     assert sorted(train + dev) == list(range(367)) == part_indices(367, 'all', 0)
     # blocks of 19 or 20: three whole ones and a rest, so at most four runs

@@ -56,9 +56,7 @@ def agree(results: dict[str, Any]) -> bool:
 @pytest.mark.parametrize('backend', ['cv2', 'pillow'])
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('turn', TURNS)
-def test_labels_may_be_drawn_on_stored_or_on_displayed_pixels(
-    turn: int, name: str, backend: str, tmp_path: Path
-) -> None:
+def test_labels_may_be_drawn_on_stored_or_on_displayed_pixels(turn, name, backend, tmp_path):
     drawn = [(scene(), scene()), (scene(16, 16), scene(16, 16))]  # of a square the stored count
     if turn >= 5:
         drawn.append((scene(), displayed(scene(), turn)))
@@ -72,7 +70,7 @@ def test_labels_may_be_drawn_on_stored_or_on_displayed_pixels(
 
 
 @pytest.mark.parametrize('turn', TURNS)
-def test_a_label_map_is_never_turned(turn: int, tmp_path: Path) -> None:
+def test_a_label_map_is_never_turned(turn, tmp_path):
     """A TIFF with an orientation of its own, as a tool may copy it from the image."""
     write_image(tmp_path / 'images/a.jpg', scene(), turn)
     write_image(tmp_path / 'labels/a.tif', scene(), turn)
@@ -83,9 +81,7 @@ def test_a_label_map_is_never_turned(turn: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('turn', TURNS)
-def test_without_labels_both_tasks_see_what_is_displayed(
-    turn: int, name: str, tmp_path: Path
-) -> None:
+def test_without_labels_both_tasks_see_what_is_displayed(turn, name, tmp_path):
     path = tmp_path / 'images' / name
     write_image(path, scene(), turn)
     expected = displayed(scene(), turn)
@@ -100,7 +96,7 @@ def test_without_labels_both_tasks_see_what_is_displayed(
 
 
 @pytest.mark.parametrize('labels', [scene(), displayed(scene(), 6)], ids=['stored', 'displayed'])
-def test_a_picture_of_a_prediction_lies_as_the_labels(labels: np.ndarray, tmp_path: Path) -> None:
+def test_a_picture_of_a_prediction_lies_as_the_labels(labels, tmp_path):
     write_image(tmp_path / 'images/a.jpg', scene(), 6)
     Image.fromarray(labels).save(tmp_path / 'a.png')
     files = dict(img_path=str(tmp_path / 'images/a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
@@ -112,7 +108,7 @@ def test_a_picture_of_a_prediction_lies_as_the_labels(labels: np.ndarray, tmp_pa
 RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
 
 
-def test_deep_pixels_mean_the_same_in_both_tasks(tmp_path: Path) -> None:
+def test_deep_pixels_mean_the_same_in_both_tasks(tmp_path):
     floats = (RAMP / RAMP.max()).astype(np.float32)
     for name, pixels in (('a.png', RAMP), ('a.tif', RAMP), ('b.tif', floats)):
         path = str(tmp_path / name)
@@ -123,7 +119,7 @@ def test_deep_pixels_mean_the_same_in_both_tasks(tmp_path: Path) -> None:
         assert np.unique(segmented).tolist() == list(range(256))
 
 
-def test_every_loader_names_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_loader_names_a_bomb(tmp_path, monkeypatch):
     Image.fromarray(scene()).save(tmp_path / 'a.png')
     path = str(tmp_path / 'a.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # 16 x 24 is more than twice as many

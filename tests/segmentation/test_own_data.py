@@ -6,13 +6,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 
+from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.datasets import CamVid, CheckedDataset, complete_metainfo
 from vqmoe_vision.segmentation.inference import main as predict_cli
 
-from ..rows import printed_config
+from ..rows import CONFIGS, printed_config
 from ..runs import score, train
 from .conftest import write_pair
 
@@ -35,9 +37,7 @@ param_scheduler = []
 """
 
 
-def test_trains_tests_draws_and_predicts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trains_tests_draws_and_predicts(tmp_path, capsys):
     labels, data = np.random.default_rng(0).integers(0, 3, (24, 32)), tmp_path / 'data'
     for name in ('train/a', 'train/b', 'val/a', 'val/b'):
         write_pair(data, f'images/{name}.jpg', f'masks/{name}.png', labels)
@@ -77,12 +77,12 @@ RED = [255, 0, 0]
         dict(classes=('a', ' ')),
     ],
 )
-def test_classes_and_palette(metainfo: dict | None) -> None:
+def test_classes_and_palette(metainfo):
     with pytest.raises(ValueError, match=r'metainfo.*classes|palette does not match classes'):
         CheckedDataset(metainfo=metainfo, lazy_init=True)
 
 
-def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path: Path) -> None:
+def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path):
     names = tmp_path / 'names.txt'
     names.write_text('leaf\nstem\n \n\n')
     data = CheckedDataset(metainfo=dict(classes=str(names)), lazy_init=True)
@@ -100,7 +100,7 @@ def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path: Path)
             assert complete_metainfo(CamVid, metainfo)['palette'] == colours
 
 
-def test_some_classes_of_a_known_data_set(tmp_path: Path) -> None:
+def test_some_classes_of_a_known_data_set(tmp_path):
     labels = np.array([[0, 3, 8], [10, 255, 3]])
     write_pair(tmp_path, 'images/a.jpg', 'masks/a.png', labels)
     kwargs: dict[str, Any] = dict(
@@ -115,3 +115,55 @@ def test_some_classes_of_a_known_data_set(tmp_path: Path) -> None:
     # what the files may hold, not what is left of it
     with pytest.raises(ValueError, match=r'holds the label 11; allowed are 0\.\.10, and 255'):
         data[0]
+
+
+ADE = CONFIGS / 'segmentation/ade20k'
+SIZES: dict[str, Any] = dict(patch_size=16, depth=4, embed_dim=12, num_heads=3)
+# crops and windows of 64 pixels
+SMALL = [
+    'model.data_preprocessor.size=(64,64)',
+    'model.backbone.img_size=(64,64)',
+    'model.test_cfg.crop_size=(64,64)',
+    'model.test_cfg.stride=(60,60)',
+    'train_dataloader.dataset.pipeline.2.scale=(256,64)',
+    'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+    'val_dataloader.dataset.pipeline.1.scale=(256,64)',
+]
+TINY_ADE = """
+_base_ = BASE
+model = dict(backbone=BACKBONE, decode_head=dict(num_layers=1))
+data = dict(data_root=ROOT, dev_size=2)
+loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+train_dataloader = dict(dataset=data, **loader)
+val_dataloader = dict(dataset=data, **loader)
+test_dataloader = dict(dataset=dict(data_root=ROOT), **loader)
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2))
+del data, loader
+"""
+
+
+@pytest.mark.parametrize('way', ['pretrained', 'checkpoint'])
+def test_two_iterations(way, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 151, (40, 60))
+    for name in 'abcd':
+        image, label = f'images/training/{name}.jpg', f'annotations/training/{name}.png'
+        write_pair(tmp_path / 'data', image, label, labels)
+    dense: Any = timm.create_model('vit_small_patch16_384', img_size=96, **SIZES)
+    path = str(tmp_path / 'dense.pth')  # in the place of the hub
+    torch.save(dense.state_dict(), path)
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    if way == 'checkpoint':
+        given = dict(pretrained=False, checkpoint=path)
+    base = ADE / 'segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py'
+    backbone = {**SIZES, 'moe': dict(num_experts=2), **given}
+    text = TINY_ADE.replace('BASE', repr(str(base))).replace('BACKBONE', repr(backbone))
+    (tmp_path / 'tiny.py').write_text(text.replace('ROOT', repr(f'{tmp_path}/data')))
+    # nothing moves: what a run saves is what it has started from
+    still = [*SMALL, 'optim_wrapper.optimizer.lr=0.0', 'param_scheduler=[]']
+    train(tmp_path / 'tiny.py', tmp_path / 'w', *still)
+    state = read_content(str(tmp_path / 'w/iter_2.pth'))['state_dict']
+    assert state['normalization'].unique().tolist() == [0.5]
+    for weight in state['backbone.model.blocks.3.mlp.experts.fc1.weight']:
+        assert torch.equal(weight, dense.state_dict()['blocks.3.mlp.fc1.weight'])
+    assert state['backbone.model.pos_embed'].shape == (1, 17, 12)

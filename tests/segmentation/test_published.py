@@ -143,9 +143,7 @@ def logits_of(model: Any, image: Tensor) -> Tensor:
 @pytest.mark.parametrize('shape', [(SIDE, SIDE), (SIDE, 117), (70, 101)])
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('name', [MASK, LINEAR])
-def test_files_of_mmseg_give_the_logits_of_mmseg(
-    name: str, bias: bool, shape: tuple[int, int], tmp_path: Path
-) -> None:
+def test_files_of_mmseg_give_the_logits_of_mmseg(name, bias, shape, tmp_path):
     theirs = zoo_model(name, bias)
     path = str(tmp_path / 'theirs.pth')
     torch.save({'meta': {'CLASSES': ('wall',)}, 'state_dict': theirs.state_dict()}, path)
@@ -158,7 +156,7 @@ def test_files_of_mmseg_give_the_logits_of_mmseg(
 
 
 @pytest.mark.parametrize('mask', [True, False])
-def test_files_of_the_authors_give_their_logits(mask: bool, tmp_path: Path) -> None:
+def test_files_of_the_authors_give_their_logits(mask, tmp_path):
     theirs = drawn(Original(WIDTH, HEADS, 2, SIDE, mask=mask))
     path = str(tmp_path / 'theirs.pth')
     torch.save({'model': theirs.state_dict(), 'n_cls': 150, 'epoch': 63}, path)
@@ -178,7 +176,7 @@ def test_files_of_the_authors_give_their_logits(mask: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize('name', MMSEG)
-def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_shapes_and_protocol_of_the_zoo(name, monkeypatch):
     theirs = Config.fromfile(ZOO / f'{name}.py')
     theirs.model.pretrained = None
     theirs.model.backbone.patch_bias = True
@@ -195,7 +193,7 @@ def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.Mon
         assert own == {k: v for k, v in other.items() if k != 'reduce_zero_label'}
 
 
-def test_the_tool_tests_a_released_file(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_tool_tests_a_released_file(tmp_path, capfd):
     config = tmp_path / 'tiny.py'
     config.write_text(TINY.replace('NAME', repr(str(tmp_path))))
     words = [

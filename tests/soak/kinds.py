@@ -84,10 +84,7 @@ KINDS = {
         {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=2', 'MORE': AVERAGES},
     ),
     'segmentation, StableMoE, AMP': Kind(
-        SEGMENTATION,
-        2,
-        {**STABLE, 'CHECKPOINT': 'interval=2'},
-        ('--amp',),
+        SEGMENTATION, 2, {**STABLE, 'CHECKPOINT': 'interval=2'}, ('--amp',)
     ),
 }
 

@@ -25,7 +25,7 @@ def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_all_kinds(tmp_path: Path) -> None:
+def test_all_kinds(tmp_path):
     figures = soak(tmp_path, '--kills', '20', '--seed', '3')
     assert figures['faults'] == []
     assert sum(figures['kills'].values()) == 20
@@ -34,13 +34,11 @@ def test_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # eleven starts of up to four processes, on a machine that may be busy
 @pytest.mark.parametrize(
-    ('ranks', 'options'),
+    'ranks, options',
     [('2', ()), ('4', ()), ('2', ('--spread', 'full')), ('2', ('--spread', 'sharded'))],
     ids=['2', '4', '2-full', '2-sharded'],
 )
-def test_killed_ranks_are_started_again_and_go_on(
-    tmp_path: Path, ranks: str, options: tuple[str, ...]
-) -> None:
+def test_killed_ranks_are_started_again_and_go_on(tmp_path, ranks, options):
     arguments = ('--ranks', ranks, '--kills', '10', *options)
     figures = soak(tmp_path, *arguments, program='restarts.py')[ranks]
     assert figures['faults'] == []

@@ -47,7 +47,7 @@ def test_output_and_every_gradient(make_layer, options, num_tokens):
 
 
 @pytest.mark.parametrize(
-    ('num_experts', 'ratio', 'prefix', 'slots'),
+    'num_experts, ratio, prefix, slots',
     [
         (4, 2.0, 0, 18),  # 2 * 36 patches / 4
         (4, 2.0, 1, 18),  # the class token is no patch

@@ -49,9 +49,6 @@ def train(net, steps, x=None):
         optimizer.step()
 
 
-# --- who assigns
-
-
 @pytest.mark.parametrize('frozen', [False, True])
 @pytest.mark.parametrize('training', [False, True])
 def test_output_and_every_gradient(make_layer, frozen, training):
@@ -88,9 +85,6 @@ def test_output_and_every_gradient_of_one_stage(make_layer):
     assert_by_hand(net, naive, torch.randn(4, 6, D), rtol=1e-4, atol=1e-5)
 
 
-# --- losses and what they reach
-
-
 def test_losses_of_stage_1(make_layer):
     net = make_layer('stablemoe', balance_weight=0.3, distill_weight=2.0)
     x = torch.randn(4, 6, D)
@@ -119,9 +113,6 @@ def test_each_loss_of_stage_1_moves_its_router_only(make_layer):
     with collect_losses(net, update_state=False) as collected:
         net(x)
         assert moved(net, collected.losses['layer/balance']) == LEARNED
-
-
-# --- the switch
 
 
 @pytest.mark.parametrize('steps', [1, 3])
@@ -198,9 +189,6 @@ def test_the_stage_is_in_the_state_dict_and_training_resumes(make_layer, choices
             train(each, 1)
     assert net.layer.router.distilled.frozen
     assert all(torch.equal(resumed.state_dict()[k], v) for k, v in net.state_dict().items())
-
-
-# --- raw patches and prefix tokens
 
 
 def test_raw_patches_are_averaged_to_four_by_four_cells():

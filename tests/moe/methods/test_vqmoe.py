@@ -108,11 +108,8 @@ def test_ste_feeds_exactly_the_code_whatever_the_precision(dtype):
     assert torch.equal(out, code) and torch.equal(x.grad, weights)
 
 
-# --- losses, statistics, state
-
-
 @pytest.mark.parametrize(
-    ('codebook', 'codes'),
+    'codebook, codes',
     [
         ('ema', set()),
         ('plain', {'quantizer.codebook.embed'}),
@@ -174,9 +171,6 @@ def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, name, l
     if not learns:
         torch.testing.assert_close(loss, commitment)
         assert x.grad.abs().amax() > 0
-
-
-# --- options
 
 
 @pytest.mark.parametrize('codebook', CODEBOOKS)
