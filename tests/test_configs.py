@@ -15,6 +15,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 
+from . import cases
 from .rows import CONFIGS, ROWS, ade20k, leaves, row_options
 
 ROOT = CONFIGS.parent
@@ -89,12 +90,10 @@ def test_configs_choose_by_what_training_leaves_out(leaf):
     assert val == {**test, 'split': 'dev'}
 
 
-@pytest.mark.parametrize(
+@cases(
     'leaf, size, row',
-    [
-        *((DATA_SETS[0], size, row) for size in SIZES for row in ROWS),
-        *((leaf, 'tiny', row) for leaf in DATA_SETS[1:] for row in ROWS),
-    ],
+    *((DATA_SETS[0], size, row) for size in SIZES for row in ROWS),
+    *((leaf, 'tiny', row) for leaf in DATA_SETS[1:] for row in ROWS),
 )
 def test_every_data_set_takes_every_row_and_size(leaf, size, row):
     config = load_config(str(CONFIGS / leaf), row_options(row, size))
@@ -119,13 +118,11 @@ def test_sizes_are_the_10m_and_110m_of_the_paper(size, dense, routed):
         assert complexity(model).params / 1e6 == pytest.approx(millions, rel=5e-3), row
 
 
-@pytest.mark.parametrize(
+@cases(
     'leaf, softmoe',
-    [
-        *((leaf, 0.07) for leaf in (DEMO, BUDGET, *DATA_SETS[:4:2], DATA_SETS[-1])),
-        # its mixing grows with the square of the tokens
-        *((f'segmentation/segmenter_vit-{leaf}.py', 0.21) for leaf in SEGMENTERS),
-    ],
+    *((leaf, 0.07) for leaf in (DEMO, BUDGET, *DATA_SETS[:4:2], DATA_SETS[-1])),
+    # its mixing grows with the square of the tokens
+    *((f'segmentation/segmenter_vit-{leaf}.py', 0.21) for leaf in SEGMENTERS),
 )
 def test_rows_are_matched_in_active_compute(leaf, softmoe):
     macs = {}

@@ -15,6 +15,7 @@ from vqmoe_vision.classification.datasets import ImageClassification, digits
 from vqmoe_vision.comparison.spec import FEATURE_ROWS, PRESET_ROWS
 from vqmoe_vision.engine.cli import load_config
 
+from . import cases
 from .rows import CONFIGS, ROWS, row_options
 
 # all rows that comparisons have by name, controls among them
@@ -145,13 +146,11 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task):
         assert all(torch.equal(rows[0].start[k], row.start[k]) for k in experts)
 
 
-@pytest.mark.parametrize(
+@cases(
     'kind, row',
     # the others see the same loader
-    [
-        *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
-        *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
-    ],
+    *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
+    *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
 )
 def test_the_number_of_workers_changes_no_image(keep, kind, row):
     assert keep(kind, row, num_workers=2).images == keep(kind, 'dense_1x').images

@@ -109,8 +109,6 @@ def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained)
     second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
     state = torch.load(first)['state_dict']
     for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
-        torch.save(
-            {'state_dict': state, 'meta': dict(zip(('iter', 'seed'), meta, strict=True))}, path
-        )
+        torch.save({'state_dict': state, 'meta': {'iter': meta[0], 'seed': meta[1]}}, path)
     assert 'iter=1' in says(config, first, second)
     assert 'seed=7' in says(config, first, third)

@@ -150,6 +150,5 @@ def test_label_maps_are_drawn_in_the_colours_of_the_legend():
     assert wide[0, CELL // 2].tolist() == [1, 1, 1] and wide[CELL // 2, 0].tolist() == [0, 0, 0]
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ['none', 'a', 'b']
-    assert [p.get_facecolor()[:3] for p in legend.get_patches()] == [
-        tuple(colour) for colour in palette.tolist()
-    ]
+    shown = [p.get_facecolor()[:3] for p in legend.get_patches()]
+    assert shown == [*map(tuple, palette.tolist())]

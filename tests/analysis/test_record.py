@@ -194,9 +194,8 @@ def test_model_is_asked_in_eval_mode_and_left_as_it_was():
 def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid():
     # Every patch of the image is constant, and the patch embedding passes its value on untouched:
     # the router sees it, expert = value, rounded down. The class token is 0, expert 0.
-    model = VisionTransformer(
-        img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1, num_classes=0
-    )
+    sizes = dict(img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1)
+    model = VisionTransformer(**sizes, num_classes=0)
     nn.init.zeros_(model.pos_embed)
     nn.init.zeros_(model.cls_token)
     nn.init.zeros_(model.patch_embed.proj.bias)

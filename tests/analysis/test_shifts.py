@@ -39,9 +39,8 @@ class BrightnessRouter(Router):
 @pytest.fixture
 def by_content() -> VisionTransformer:
     """Patches of 8 x 8 in images of 32 x 48, whose expert follows from their mean pixel alone."""
-    model = VisionTransformer(
-        img_size=(32, 48), patch_size=8, embed_dim=2, depth=1, num_heads=1, num_classes=0
-    )
+    sizes = dict(img_size=(32, 48), patch_size=8, embed_dim=2, depth=1, num_heads=1)
+    model = VisionTransformer(**sizes, num_classes=0)
     for p in (model.pos_embed, model.cls_token):
         nn.init.zeros_(p)
     # of normalised pixels 2 v - 1

@@ -13,6 +13,8 @@ from vqmoe_vision.analysis.survey import MOST_PATCHES, MOST_TOKENS, Survey, surv
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 
+from .. import cases
+
 E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']
 AS_IT_IS = Normalization((0.0,) * 3, (1.0,) * 3)
 
@@ -213,15 +215,13 @@ def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny):
 IMAGES = torch.rand(2, 3, 32, 32)
 
 
-@pytest.mark.parametrize(
+@cases(
     'batches, options, field',
-    [
-        ([], {}, 'batches='),
-        ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes='),
-        ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, 'labels='),
-        ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, 'labels='),
-        ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan'),
-    ],
+    ([], {}, 'batches='),
+    ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes='),
+    ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, 'labels='),
+    ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, 'labels='),
+    ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan'),
 )
 def test_mistakes_are_refused(make_tiny, batches, options, field):
     with pytest.raises(ValueError, match=field):

@@ -20,6 +20,8 @@ from benchmark.presets import LAYER_PRESETS, NETWORK_PRESETS, Preset, ci_preset
 from benchmark.timing import WARM_UP, interleave, median, peak_memory, ratio
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
+
 TINY = ['--tokens', '8', '--batch', '2', '--width', '8', '--experts', '4', '--repeats', '1']
 TINY += ['--threads', '1']
 
@@ -60,18 +62,16 @@ def test_models_end_to_end(tmp_path):
     assert smoe['images_per_s'] == pytest.approx(2000 / smoe['median_ms'])
 
 
-@pytest.mark.parametrize(
+@cases(
     'arguments, field',
-    [
-        ('moe --contenders nobody', 'contenders='),
-        ('moe --preset ci --tokens 3', '--preset='),
-        ('moe --gate', '--gate='),
-        ('moe --device cuda --clock process', 'clock='),
-        ('moe --preset ci --mode fwd', '--mode='),
-        ('moe --repeats 0', 'repeats='),
-        ('moe --skew 9 --experts 8', 'skew='),
-        ('model --threads 1 --models vit_tiny_smoe,x', 'models='),
-    ],
+    ('moe --contenders nobody', 'contenders='),
+    ('moe --preset ci --tokens 3', '--preset='),
+    ('moe --gate', '--gate='),
+    ('moe --device cuda --clock process', 'clock='),
+    ('moe --preset ci --mode fwd', '--mode='),
+    ('moe --repeats 0', 'repeats='),
+    ('moe --skew 9 --experts 8', 'skew='),
+    ('model --threads 1 --models vit_tiny_smoe,x', 'models='),
 )
 def test_mistakes_are_one_line(arguments, field):
     with pytest.raises(SystemExit) as exit_:

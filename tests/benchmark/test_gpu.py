@@ -93,9 +93,7 @@ def test_an_moe_is_held_to_its_share_over_dense(measured, tmp_path, width, what,
     assert check(tmp_path, '--gate')[1] == 1
 
 
-def test_a_run_is_saved_after_each_part_and_goes_on_after_one_that_fails(
-    measured, monkeypatch, tmp_path
-):
+def test_a_run_is_saved_after_each_part_and_after_one_that_fails(measured, monkeypatch, tmp_path):
     file, saved = tmp_path / 'row.json', []
 
     def networks(preset, settings):

@@ -20,6 +20,10 @@ from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.routing import Routing
 
+from .. import cases
+
+CHANGES = [dict(top_k=1), dict(dtype='float64'), dict(dtype='bfloat16', amp=True)]
+
 
 @pytest.fixture
 def cell() -> Cell:
@@ -34,7 +38,7 @@ def settings() -> Settings:
 @pytest.mark.parametrize('name', [name for name in OURS if name != 'loop'])
 @pytest.mark.parametrize('backward', [True, False])
 @pytest.mark.parametrize(
-    'change', [{'top_k': 1}, {'dtype': 'float64'}, {'dtype': 'bfloat16', 'amp': True}]
+    'change', [dict(top_k=1), dict(dtype='float64'), dict(dtype='bfloat16', amp=True)]
 )
 def test_ours_equals_the_loop(name, backward, change, cell):
     cell, settings = dataclasses.replace(cell, **change), Settings(backward=backward)
@@ -72,14 +76,12 @@ def detached(module, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize(
+@cases(
     'broken, named',
-    [
-        (swapped, 'output 0'),
-        (wrong_in('x'), 'gradient of x'),
-        (wrong_in('weights'), 'gradient of weights'),
-        (detached, r"only one side has \['gradient of weights'\]"),
-    ],
+    (swapped, 'output 0'),
+    (wrong_in('x'), 'gradient of x'),
+    (wrong_in('weights'), 'gradient of weights'),
+    (detached, r"only one side has \['gradient of weights'\]"),
 )
 def test_a_broken_contender_is_refused(broken, named, dtype, cell, settings):
     cell = dataclasses.replace(cell, dtype=dtype)
@@ -119,15 +121,13 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
         check_against_loops(network('smoe'))
 
 
-@pytest.mark.parametrize(
+@cases(
     'experts, top_k, skew, fullest',
-    [
-        # 240 tokens; the fullest expert has skew * 240 * K / E assignments
-        (8, 1, 5.0, 150),
-        (8, 1, 1.0, 30),
-        (8, 2, 4.0, 240),
-        (1, 1, 1.0, 240),
-    ],
+    # 240 tokens; the fullest expert has skew * 240 * K / E assignments
+    (8, 1, 5.0, 150),
+    (8, 1, 1.0, 30),
+    (8, 2, 4.0, 240),
+    (1, 1, 1.0, 240),
 )
 def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest):
     cell = Cell(tokens=120, batch=2, width=4, experts=experts, top_k=top_k, skew=skew)

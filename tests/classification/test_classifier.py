@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.moe import METHODS, collect_losses
 
+from .. import cases
+
+DENSE = 'vit_tiny_patch16_224'
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4)
 
 
@@ -20,9 +23,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_loss_holds_every_auxiliary_loss_of_the_model(method, grad_checkpointing):
     moe = method and {'method': method, 'num_experts': 2}
-    model = Classifier(
-        'vit_tiny_patch16_224', moe=moe, grad_checkpointing=grad_checkpointing, **SMALL
-    )
+    model = Classifier(DENSE, moe=moe, grad_checkpointing=grad_checkpointing, **SMALL)
     block, calls = model.model.blocks[1], list[int]()
     block.attn.register_forward_pre_hook(lambda *_: calls.append(1))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -42,15 +43,14 @@ def test_loss_holds_every_auxiliary_loss_of_the_model(method, grad_checkpointing
     assert len(calls) == 1 + grad_checkpointing
     logits = model.eval()(batch()[0], mode='predict')
     assert logits.shape == (6, 4)
-    assert ('blocks.1.mlp/load_unused' in model.routing_statistics.summary()) == hasattr(
-        block.mlp, 'router'
-    )
+    seen = model.routing_statistics.summary()
+    assert ('blocks.1.mlp/load_unused' in seen) == hasattr(block.mlp, 'router')
 
 
 STREAM = {'weight': 0.5, 'blocks': [1]}
 
 
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', *(f'vit_tiny_{m}' for m in METHODS)])
+@pytest.mark.parametrize('name', [DENSE, *(f'vit_tiny_{m}' for m in METHODS)])
 def test_loss_of_the_stream_is_its_mean_square(name):
     model = Classifier(name, stream_loss={'weight': 0.5, 'blocks': [1, 0]}, **SMALL)
     inputs, targets = batch()
@@ -75,20 +75,18 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
+@cases(
     'field, options',
-    [
-        *((rf'model\.{field}', dict(stream_loss={**STREAM, **wrong})) for field, wrong in WRONG),
-        (r'model\.stream_loss', dict(stream_loss=STREAM, model_name='vit_base_patch16_xp_224')),
-        (r'model\.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
-        ('img_size', dict(img_size=9)),
-        ('model_name', dict(model_name='vit_tny')),
-        *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
-    ],
+    *((rf'model\.{field}', dict(stream_loss={**STREAM, **wrong})) for field, wrong in WRONG),
+    (r'model\.stream_loss', dict(stream_loss=STREAM, model_name='vit_base_patch16_xp_224')),
+    (r'model\.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
+    ('img_size', dict(img_size=9)),
+    ('model_name', dict(model_name='vit_tny')),
+    *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
 )
 def test_what_cannot_be_is_refused(field, options):
     with pytest.raises(ValueError, match=rf'^{field}='):
-        Classifier(**{'model_name': 'vit_tiny_patch16_224', **SMALL, **options})
+        Classifier(**{'model_name': DENSE, **SMALL, **options})
     with pytest.raises(ValueError, match=r"^checkpoint='a\.pth' "):
         Classifier('resnet18', num_classes=2, checkpoint='a.pth')
 
@@ -98,18 +96,18 @@ def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
 
 
 def test_mixup_wants_even_batches():
-    model = Classifier('vit_tiny_patch16_224', mixup={}, **SMALL)
+    model = Classifier(DENSE, mixup={}, **SMALL)
     with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 '):
         model.check_batches(loader(5, drop_last=True))
     with pytest.raises(ValueError, match=r'^train_dataloader\.drop_last=False '):
         model.check_batches(loader(4))
     model.check_batches(loader(4, drop_last=True))
     model.check_batches(loader(4, sampler=InfiniteSampler(range(11))))  # has no last batch
-    Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5))
+    Classifier(DENSE, **SMALL).check_batches(loader(5))
 
 
 def test_label_smoothing_without_mixup():
-    model = Classifier('vit_tiny_patch16_224', label_smoothing=0.2, **SMALL)
+    model = Classifier(DENSE, label_smoothing=0.2, **SMALL)
     with torch.no_grad():
         model.model.head.weight.zero_()
         model.model.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))

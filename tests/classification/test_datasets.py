@@ -22,6 +22,8 @@ from vqmoe_vision.classification.datasets import (
 )
 from vqmoe_vision.engine.cli import one_line
 
+from .. import cases
+
 ALL = [split for split in SPLITS if split != 'dev']
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
@@ -121,13 +123,11 @@ def test_a_dev_that_is_too_small_or_too_large(dev_size):
         split_indices([0, 1] * 45, 'dev', dev_size)
 
 
-@pytest.mark.parametrize(
+@cases(
     'wrapper',
-    [
-        dict(type='RepeatDataset', times=2),
-        dict(type='ClassBalancedDataset', oversample_thr=0.1),
-        dict(type='ConcatDataset'),
-    ],
+    dict(type='RepeatDataset', times=2),
+    dict(type='ClassBalancedDataset', oversample_thr=0.1),
+    dict(type='ConcatDataset'),
 )
 def test_wrappers_of_data_sets_are_refused(wrapper):
     inner = dict(type='digits', split='dev', transform=TO_TENSOR)

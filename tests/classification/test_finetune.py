@@ -17,6 +17,7 @@ from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
 
+from .. import cases
 from ..rows import CONFIGS, leaves, printed_config
 from ..runs import score, train
 
@@ -94,18 +95,15 @@ def test_weights_by_name_bring_their_normalisation(tmp_path):
         assert torch.equal(value, state[f'model.{name}'])
 
 
-OWN: dict[str, Any] = dict(
-    model_name='vit_small_smoe', pretrained=False, moe=dict(_delete_=True, num_experts=2)
-)
+MOE: Any = dict(_delete_=True, num_experts=2)
+OWN: Any = dict(model_name='vit_small_smoe', pretrained=False, moe=MOE)
 
 
-@pytest.mark.parametrize(
+@cases(
     'given',
-    [
-        dict(pretrained=True, pretrained_cfg_overlay=dict(file='{}/model.safetensors')),
-        dict(OWN, upcycle='local-dir:{}'),
-        dict(OWN, checkpoint='{}/model.safetensors'),
-    ],
+    dict(pretrained=True, pretrained_cfg_overlay=dict(file='{}/model.safetensors')),
+    dict(OWN, upcycle='local-dir:{}'),
+    dict(OWN, checkpoint='{}/model.safetensors'),
     ids=lambda given: ' '.join(given),
 )
 def test_nobody_needs_what_a_run_started_from(given, tmp_path):

@@ -10,9 +10,7 @@ import torch
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.moe import METHODS
 
-SIZES: dict[str, Any] = dict(
-    img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4
-)
+SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
 DINOV3 = 'vit_small_patch16_dinov3'
 HOSTS = ('vit_tiny_patch16_224', 'deit3_small_patch16_224', DINOV3)
 # methods that look at raw patches have them of timm's `VisionTransformer` alone

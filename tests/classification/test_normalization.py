@@ -20,6 +20,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.models.normalization import Normalization
 
+from .. import cases
 from ..rows import CONFIGS
 from ..runs import NORMALIZATION, leave_run
 
@@ -111,9 +112,8 @@ def test_weights_of_which_nothing_is_known_change_nothing(stated, config, weight
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
     options = {'model.upcycle': str(tmp_path / 'bare.pth')}
     expected = NORMALIZATION if stated else SCRATCH
-    runner = runner_of(
-        config, tmp_path / 'w', options | (stating(NORMALIZATION, 'train') if stated else {})
-    )
+    options |= stating(NORMALIZATION, 'train') if stated else {}
+    runner = runner_of(config, tmp_path / 'w', options)
     runner.train()
     for split in ('train', 'val'):
         same(fed(runner, split), expected)
@@ -123,17 +123,13 @@ def test_weights_of_which_nothing_is_known_change_nothing(stated, config, weight
     assert log.read_text().count(told) == stated and 'as the weights' not in log.read_text()
 
 
-@pytest.mark.parametrize(
+@cases(
     'split, stated, start, owner',
-    [
-        ('train', SCRATCH, 'model.checkpoint', 'the weights'),
-        ('test', SCRATCH, 'load_from', 'the weights'),
-        ('val', NORMALIZATION, None, 'train_dataloader.dataset.transform'),
-    ],
+    ('train', SCRATCH, 'model.checkpoint', 'the weights'),
+    ('test', SCRATCH, 'load_from', 'the weights'),
+    ('val', NORMALIZATION, None, 'train_dataloader.dataset.transform'),
 )
-def test_what_a_data_set_states_counts_with_one_warning(
-    split, stated, start, owner, config, weights, tmp_path
-):
+def test_what_a_data_set_states_counts(split, stated, start, owner, config, weights, tmp_path):
     given = {start: str(weights)} if start else {}
     runner = runner_of(config, tmp_path, stating(stated, split) | given)
     runner.test() if split == 'test' else runner.train()
@@ -153,23 +149,20 @@ ZERO = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 def test_crop_flip_shifts_by_at_most_the_padding():
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[4, 4] = 255
+    image = Image.fromarray(pixels)
     transform = TRANSFORMS.build(dict(type='crop_flip', input_size=8, padding=2, hflip=0.0, **ZERO))
-    places = {
-        tuple(transform(Image.fromarray(pixels))[0].nonzero()[0].tolist()) for _ in range(300)
-    }
+    found = {tuple(transform(image)[0].nonzero()[0].tolist()) for _ in range(300)}
     # 5 x 5 shifts; 300 draws miss a given one with probability (24/25)^300 = 5e-6
-    assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+    assert found == {(row, column) for row in range(2, 7) for column in range(2, 7)}
 
 
 def test_a_table_normalises_every_byte_as_torchvision_does():
     # each byte in each channel, as 3 and 256 have no common divisor
     image = Image.fromarray(np.arange(768).astype(np.uint8).reshape(16, 16, 3))
     numbers = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-    crop_flip = TRANSFORMS.build(
-        dict(type='crop_flip', input_size=16, padding=0, hflip=0, **numbers)
-    )
+    ours = TRANSFORMS.build(dict(type='crop_flip', input_size=16, padding=0, hflip=0, **numbers))
     torchvisions = transforms.Compose([transforms.ToTensor(), transforms.Normalize(**numbers)])
-    found, expected = crop_flip(image), torchvisions(image)
+    found, expected = ours(image), torchvisions(image)
     assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 

@@ -89,9 +89,8 @@ def spec(repository) -> Callable[..., str]:
 
     def write(more: str = '', **rows: str) -> str:
         given = {'dense': 'dense_1x', **rows}
-        Path('spec.py').write_text(
-            SPEC.format(rows=', '.join(f'{k}={v!r}' for k, v in given.items())) + more
-        )
+        listed = ', '.join(f'{k}={v!r}' for k, v in given.items())
+        Path('spec.py').write_text(SPEC.format(rows=listed) + more)
         return 'spec.py'
 
     return write

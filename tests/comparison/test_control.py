@@ -16,6 +16,8 @@ from vqmoe_vision.comparison.control import Source, all_rows, find_rows
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.routing import Router
 
+from .. import cases
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -152,14 +154,12 @@ def state_not_updated(layer: nn.Module) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
+@cases(
     'name, fault',
-    [
-        *((name, fault) for name in LEARNED for fault in (not_trained, wrong_index)),
-        ('smoe', weight_detached),  # the weight of a code is one
-        ('xmoe', weight_detached),
-        ('vqmoe_discrete', state_not_updated),  # the router of the full form would take over
-    ],
+    *((name, fault) for name in LEARNED for fault in (not_trained, wrong_index)),
+    ('smoe', weight_detached),  # the weight of a code is one
+    ('xmoe', weight_detached),
+    ('vqmoe_discrete', state_not_updated),  # the router of the full form would take over,
 )
 def test_a_broken_router_falls_out(name, fault, bar, monkeypatch):
     class Broken(control.Bed):

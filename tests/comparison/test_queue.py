@@ -18,11 +18,13 @@ from vqmoe_vision.comparison.queue import _lock, visible_gpus
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run
 
+from .. import cases
 from .conftest import SPEC
 
 WORK = Path('work_dirs/comparisons')
 ROWS = Path('docs/results/rows')
 QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
+LONG = pytest.mark.long
 needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
 
 
@@ -64,14 +66,12 @@ def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, c
     assert 'dead-seed1 failed: killed by SIGKILL' in said
 
 
-@pytest.mark.parametrize(
+@cases(
     'harm, said',
-    [
-        (lambda folder: (folder / 'progress').write_text(''), None),
-        (lambda folder: (folder / 'train.log').mkdir(), 'train.log'),
-        (lambda folder: (folder / 'lock').mkdir(), 'lock'),
-        (lambda folder: (folder / 'run.json').write_text('{}'), 'last_checkpoint'),
-    ],
+    (lambda folder: (folder / 'progress').write_text(''), None),
+    (lambda folder: (folder / 'train.log').mkdir(), 'train.log'),
+    (lambda folder: (folder / 'lock').mkdir(), 'lock'),
+    (lambda folder: (folder / 'run.json').write_text('{}'), 'last_checkpoint'),
 )
 def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, said):
     """Beside one that runs meanwhile, and one that would come later."""
@@ -96,9 +96,7 @@ def test_jobs_run_at_the_same_time(spec, says):
     assert len(collected()) == 2
 
 
-@pytest.mark.parametrize(
-    'signal_', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize('signal_', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=LONG)])
 def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_):
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
     queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)
@@ -163,16 +161,14 @@ def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says):
     assert len(collected()) == 2
 
 
-@pytest.mark.parametrize(
+@cases(
     'named, count, gpus',
-    [
-        (None, 2, ['0', '1']),
-        ('', 0, []),  # hides all
-        ('3,1', 2, ['3', '1']),
-        ('0,-1,2', 1, ['0']),  # what follows is hidden
-        ('MIG-a1,MIG-b2', 1, ['MIG-a1', 'MIG-b2']),  # of which a process opens one
-        ('MIG-a1', 0, []),
-    ],
+    (None, 2, ['0', '1']),
+    ('', 0, []),  # hides all
+    ('3,1', 2, ['3', '1']),
+    ('0,-1,2', 1, ['0']),  # what follows is hidden
+    ('MIG-a1,MIG-b2', 1, ['MIG-a1', 'MIG-b2']),  # of which a process opens one
+    ('MIG-a1', 0, []),
 )
 def test_runs_get_the_gpus_that_cuda_sees(named, count, gpus):
     assert visible_gpus(named, count) == gpus

@@ -17,6 +17,7 @@ from vqmoe_vision.comparison.frame import contrasts, tidy
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run, Store, images_seen
 
+from .. import cases
 from ..rows import CONFIGS
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
@@ -52,9 +53,7 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_pat
     assert made == (RESULTS / f'tables/{table}.md').read_text()
 
 
-IMAGES = [
-    path for path in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in path.read_text()
-]
+IMAGES = [p for p in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in p.read_text()]
 
 
 @pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
@@ -128,15 +127,13 @@ def test_nothing_is_finished_yet(spec, says):
         assert says(action, path).startswith('error: no run of spec can be ')
 
 
-@pytest.mark.parametrize(
+@cases(
     'more, flags, field',
-    [
-        ("also = ['mIuO']", ['table'], "also='mIuO'"),
-        ("images = {'shifts': 'fog'}", ['table', '--images', '.'], "images='shifts'"),
-        ('', ['table', '--images', '.'], '--images'),
-        ('', ['check', '--sample', '0'], '--sample=0'),
-        ('', ['run', '--jobs', '0'], '--jobs=0'),
-    ],
+    ("also = ['mIuO']", ['table'], "also='mIuO'"),
+    ("images = {'shifts': 'fog'}", ['table', '--images', '.'], "images='shifts'"),
+    ('', ['table', '--images', '.'], '--images'),
+    ('', ['check', '--sample', '0'], '--sample=0'),
+    ('', ['run', '--jobs', '0'], '--jobs=0'),
 )
 def test_mistakes_are_one_line(fill, says, more, flags, field):
     path = fill(SCORES, more)
@@ -197,15 +194,13 @@ def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says):
     ]
 
 
-@pytest.mark.parametrize(
+@cases(
     'by_epoch, drop_last, iterations, images',
-    [
-        # ten images in batches of four, of which the third holds two: 4 + 4 + 2, 4
-        (True, False, 4, 14),
-        (True, False, 6, 20),
-        (True, True, 6, 24),  # 4 + 4 an epoch
-        (False, False, 6, 24),  # a sampler that goes on fills the batch
-    ],
+    # ten images in batches of four, of which the third holds two: 4 + 4 + 2, 4
+    (True, False, 4, 14),
+    (True, False, 6, 20),
+    (True, True, 6, 24),  # 4 + 4 an epoch
+    (False, False, 6, 24),  # a sampler that goes on fills the batch,
 )
 def test_images_seen(by_epoch, drop_last, iterations, images):
     loader = dict(batch_size=4, drop_last=drop_last)

@@ -21,6 +21,7 @@ from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 
+from .. import cases
 from ..rows import CONFIGS
 
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
@@ -108,18 +109,14 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf, root):
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense_1x')
 
 
-@pytest.mark.parametrize(
+@cases(
     'name, options, of_all_rows, moe_blocks',
-    [
-        ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='last2')), [], 2),
-        ('vit_tiny_vqmoe', dict(moe=dict()), ['model.depth=6'], 3),  # every second block
-        ('vit_tiny_vqmoe', dict(depth=4, moe=dict(moe_layers=[0])), [], 1),
-        ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe')), [], 6),
-    ],
+    ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='last2')), [], 2),
+    ('vit_tiny_vqmoe', dict(moe=dict()), ['model.depth=6'], 3),  # every second block
+    ('vit_tiny_vqmoe', dict(depth=4, moe=dict(moe_layers=[0])), [], 1),
+    ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe')), [], 6),
 )
-def test_dense_2x_has_the_compute_of_two_experts_in_every_config(
-    name, options, of_all_rows, moe_blocks, tmp_path
-):
+def test_dense_2x_has_the_compute_of_two_experts(name, options, of_all_rows, moe_blocks, tmp_path):
     own = dict(type='Classifier', model_name=name, num_classes=10, img_size=32, patch_size=4)
     own |= {**options, 'moe': {'preset': 'matched', **options['moe']}, '_delete_': True}
     path, spec = tmp_path / 'own.py', tmp_path / 'compared.py'
@@ -186,37 +183,35 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec):
 FROM = "start = 'first.py dense a.pth'\n"
 
 
-@pytest.mark.parametrize(
+@cases(
     'more, field',
-    [
-        ("start = 'dense'", 'start='),
-        ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
-        ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
-        (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
-        (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
-        (f"{FROM}rows['a'] = 'smoe a={{start :dense}}'", 'rows.a='),
-        ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe']"),
-        ("all_methods = 'False'", 'all_methods='),
-        *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', '[-1]', '[1, 1]')),
-        ('seeds = 5', 'seeds='),
-        ("rows['lr/2'] = 'smoe'", "row='lr/2'"),
-        ("rows['one'] = 'smoke'", "row='smoke'"),
-        ("rows['one'] = 'dense_1x a=\\'1'", 'rows.one='),
-        ("rows['one'] = 'dense_1x optimiser.lr=3'", 'optimiser.lr=3'),
-        ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
-        ("options = ['randomness.seed=3']", 'randomness.seed=3'),
-        ("shifts = dict(fog='a.b=1')", 'shifts.fog='),
-        ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
-        ("stage = 'val'", 'stage='),
-        ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
-        ('metric = 3', 'metric='),
-        ("contrasts = ['dense']", 'contrasts='),
-        ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
-        ('margin = -1.0', 'margin='),
-        ("budget = 'long'", "fields ['budget']"),
-        ("config = 'first.py'", 'model.model_name=None'),
-        ('rows = dict(', 'spec.py, line 5'),
-    ],
+    ("start = 'dense'", 'start='),
+    ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
+    ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
+    (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
+    (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
+    (f"{FROM}rows['a'] = 'smoe a={{start :dense}}'", 'rows.a='),
+    ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe']"),
+    ("all_methods = 'False'", 'all_methods='),
+    *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', '[-1]', '[1, 1]')),
+    ('seeds = 5', 'seeds='),
+    ("rows['lr/2'] = 'smoe'", "row='lr/2'"),
+    ("rows['one'] = 'smoke'", "row='smoke'"),
+    ("rows['one'] = 'dense_1x a=\\'1'", 'rows.one='),
+    ("rows['one'] = 'dense_1x optimiser.lr=3'", 'optimiser.lr=3'),
+    ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
+    ("options = ['randomness.seed=3']", 'randomness.seed=3'),
+    ("shifts = dict(fog='a.b=1')", 'shifts.fog='),
+    ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
+    ("stage = 'val'", 'stage='),
+    ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
+    ('metric = 3', 'metric='),
+    ("contrasts = ['dense']", 'contrasts='),
+    ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
+    ('margin = -1.0', 'margin='),
+    ("budget = 'long'", "fields ['budget']"),
+    ("config = 'first.py'", 'model.model_name=None'),
+    ('rows = dict(', 'spec.py, line 5'),
 )
 def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
     Path('first.py').write_text(Path(spec()).read_text())
@@ -225,13 +220,11 @@ def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
     assert not Path('calls').exists()
 
 
-@pytest.mark.parametrize(
+@cases(
     'config, said',
-    [
-        ('classification/finetune/imagenette.py', 'extra_mlps=2'),
-        ('classification/test_vit.py', "model.model_name='test_vit_vqmoe'"),
-        ('classification/imagenet/vit_tiny_dense_imagenet.py', 'model.moe=None'),
-    ],
+    ('classification/finetune/imagenette.py', 'extra_mlps=2'),
+    ('classification/test_vit.py', "model.model_name='test_vit_vqmoe'"),
+    ('classification/imagenet/vit_tiny_dense_imagenet.py', 'model.moe=None'),
 )
 def test_models_that_rows_cannot_be_made_of(says, root, tmp_path, config, said):
     fields = (

@@ -18,6 +18,8 @@ from vqmoe_vision.comparison.spec import canonical, read_comparison, recipe_of
 from vqmoe_vision.comparison.store import FIELDS, SPLITS, Run, Store
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
+
 pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 WORK = Path('work_dirs/comparisons')
@@ -73,19 +75,17 @@ def having(**changes: Any) -> Callable[[str], str]:
     return harm
 
 
-@pytest.mark.parametrize(
+@cases(
     'harm, said',
-    [
-        *((having(**{name: None}), name) for name in ('row', 'test', 'held_out')),
-        (having(test={'mIoU': math.nan}), 'test'),
-        (having(test={'mAcc': 3.0}), 'test'),
-        (having(version=1), 'version 1'),
-        (having(seed=3), 'seed=3'),
-        (having(metric='mAcc'), "metric='mAcc'"),
-        (having(stage='dev'), "stage='dev'"),
-        (lambda text: '<<<<<<< HEAD', 'Expecting value'),
-        (lambda text: '[]', 'version None'),
-    ],
+    *((having(**{name: None}), name) for name in ('row', 'test', 'held_out')),
+    (having(test={'mIoU': math.nan}), 'test'),
+    (having(test={'mAcc': 3.0}), 'test'),
+    (having(version=1), 'version 1'),
+    (having(seed=3), 'seed=3'),
+    (having(metric='mAcc'), "metric='mAcc'"),
+    (having(stage='dev'), "stage='dev'"),
+    (lambda text: '<<<<<<< HEAD', 'Expecting value'),
+    (lambda text: '[]', 'version None'),
 )
 def test_a_damaged_row_is_left_out_alone(fill, says, harm, said):
     path = fill(SCORES)
@@ -260,14 +260,12 @@ def test_a_training_that_fails_refutes_nothing_and_loses_no_other(spec, says, re
     assert 'stale' not in table()
 
 
-@pytest.mark.parametrize(
+@cases(
     'now, equal, number',
-    [
-        ([2.0, 2.001, 2.0], True, 2),
-        ([2.0, 2.0, 2.003], False, 3),
-        ([2.0, float('nan'), 2.0], False, 2),
-        ([2.0, 2.0, float('inf')], False, 3),
-    ],
+    ([2.0, 2.001, 2.0], True, 2),
+    ([2.0, 2.0, 2.003], False, 3),
+    ([2.0, float('nan'), 2.0], False, 2),
+    ([2.0, 2.0, float('inf')], False, 3),
 )
 def test_a_loss_that_is_no_number_never_came_out_again(now, equal, number):
     found = compared(now, [2.0, 2.0, 2.0])
@@ -302,17 +300,15 @@ def test_recipes_of_today_are_those_of_the_rows(method):
     assert recipe_of(config) == RECIPES[method]
 
 
-@pytest.mark.parametrize(
+@cases(
     'change',
-    [
-        {'work_dir': 'elsewhere', 'resume': True, 'launcher': 'pytorch'},
-        {'randomness': {'seed': 7}},
-        {'default_hooks': {'checkpoint': {'interval': 7}, 'logger': {'interval': 7}}},
-        {'tta_model': {'type': 'SegTTAModel'}, 'tta_pipeline': [{'type': 'TestTimeAug'}]},
-        {'model': {**MODEL, 'drop': 0}},  # given as 0.0
-        {'custom_hooks': [{'type': 'B'}, {'type': 'A', 'momentum': 0.1}]},
-        {'val_cfg': {}},
-    ],
+    {'work_dir': 'elsewhere', 'resume': True, 'launcher': 'pytorch'},
+    {'randomness': {'seed': 7}},
+    {'default_hooks': {'checkpoint': {'interval': 7}, 'logger': {'interval': 7}}},
+    {'tta_model': {'type': 'SegTTAModel'}, 'tta_pipeline': [{'type': 'TestTimeAug'}]},
+    {'model': {**MODEL, 'drop': 0}},  # given as 0.0
+    {'custom_hooks': [{'type': 'B'}, {'type': 'A', 'momentum': 0.1}]},
+    {'val_cfg': {}},
 )
 def test_what_changes_no_number_leaves_a_recipe(change):
     config = {
@@ -322,18 +318,16 @@ def test_what_changes_no_number_leaves_a_recipe(change):
     assert recipe_of({**config, **change}) == recipe_of(config)
 
 
-@pytest.mark.parametrize(
+@cases(
     'change',
-    [
-        {'custom_hooks': [{'type': 'EMAHook'}]},
-        {'default_hooks': {'param_scheduler': None}},
-        {'randomness': {'seed': 7, 'deterministic': True}},
-        {'train_cfg': {'max_epochs': 7}},
-        {'model': {**MODEL, 'moe': {'preset': 'matched', 'moe_layers': (2, 3)}}},
-        {'model': {**MODEL, 'moe': {'preset': 'matched', 'ema_decay': 0.9}}},
-        {'model': {**MODEL, 'moe': {'preset': 'paper'}}},
-        {'a_field_that_nobody_knows': 1},
-    ],
+    {'custom_hooks': [{'type': 'EMAHook'}]},
+    {'default_hooks': {'param_scheduler': None}},
+    {'randomness': {'seed': 7, 'deterministic': True}},
+    {'train_cfg': {'max_epochs': 7}},
+    {'model': {**MODEL, 'moe': {'preset': 'matched', 'moe_layers': (2, 3)}}},
+    {'model': {**MODEL, 'moe': {'preset': 'matched', 'ema_decay': 0.9}}},
+    {'model': {**MODEL, 'moe': {'preset': 'paper'}}},
+    {'a_field_that_nobody_knows': 1},
 )
 def test_what_may_change_a_number_changes_the_recipe(change):
     assert recipe_of({'model': MODEL, **change}) != recipe_of({'model': MODEL})
@@ -383,13 +377,11 @@ def rows_of_a_start(spec, says) -> str:
     return 'started.py'
 
 
-@pytest.mark.parametrize(
+@cases(
     'change',
-    [
-        ('spec.py', 'dense=', 'plain='),
-        ('spec.py', "'dense_1x'", "'dense_1x train_cfg.max_iters=3'"),
-        ('started.py', 'iter_2', 'iter_1'),
-    ],
+    ('spec.py', 'dense=', 'plain='),
+    ('spec.py', "'dense_1x'", "'dense_1x train_cfg.max_iters=3'"),
+    ('started.py', 'iter_2', 'iter_1'),
 )
 def test_rows_that_would_start_from_another_run_are_stale(rows_of_a_start, says, change):
     file, before, after = change

@@ -13,6 +13,7 @@ from vqmoe_vision.models.export import Exportable, differences, load_exported
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 
+from .. import cases
 from ..models.conftest import make
 from ..models.test_export import IMAGES, run_elsewhere
 
@@ -122,20 +123,17 @@ def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_p
     with torch.no_grad():
         for number, found in zip((1, 3), json.loads(answers), strict=True):
             # roundings to int8 flip where float32 is summed in another order
-            torch.testing.assert_close(
-                torch.tensor(found), quantized(IMAGES[:number]), rtol=0.02, atol=1e-3
-            )
+            expected = quantized(IMAGES[:number])
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize(
+@cases(
     'spoil, message',
-    [
-        (lambda m: m.train(), r'model.training=True .*call model.eval\(\)'),
-        (lambda m: m.double(), r'dtype=torch.float64 .*float32 or bfloat16: .*model.float\(\)'),
-        (lambda m: m.half(), r'dtype=torch.float16 .*float32 or bfloat16'),
-        (lambda m: m.to('meta'), r"device='meta' .*cpu or cuda: .*model.cpu\(\)"),
-        (quantize_int8, "model='MoeVisionTransformer' .*one with linear layers in float"),
-    ],
+    (lambda m: m.train(), r'model.training=True .*call model.eval\(\)'),
+    (lambda m: m.double(), r'dtype=torch.float64 .*float32 or bfloat16: .*model.float\(\)'),
+    (lambda m: m.half(), r'dtype=torch.float16 .*float32 or bfloat16'),
+    (lambda m: m.to('meta'), r"device='meta' .*cpu or cuda: .*model.cpu\(\)"),
+    (quantize_int8, "model='MoeVisionTransformer' .*one with linear layers in float"),
     ids=['training', 'float64', 'float16', 'meta', 'int8'],
 )
 def test_what_has_no_kernel_is_one_line_and_changes_nothing(spoil, message):

@@ -31,6 +31,7 @@ from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe import layer as layer_module
 from vqmoe_vision.moe.raw_patches import Host, RawPatches, image_reader
 
+from .. import cases
 from ..models.conftest import TINY, fit_state, make
 from ..moe.by_hand import assert_by_hand, expert
 from ..moe.conftest import OneLayer as make_layer
@@ -202,9 +203,7 @@ AGAIN = {
 
 @pytest.mark.parametrize('fitted', [True, False])
 @pytest.mark.parametrize('again', AGAIN.values(), ids=AGAIN)
-def test_a_model_knows_whether_it_is_fitted_wherever_it_comes_from(
-    images, again, fitted, monkeypatch
-):
+def test_a_model_knows_whether_it_is_fitted_wherever_from(images, again, fitted, monkeypatch):
     monkeypatch.setattr(layer_module, '_said', set())  # as if nothing had been warned of yet
     model = make(METHOD, num_clusters=2)
     if fitted:
@@ -238,14 +237,12 @@ def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> An
 
 
 @pytest.mark.parametrize('how', ['folder', 'path', 'assigned', 'cast', 'fitted'])
-@pytest.mark.parametrize(
+@cases(
     'before, after',
-    [
-        ({}, {'img_size': 48}),
-        ({'img_size': (32, 64)}, {'img_size': (64, 32)}),  # as many positions
-        ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
-        ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
-    ],
+    ({}, {'img_size': 48}),
+    ({'img_size': (32, 64)}, {'img_size': (64, 32)}),  # as many positions
+    ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
+    ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
 )
 def test_a_network_keeps_the_size_that_clusters_were_fitted_at(before, after, how, tmp_path):
     model, images = make(METHOD, **before), torch.randn(8, 3, 32, 64)

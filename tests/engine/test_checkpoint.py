@@ -20,11 +20,10 @@ from vqmoe_vision.engine.checkpoint import read_state, start_from
 from vqmoe_vision.engine.model import start_model, weights_normalization
 from vqmoe_vision.models.create import create_model
 
+from .. import cases
 from ..models.test_stated_experts import left_by_timm
 
-SIZES: dict[str, Any] = dict(
-    img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7
-)
+SIZES: Any = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
 
 
 def write(path: Path) -> dict:
@@ -132,14 +131,12 @@ def test_a_log_changes_no_other_log(tmp_path):
     assert HistoryBuffer([1.0, 3.0], [1, 1]).statistics('mean') == 2  # (1 + 3) / 2
 
 
-@pytest.mark.parametrize(
+@cases(
     'config',
-    [
-        "model = dict(type='A', sizes=(1, -2.5), names=['a', None])\nx = {'a': True}\n",
-        "__import__('os').system('true')\n",
-        'a = (\n',
-        7,
-    ],
+    "model = dict(type='A', sizes=(1, -2.5), names=['a', None])\nx = {'a': True}\n",
+    "__import__('os').system('true')\n",
+    'a = (\n',
+    7,
 )
 def test_no_text_of_a_config_is_seen(config, tmp_path):
     meta = {'iter': 3, 'cfg': config, 'config': config}

@@ -15,6 +15,7 @@ from vqmoe_vision.engine.checkpoint_files import RUN, newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
 from vqmoe_vision.engine.cli import load_config, train
 
+from .. import cases
 from ..forked import run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -143,17 +144,12 @@ def test_at_the_end_goes_what_a_kill_has_left_and_not_the_last_checkpoint(
         assert (work / 'last_checkpoint').read_text() == 'epoch_2.pth'
 
 
-@pytest.mark.parametrize(
+@cases(
     'option, value',
-    [
-        *(
-            ('filename_tmpl', n)
-            for n in ('epoch_{x}.pth', 'epoch_{}_{}.pth', 'best_{}.pth', '../{}')
-        ),
-        ('out_dir', 'x'),
-        ('backend_args', {'backend': 'petrel'}),
-        ('max_kep_ckpts', 3),  # on which the first save would fail
-    ],
+    *(('filename_tmpl', n) for n in ('epoch_{x}.pth', 'epoch_{}_{}.pth', 'best_{}.pth', '../{}')),
+    ('out_dir', 'x'),
+    ('backend_args', {'backend': 'petrel'}),
+    ('max_kep_ckpts', 3),  # on which the first save would fail,
 )
 def test_options_that_no_run_could_follow_are_refused(option, value):
     with pytest.raises(ValueError, match=rf'{option}='):

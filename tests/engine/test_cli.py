@@ -21,6 +21,7 @@ from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config, run, train
 from vqmoe_vision.engine.optim import use_amp
 
+from .. import cases
 from ..forked import spawn
 from ..rows import CONFIGS
 from ..runs import reports
@@ -97,12 +98,10 @@ def test_a_test_leaves_the_config_of_its_run(line, trained, tmp_path):
     assert 'batch_size=50' in of_test.read_text()
 
 
-@pytest.mark.parametrize(
+@cases(
     'saved, option, what',
-    [
-        ({'ema_state_dict': {}}, 'log_level=INFO', 'EMAHook=False is not possible: True, as wh'),
-        ({}, 'default_hooks.ema.type=EMAHook', 'EMAHook=True is not possible: False, as when'),
-    ],
+    ({'ema_state_dict': {}}, 'log_level=INFO', 'EMAHook=False is not possible: True, as wh'),
+    ({}, 'default_hooks.ema.type=EMAHook', 'EMAHook=True is not possible: False, as when'),
 )
 def test_a_run_goes_on_with_averages_if_it_has_them(saved, option, what, trained, config, tmp_path):
     shutil.copytree(trained, tmp_path / 'run')
@@ -127,25 +126,23 @@ def test_test_writes_metrics_and_routing(linked, trained, config, tmp_path):
     assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
 
 
-@pytest.mark.parametrize(
+@cases(
     'arguments, message',
-    [
-        (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'model.moe.top_k=3 is not'),
-        (['model.moe.foo=1'], 'model.moe.foo=1 is not'),
-        (['model.model_name=vit_tiny_vqmo'], "model.model_name='vit_tiny_vqmo' is not"),
-        (['model.moe=None', 'model.moe.top_k=2'], '--cfg-options model.moe model.moe.top_k: '),
-        (['model.num_classes=7'], 'model.num_classes=7'),
-        (["activation_checkpointing=['model.blocks.1.mlp.router']"], 'activation_checkpointing='),
-        (['runner_type=Foo'], "runner_type='Foo' is not"),
-        (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
-        (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not'),
-        (['max_epochs'], "--cfg-options='max_epochs' is not possible: written as name=value"),
-        (['default_hooks.loger=None'], 'default_hooks.loger=None is not'),
-        (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
-        (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
-        (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not"),
-        (["custom_hooks=[{'type': 'EMAHook'}]"], "custom_hooks=['EMAHook'] is not"),
-    ],
+    (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'model.moe.top_k=3 is not'),
+    (['model.moe.foo=1'], 'model.moe.foo=1 is not'),
+    (['model.model_name=vit_tiny_vqmo'], "model.model_name='vit_tiny_vqmo' is not"),
+    (['model.moe=None', 'model.moe.top_k=2'], '--cfg-options model.moe model.moe.top_k: '),
+    (['model.num_classes=7'], 'model.num_classes=7'),
+    (["activation_checkpointing=['model.blocks.1.mlp.router']"], 'activation_checkpointing='),
+    (['runner_type=Foo'], "runner_type='Foo' is not"),
+    (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
+    (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not'),
+    (['max_epochs'], "--cfg-options='max_epochs' is not possible: written as name=value"),
+    (['default_hooks.loger=None'], 'default_hooks.loger=None is not'),
+    (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
+    (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
+    (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not"),
+    (["custom_hooks=[{'type': 'EMAHook'}]"], "custom_hooks=['EMAHook'] is not"),
 )
 def test_mistake_in_options_is_one_line(config, tmp_path, arguments, message):
     command = [config, '--amp', '--work-dir', str(tmp_path / 'w'), '--cfg-options', *arguments]
@@ -158,18 +155,16 @@ def test_mistake_in_options_is_one_line(config, tmp_path, arguments, message):
         train([*command, '--debug'])
 
 
-@pytest.mark.parametrize(
+@cases(
     'arguments, message',
-    [
-        (['none.py'], r"No such file or directory: 'none.py'"),
-        ([str(CONFIGS / 'comparisons/cifar10_budget.py')], 'model=None is not possible'),
-        (['CONFIG', '--resume', '--work-dir', 'no'], '--resume finds no checkpoint in .*no'),
-        (['CONFIG', '--launcher', 'pytorch'], "--launcher='pytorch' .* RANK is not set"),
-        (['CONFIG', 'none.pth'], "checkpoint 'none.pth' does not exist"),
-        (['CONFIG', 'CONFIG', '--out', '.'], r"--out='\.' is not possible: a file"),
-        (['CONFIG', 'CONFIG', '--out', 'tiny.py/m.json'], r'folder tiny\.py cannot be written'),
-        (['CONFIG', 'CONFIG'], 'is damaged, or holds more than weights'),
-    ],
+    (['none.py'], r"No such file or directory: 'none.py'"),
+    ([str(CONFIGS / 'comparisons/cifar10_budget.py')], 'model=None is not possible'),
+    (['CONFIG', '--resume', '--work-dir', 'no'], '--resume finds no checkpoint in .*no'),
+    (['CONFIG', '--launcher', 'pytorch'], "--launcher='pytorch' .* RANK is not set"),
+    (['CONFIG', 'none.pth'], "checkpoint 'none.pth' does not exist"),
+    (['CONFIG', 'CONFIG', '--out', '.'], r"--out='\.' is not possible: a file"),
+    (['CONFIG', 'CONFIG', '--out', 'tiny.py/m.json'], r'folder tiny\.py cannot be written'),
+    (['CONFIG', 'CONFIG'], 'is damaged, or holds more than weights'),
     ids=str,
 )
 def test_mistake_in_arguments_is_one_line(config, arguments, message, tmp_path, monkeypatch):
@@ -193,9 +188,10 @@ def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(config, monkeypatch, supp
     assert wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
 
 
-@pytest.mark.parametrize(
-    'options', [{}, {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}]
-)
+FOR_GPUS = {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}
+
+
+@pytest.mark.parametrize('options', [{}, FOR_GPUS])
 def test_amp_on_a_cpu_takes_a_config_for_a_gpu(config, options, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(optim, 'print_log', lambda line, logger: lines.append(line))

@@ -21,15 +21,16 @@ from vqmoe_vision.engine.config import (
 )
 from vqmoe_vision.engine.model import scope_of
 
+from .. import cases
 from .test_cli import DIGITS
 
 DOCUMENT = (Path(__file__).parents[2] / 'docs/commands.md').read_text().replace('\\\n', ' ')
 DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCUMENT, re.M)
 
 
-@pytest.mark.parametrize(
+@cases(
     'written, value',
-    [
+    
         ("{'layer_decay': 0.8}", {'layer_decay': 0.8}),
         ("{'custom_keys': {'head': {'lr_mult': 2}}}", {'custom_keys': {'head': {'lr_mult': 2}}}),
         ('{}', {}),
@@ -38,7 +39,6 @@ DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCU
         ('[(1,2),(a,b)]', [(1, 2), ('a', 'b')]),
         ('epoch_{}.pth', 'epoch_{}.pth'),
         ('1,2', [1, 2]),
-    ],
 )  # fmt: skip
 def test_values(written, value):
     assert parse_options([f'a.b={written}']) == {'a.b': value}

@@ -27,6 +27,7 @@ from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.optimizer import check_optimizer
 
+from .. import cases
 from ..runs import messages
 from .tiny import NO_VALIDATION, config_of, trained
 
@@ -148,14 +149,12 @@ def runner_for(num_classes: int = 2, **of_loaders: Any) -> Any:
     return SimpleNamespace(model=model, val_loop='a loop', cfg={}, **loaders)
 
 
-@pytest.mark.parametrize(
+@cases(
     'runner, message',
-    [
-        (runner_for(3), 'num_classes=3 is not possible: 2, the number of classes'),
-        (runner_for(train=()), r'train_dataloader\.dataset\.classes='),
-        (runner_for(val='ac'), r"val_dataloader\.dataset\.classes=\['b', 'c'\]"),
-        (runner_for(val='ba'), r"val_dataloader\.dataset\.classes='another order'"),
-    ],
+    (runner_for(3), 'num_classes=3 is not possible: 2, the number of classes'),
+    (runner_for(train=()), r'train_dataloader\.dataset\.classes='),
+    (runner_for(val='ac'), r"val_dataloader\.dataset\.classes=\['b', 'c'\]"),
+    (runner_for(val='ba'), r"val_dataloader\.dataset\.classes='another order'"),
 )
 def test_classes_that_differ(runner, message):
     ClassCountHook().before_train(runner_for(val=['a', 'b']))  # a file of names is read as a list

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from vqmoe_vision.engine.images import digit_scans, displayed, opened, orientation, read_rgb, stored
 
+from .. import cases
 from ..damaged import damaged
 
 TURNS = range(1, 9)
@@ -63,14 +64,12 @@ def test_16_bits_are_cut_to_the_upper_8_and_floats_are_from_0_to_1(name, tmp_pat
     assert found == [0, 64, 128, 255]  # 63.75, and 127.5 to the even
 
 
-@pytest.mark.parametrize(
+@cases(
     'pixels, message',
-    [
-        (np.float32([[0, 200]]), r'has floats of 0\.0\.\.200\.0; they must lie in 0\.\.1'),
-        (np.float32([[-0.1, 1]]), r'has floats of -0\.1'),
-        (np.float32([[np.nan, 1]]), 'has floats of nan'),
-        (np.int32([[0, 200]]), 'has integers of 32 bits'),
-    ],
+    (np.float32([[0, 200]]), r'has floats of 0\.0\.\.200\.0; they must lie in 0\.\.1'),
+    (np.float32([[-0.1, 1]]), r'has floats of -0\.1'),
+    (np.float32([[np.nan, 1]]), 'has floats of nan'),
+    (np.int32([[0, 200]]), 'has integers of 32 bits'),
 )
 def test_pixels_without_a_meaning(pixels, message, tmp_path):
     Image.fromarray(pixels).save(tmp_path / 'a.tif')

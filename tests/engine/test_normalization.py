@@ -13,6 +13,8 @@ from vqmoe_vision.engine.model import read_normalization, weights_normalization
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.normalization import Normalization
 
+from .. import cases
+
 SMALL: dict[str, Any] = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3)
 DEIT, AUGREG = 'deit_tiny_patch16_224', 'vit_tiny_patch16_224'
 IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -33,26 +35,24 @@ def run_file(folder: Path, **state: torch.Tensor) -> str:
     return str(folder / 'run.pth')
 
 
-@pytest.mark.parametrize(
+@cases(
     'name, arguments, expected',
-    [
-        ('vit_tiny_smoe', {}, None),
-        (AUGREG, {}, None),  # its configuration is there, weights are not
-        ('vit_tiny_smoe', {'upcycle': 'local-dir:{}/hub'}, IMAGENET),
-        ('vit_tiny_smoe', {'upcycle': '{}/bare.pth'}, None),
-        ('vit_tiny_smoe', {'upcycle': '{}/hub/model.safetensors'}, IMAGENET),
-        ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/hub/model.safetensors'}, IMAGENET),
-        ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth'}, None),
-        (AUGREG, {'checkpoint_path': '{}/hub/model.safetensors'}, IMAGENET),
-        (AUGREG, {'checkpoint_path': '{}/bare.pth'}, None),
-        ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth', **vars(GREY)}, GREY),
-        # timm's own name for the weights, wherever they lie
-        (DEIT, {'pretrained': True, 'file': '{}/bare.pth'}, IMAGENET),
-        (AUGREG, {'pretrained': True, 'file': '{}/bare.pth'}, GREY),
-        (AUGREG, {'pretrained': True, 'cfg': '{}/bare.pth', **vars(GREY)}, GREY),
-        ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/hub/model.safetensors'}, IMAGENET),
-        ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/bare.pth'}, None),
-    ],
+    ('vit_tiny_smoe', {}, None),
+    (AUGREG, {}, None),  # its configuration is there, weights are not
+    ('vit_tiny_smoe', {'upcycle': 'local-dir:{}/hub'}, IMAGENET),
+    ('vit_tiny_smoe', {'upcycle': '{}/bare.pth'}, None),
+    ('vit_tiny_smoe', {'upcycle': '{}/hub/model.safetensors'}, IMAGENET),
+    ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/hub/model.safetensors'}, IMAGENET),
+    ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth'}, None),
+    (AUGREG, {'checkpoint_path': '{}/hub/model.safetensors'}, IMAGENET),
+    (AUGREG, {'checkpoint_path': '{}/bare.pth'}, None),
+    ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth', **vars(GREY)}, GREY),
+    # timm's own name for the weights, wherever they lie
+    (DEIT, {'pretrained': True, 'file': '{}/bare.pth'}, IMAGENET),
+    (AUGREG, {'pretrained': True, 'file': '{}/bare.pth'}, GREY),
+    (AUGREG, {'pretrained': True, 'cfg': '{}/bare.pth', **vars(GREY)}, GREY),
+    ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/hub/model.safetensors'}, IMAGENET),
+    ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/bare.pth'}, None),
 )
 def test_weights_that_timm_loads(name, arguments, expected, tmp_path):
     dense(tmp_path)

@@ -13,6 +13,8 @@ from vqmoe_vision.engine.optim import (
     undecayed_parameters,
 )
 
+from .. import cases
+
 
 class Wrapped(nn.Module):
     def __init__(self) -> None:
@@ -65,19 +67,17 @@ def test_the_longest_custom_key_wins_as_in_mmengine():
             assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize(
+@cases(
     'paramwise, message',
-    [
-        ({'norm_decay_mult': 0.0}, r'norm_decay_mult=0\.0 is not possible: .* takes custom_keys'),
-        *(
-            (
-                {'custom_keys': {'head': {name: value}}},
-                rf"\['head'\]\.{name}=.* lr_mult or decay_mult",
-            )
-            for name, value in (('lr', 1.0), *(('lr_mult', v) for v in ('ten', -1.0, math.nan)))
-        ),
-        ({'custom_keys': {'hed': {'lr_mult': 2.0}}}, r"custom_keys='hed' .* model\.cls_token"),
-    ],
+    ({'norm_decay_mult': 0.0}, r'norm_decay_mult=0\.0 is not possible: .* takes custom_keys'),
+    *(
+        (
+            {'custom_keys': {'head': {name: value}}},
+            rf"\['head'\]\.{name}=.* lr_mult or decay_mult",
+        )
+        for name, value in (('lr', 1.0), *(('lr_mult', v) for v in ('ten', -1.0, math.nan)))
+    ),
+    ({'custom_keys': {'hed': {'lr_mult': 2.0}}}, r"custom_keys='hed' .* model\.cls_token"),
 )
 def test_constructor_refuses_what_it_would_ignore(paramwise, message):
     config = {'optimizer': {'type': 'SGD', 'lr': 1.0}}

@@ -15,6 +15,7 @@ from vqmoe_vision.engine.publish import export, publish, publish_folder, upcycle
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
 
+from .. import cases
 from ..runs import NORMALIZATION, leave_run
 
 
@@ -138,19 +139,17 @@ def test_images_of_other_channels(dense, tmp_path, channels, numbers):
     assert config['mean'] == config['std'] == [0.25] * channels
 
 
-@pytest.mark.parametrize(
+@cases(
     'arguments, message',
-    [
-        (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS], 'how images were normalis'),
-        (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'shapes: '),
-        (
-            ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS, *NUMBERS, 'in_chans=4'],
-            'mean=',
-        ),
-        (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], 'out='),
-        (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model='),
-        (['NONE.pth', 'vit_tiny_smoe', 'OUT'], 'NONE.pth'),
-    ],
+    (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS], 'how images were normalis'),
+    (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'shapes: '),
+    (
+        ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS, *NUMBERS, 'in_chans=4'],
+        'mean=',
+    ),
+    (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], 'out='),
+    (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model='),
+    (['NONE.pth', 'vit_tiny_smoe', 'OUT'], 'NONE.pth'),
     ids=str,
 )
 def test_a_mistake_is_one_line(dense, tmp_path, arguments, message):
@@ -215,9 +214,7 @@ def test_a_work_dir_and_what_is_published_of_it(run, tmp_path):
     publish_folder(str(run), str(tmp_path / 'published'))
     export([f'local-dir:{tmp_path / "published"}', str(tmp_path / 'folder.pt2'), '--batch', '2'])
     images = torch.randn(2, 3, 48, 48)
-    one, two = (
-        torch.export.load(tmp_path / name).module()(images) for name in ('run.pt2', 'folder.pt2')
-    )
+    one, two = (torch.export.load(tmp_path / n).module()(images) for n in ('run.pt2', 'folder.pt2'))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
     for name in ('run.pt2', 'folder.pt2'):
         assert about(tmp_path / name)['classes'] == list('0123456789')
@@ -239,24 +236,22 @@ def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):
     assert out.exists()
 
 
-@pytest.mark.parametrize(
+@cases(
     'arguments, message',
-    [
-        (['RUN', 'OUT.pb'], '^error: out='),
-        (['RUN', 'OUT.pt2', '--opset', '20'], '^error: --opset=20'),
-        (['RUN', 'OUT.pt2', '--size', '32', '32'], r'size=\(32, 32\)'),
-        (['RUN/run.py', 'OUT.pt2'], '^error: source='),
-        (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
-        ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model'),
-        (['vit_tiny_vqmoe', 'OUT.pt2'], '^error: checkpoint=None'),
-        (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], '^error: checkpoint='),
-        (
-            [NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'],
-            "multiple values .* 'checkpoint_path'",
-        ),
-        # what would be random in the file
-        (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
-    ],
+    (['RUN', 'OUT.pb'], '^error: out='),
+    (['RUN', 'OUT.pt2', '--opset', '20'], '^error: --opset=20'),
+    (['RUN', 'OUT.pt2', '--size', '32', '32'], r'size=\(32, 32\)'),
+    (['RUN/run.py', 'OUT.pt2'], '^error: source='),
+    (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
+    ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model'),
+    (['vit_tiny_vqmoe', 'OUT.pt2'], '^error: checkpoint=None'),
+    (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], '^error: checkpoint='),
+    (
+        [NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'],
+        "multiple values .* 'checkpoint_path'",
+    ),
+    # what would be random in the file
+    (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
     ids=str,
 )
 def test_a_mistake_of_an_export_is_one_line(run, weights, tmp_path, arguments, message):

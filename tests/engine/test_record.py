@@ -22,6 +22,7 @@ from vqmoe_vision.engine.record import _sample as sample
 from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
 from .tiny import config_of, resumed, trained
 
 RECORD = {'default_hooks.record.type': 'RunRecordHook'}
@@ -249,17 +250,15 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(kept_whol
     assert history(folder) == history(Path(kept_whole.work_dir))
 
 
-@pytest.mark.parametrize(
+@cases(
     'method, options',
-    [
-        # one that decides by features has to have them first
-        *(
-            pytest.param(name, {}, marks=[pytest.mark.long] * (name != 'vqmoe'))
-            for name, method in METHODS.items()
-            if not method.needs_features
-        ),
-        ('smoe', {'model.moe.router_noise': 0.5}),
-    ],
+    # one that decides by features has to have them first
+    *(
+        pytest.param(name, {}, marks=[pytest.mark.long] * (name != 'vqmoe'))
+        for name, method in METHODS.items()
+        if not method.needs_features
+    ),
+    ('smoe', {'model.moe.router_noise': 0.5}),
 )
 def test_losses_and_weights_are_those_of_a_run_without(method, options, tmp_path):
     short = {
@@ -281,9 +280,8 @@ def test_losses_and_weights_are_those_of_a_run_without(method, options, tmp_path
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_part_of_a_layer_is_recorded(method):
-    model = timm.create_model(
-        f'vit_tiny_{method}', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3
-    )
+    sizes = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3)
+    model = timm.create_model(f'vit_tiny_{method}', **sizes)
     layer = model.blocks[1].mlp
     parts = sample(layer)
     trained_parts = {name.partition('.')[0] for name, _ in layer.named_parameters()}

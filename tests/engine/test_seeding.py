@@ -94,9 +94,7 @@ def test_a_training_by_epochs_draws_anew_in_every_epoch():
 @pytest.mark.parametrize('drop_last', [False, True])
 @pytest.mark.parametrize('num_workers', [0, 2])
 @pytest.mark.parametrize('sampler', ['SeededInfiniteSampler', 'SeededSampler'])
-def test_a_resumed_run_by_iterations_sees_what_the_whole_one_sees(
-    sampler, num_workers, drop_last, monkeypatch
-):
+def test_a_resumed_run_by_iterations_sees_the_same(sampler, num_workers, drop_last, monkeypatch):
     """Also after the end of an epoch, whose last batch is smaller or left out."""
     monkeypatch.setattr(loops.time, 'sleep', lambda seconds: None)  # mmengine's, at such an end
 

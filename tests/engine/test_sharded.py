@@ -28,20 +28,19 @@ from vqmoe_vision.engine.sharded import (
 )
 from vqmoe_vision.models.sharding import shard_model
 
+from .. import cases
 from ..forked import spawn
 from ..groups import begin
 from ..variants import VARIANTS
 
 
-@pytest.mark.parametrize(
+@cases(
     'options, processes, field',
-    [
-        ({'expert': 2}, 2, 'parallel'),
-        (2, 2, 'parallel'),
-        ({}, 1, 'parallel'),
-        ({'param_dtype': 'float16'}, 2, 'parallel.param_dtype'),
-        ({'state_dict_type': 'parts'}, 2, 'parallel.state_dict_type'),
-    ],
+    ({'expert': 2}, 2, 'parallel'),
+    (2, 2, 'parallel'),
+    ({}, 1, 'parallel'),
+    ({'param_dtype': 'float16'}, 2, 'parallel.param_dtype'),
+    ({'state_dict_type': 'parts'}, 2, 'parallel.state_dict_type'),
 )
 def test_options_that_there_are_not(options, processes, field, monkeypatch):
     monkeypatch.setattr(sharded, 'get_world_size', lambda: processes)
@@ -84,9 +83,13 @@ def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels):
     assert with_kernels(optimizer.state_dict(), optimizer) == expected
 
 
-@pytest.mark.parametrize(
+@cases(
     'options',
-    [{}, {'norm_type': 'inf'}, {'norm_type': 1}, {'foreach': False}, {'error_if_nonfinite': True}],
+    {},
+    {'norm_type': 'inf'},
+    {'norm_type': 1},
+    {'foreach': False},
+    {'error_if_nonfinite': True},
     ids=str,
 )
 def test_clips_as_torch_does(options):

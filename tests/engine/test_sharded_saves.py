@@ -40,6 +40,7 @@ from vqmoe_vision.engine.step_values import NonFiniteError, check_own_parts, che
 from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.models.weights import IN_PARTS
 
+from .. import cases
 from ..forked import spawn
 from ..groups import alone, begin
 from ..models.test_sharding import make, train
@@ -237,17 +238,15 @@ def lose_a_chunk(folder: Path) -> None:
         save_file(kept, path, file.metadata())
 
 
-@pytest.mark.parametrize(
+@cases(
     'change, harm',
-    [
-        (lambda said: said.update(folder='../iter_2.1.sharded'), None),
-        (lambda said: said.update(folder='/tmp'), None),
-        (lambda said: said['files'].update({'../../secret': [1, 1]}), None),
-        (lambda said: said['files'].popitem(), None),
-        (lambda said: said.pop('files'), None),
-        (lambda said: None, lose_a_chunk),
-        (lambda said: None, lambda folder: save_file({}, folder / FILE.format(1))),
-    ],
+    (lambda said: said.update(folder='../iter_2.1.sharded'), None),
+    (lambda said: said.update(folder='/tmp'), None),
+    (lambda said: said['files'].update({'../../secret': [1, 1]}), None),
+    (lambda said: said['files'].popitem(), None),
+    (lambda said: said.pop('files'), None),
+    (lambda said: None, lose_a_chunk),
+    (lambda said: None, lambda folder: save_file({}, folder / FILE.format(1))),
 )
 def test_what_no_save_has_written_is_refused(work, change, harm):
     if harm is not None:

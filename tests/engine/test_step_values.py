@@ -14,6 +14,7 @@ from vqmoe_vision.engine import step_values
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.step_values import NonFiniteError, check_losses
 
+from .. import cases
 from .tiny import NO_VALIDATION, config_of
 
 
@@ -84,14 +85,12 @@ EACH_3 = {'default_hooks.checkpoint.by_epoch': False, 'default_hooks.checkpoint.
 LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infinite'
 
 
-@pytest.mark.parametrize(
+@cases(
     'options, gradient, message, noticed',
-    [
-        ({'default_hooks.logger.interval': 6}, False, LOSS, 6),
-        ({'default_hooks.logger.interval': 50, **EACH_3}, False, LOSS, 6),
-        ({'default_hooks.logger.interval': 50}, False, LOSS, 8),  # LONGEST
-        ({'default_hooks.logger.interval': 6}, True, WEIGHT, 6),
-    ],
+    ({'default_hooks.logger.interval': 6}, False, LOSS, 6),
+    ({'default_hooks.logger.interval': 50, **EACH_3}, False, LOSS, 6),
+    ({'default_hooks.logger.interval': 50}, False, LOSS, 8),  # LONGEST
+    ({'default_hooks.logger.interval': 6}, True, WEIGHT, 6),
     ids=['line', 'checkpoint', 'longest', 'gradient'],
 )
 @pytest.mark.usefixtures('on_device')

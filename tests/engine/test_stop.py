@@ -21,6 +21,7 @@ from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import keep_workers
 
+from .. import cases
 from ..forked import ROOT, run_tool
 
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
@@ -94,9 +95,7 @@ def write(
     folder: Path, at: list, signals: list[int], workers: str = '', config: str = TINY
 ) -> None:
     folder.mkdir(exist_ok=True)
-    text = config.replace('AT', repr(at)).replace(
-        'SIGNALS', repr([int(number) for number in signals])
-    )
+    text = config.replace('AT', repr(at)).replace('SIGNALS', repr([*map(int, signals)]))
     (folder / 'tiny.py').write_text(text.replace('WORKERS', workers))
     (folder / 'told_to_stop.py').write_text(HOOK)
     (folder / 'armed').touch()
@@ -131,9 +130,9 @@ def equal(work: Path, whole: dict) -> None:
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize(
+@cases(
     'number, at, saved, workers, config, last',
-    [
+    
         (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', '', TINY, 'epoch_3.pth'),
         pytest.param(
             signal.SIGINT, ['iteration', 7], 'iter_8.pth', 'num_workers=1', TINY, 'epoch_3.pth',
@@ -146,7 +145,6 @@ LONG = pytest.mark.long
             signal.SIGINT, ['iteration', 4], 'iter_5.pth', '', BY_ITERATION, 'iter_12.pth',
             marks=LONG,
         ),
-    ],
 )  # fmt: skip
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     number, at, saved, workers, config, last, uninterrupted,
@@ -158,14 +156,12 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {last}
 
 
-@pytest.mark.parametrize(
+@cases(
     'config, at, saved',
-    [
-        pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=LONG),
-        # in the last iteration of an epoch, and in the middle
-        (ADDED, ['iteration', 3], 'iter_4.pth'),
-        pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=LONG),
-    ],
+    pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=LONG),
+    # in the last iteration of an epoch, and in the middle
+    (ADDED, ['iteration', 3], 'iter_4.pth'),
+    pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=LONG),
 )
 def test_a_signal_at_any_moment_loses_no_batch_and_no_gradient(
     config, at, saved, uninterrupted, tmp_path

@@ -98,9 +98,8 @@ def last_line(command: list[str], folder: Path) -> str:
 
     def start(rank: int) -> tuple[int, str]:
         of_rank = {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if number > 1 else {}
-        done = run_tool(
-            *command, folder=folder, file_size=size and int(size), variables=variables | of_rank
-        )
+        limits = dict(file_size=size and int(size), variables=variables | of_rank)
+        done = run_tool(*command, folder=folder, **limits)
         return done.returncode, done.stderr
 
     with ThreadPoolExecutor(number) as pool:

@@ -94,9 +94,7 @@ def answers_of(model: nn.Module, number: int, size: int) -> list[list[float]]:
 def close(found: Any, expected: Any, tolerance: float, what: str) -> None:
     ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in (found, expected))
     allowed = tolerance * theirs.abs().max().item()
-    torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=allowed, msg=lambda text: f'{what}: {text}'
-    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=allowed, msg=lambda t: f'{what}: {t}')
 
 
 @pytest.mark.parametrize('variant', probe.variants())

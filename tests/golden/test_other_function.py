@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 
 import vqmoe_vision  # noqa: F401  registers the models
 
+from .. import cases
 from ..forked import run_tool
 from .runs import runs_in
 
@@ -99,20 +100,18 @@ DINOV3 = (
 )
 
 
-@pytest.mark.parametrize(
+@cases(
     'command, words',
-    [
-        (f'{TRAIN} {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-        (f'{TEST} model.moe.top_k=1', 'top_k'),
-        (f'{TEST} ' + MEAN.format(split='test'), 'mean'),
-        (f'{TRAIN} {START} ' + MEAN.format(split='train'), 'mean'),
-        (f'{TEST} {FOLDERS}', 'class|classes'),
-        ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
-        (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-        (f'{TRAIN} {DINOV3}', 'rotary|rope'),
-        (f'{TEST} model.num_heads=4', 'num_heads'),
-        (f'{TEST} model.act_layer=relu', 'act_layer'),
-    ],
+    (f'{TRAIN} {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+    (f'{TEST} model.moe.top_k=1', 'top_k'),
+    (f'{TEST} ' + MEAN.format(split='test'), 'mean'),
+    (f'{TRAIN} {START} ' + MEAN.format(split='train'), 'mean'),
+    (f'{TEST} {FOLDERS}', 'class|classes'),
+    ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
+    (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+    (f'{TRAIN} {DINOV3}', 'rotary|rope'),
+    (f'{TEST} model.num_heads=4', 'num_heads'),
+    (f'{TEST} model.act_layer=relu', 'act_layer'),
 )
 def test_weights_of_a_run(command, words, runs, tmp_path):
     for name in ('c', 's', 'tiny.py', 'scenes.py'):

@@ -103,9 +103,7 @@ def test_every_program_has_the_flags_it_had():
 
 @pytest.mark.parametrize('spec', COMPARISONS, ids=lambda spec: spec.stem)
 def test_numbers_of_tables_are_those_of_the_rows(spec):
-    recorded = {
-        name: row for name, row in read('tables').items() if name.startswith(f'{spec.stem}/')
-    }
+    recorded = {n: row for n, row in read('tables').items() if n.startswith(f'{spec.stem}/')}
     assert not list(differences(table(spec), recorded))
 
 

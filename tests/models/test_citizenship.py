@@ -108,9 +108,7 @@ def test_bfloat16(tiny_variant, train_step, images):
     assert all(p.grad.isfinite().all() for p in floats if p.requires_grad)
 
 
-@pytest.mark.parametrize(
-    'duplicate', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
-)
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_computes_the_same_and_shares_nothing(tiny_variant, train_step, images, duplicate):
     model = tiny_variant()
     train_step(model, None, images, torch.arange(4))  # what a step leaves behind

@@ -14,6 +14,8 @@ from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
 
+from .. import cases
+
 
 @pytest.fixture(autouse=True)
 def _plain_attention() -> Iterator[None]:
@@ -58,19 +60,17 @@ def test_macs_are_what_torch_counts(tiny_variant, request):
 EXPERT = 8352
 
 
-@pytest.mark.parametrize(
+@cases(
     'method, options, idle',
-    [
-        ('smoe', {}, 6),
-        ('smoe', {'top_k': 8}, 0),
-        ('xmoe', {}, 7),
-        ('softmoe', {}, 0),
-        ('vqmoe', {}, 6),
-        ('vqmoe', {'form': 'discrete'}, 7),
-        ('vqmoe', {'num_experts': 1}, 0),
-        # of 16 tokens each of eight experts takes two
-        ('ecmoe', {'capacity_factor': 1.0, 'class_token': False, 'global_pool': 'avg'}, 7),
-    ],
+    ('smoe', {}, 6),
+    ('smoe', {'top_k': 8}, 0),
+    ('xmoe', {}, 7),
+    ('softmoe', {}, 0),
+    ('vqmoe', {}, 6),
+    ('vqmoe', {'form': 'discrete'}, 7),
+    ('vqmoe', {'num_experts': 1}, 0),
+    # of 16 tokens each of eight experts takes two
+    ('ecmoe', {'capacity_factor': 1.0, 'class_token': False, 'global_pool': 'avg'}, 7),
 )
 def test_known_numbers_of_idle_experts(make_tiny, method, options, idle):
     counts = complexity(make_tiny(method, **options))
@@ -81,9 +81,8 @@ def test_known_numbers_of_idle_experts(make_tiny, method, options, idle):
 def test_matched_has_the_compute_of_two_experts_per_token(make_tiny, method):
     # 16 tokens, all of them patches; two MoE blocks, D = 32
     kwargs = {'preset': 'matched', 'class_token': False, 'global_pool': 'avg', 'device': 'meta'}
-    narrow, wide = (
-        complexity(make_tiny(method, expert_mlp_ratio=ratio, **kwargs)).macs for ratio in (1.0, 2.0)
-    )
+    models = [make_tiny(method, expert_mlp_ratio=ratio, **kwargs) for ratio in (1.0, 2.0)]
+    narrow, wide = (complexity(model).macs for model in models)
     # Only the experts grow: by 32 hidden units, of 32 products in and 32 out, for each row
     assert wide - narrow == 2 * (2 * 16) * 2 * 32 * 32
 

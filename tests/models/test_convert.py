@@ -82,9 +82,7 @@ def test_a_model_of_dinov3_is_converted(method, options, images):
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize(
-    'build', [dense, partial(dinov3, 'vit_small_patch16_dinov3')], ids=['vit', 'eva']
-)
+@pytest.mark.parametrize('build', [dense, dinov3], ids=['vit', 'eva'])
 def test_patches_are_dropped_where_a_method_does_not_need_their_places(method, build, images):
     entry = METHODS[method]
     anywhere = make(method).blocks[1].mlp.permutation_equivariant

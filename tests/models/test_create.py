@@ -23,6 +23,7 @@ from vqmoe_vision.models.create import (
 )
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
 from ..variants import VARIANTS
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
@@ -37,14 +38,12 @@ def test_options_of_the_moe_layers_reach_the_model():
     assert moe == dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
 
 
-@pytest.mark.parametrize(
+@cases(
     'extra_mlps, options, hidden',
-    [
-        (2, {}, 72),  # 48 in four blocks, and two more: 48 * 6 / 4
-        (1, {}, 60),
-        (2, {'mlp_ratio': 2.0}, 36),
-        (2, {'depth': 12}, 56),
-    ],
+    (2, {}, 72),  # 48 in four blocks, and two more: 48 * 6 / 4
+    (1, {}, 60),
+    (2, {'mlp_ratio': 2.0}, 36),
+    (2, {'depth': 12}, 56),
 )
 def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
     model = create_model(DENSE, extra_mlps=extra_mlps, **{**SMALL, **options})
@@ -55,23 +54,21 @@ def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
     assert complexity(model).macs - complexity(plain).macs == extra_mlps * one
 
 
-@pytest.mark.parametrize(
+@cases(
     'given',
-    [
-        dict(model_name='vit_tiny_smoe', upcycle='local-dir:{}'),
-        dict(model_name='vit_tiny_smoe', upcycle='{}/model.safetensors'),
-        dict(
-            model_name=DENSE,
-            pretrained=True,
-            pretrained_cfg_overlay={'file': '{}/model.safetensors'},
-        ),
-        dict(model_name=DENSE, moe={'method': 'smoe'}, checkpoint_path='{}/model.safetensors'),
-        dict(
-            model_name='vit_tiny_smoe',
-            pretrained_cfg={'file': '{}/model.safetensors'},
-            pretrained=True,
-        ),
-    ],
+    dict(model_name='vit_tiny_smoe', upcycle='local-dir:{}'),
+    dict(model_name='vit_tiny_smoe', upcycle='{}/model.safetensors'),
+    dict(
+        model_name=DENSE,
+        pretrained=True,
+        pretrained_cfg_overlay={'file': '{}/model.safetensors'},
+    ),
+    dict(model_name=DENSE, moe={'method': 'smoe'}, checkpoint_path='{}/model.safetensors'),
+    dict(
+        model_name='vit_tiny_smoe',
+        pretrained_cfg={'file': '{}/model.safetensors'},
+        pretrained=True,
+    ),
     ids=str,
 )
 def test_a_model_without_its_weights_is_the_same_network(given, tmp_path):

@@ -53,9 +53,10 @@ def spoil_an_expert(model: nn.Module, images: Tensor) -> Tensor | None:
 
 
 # the others take the same path, and the long suite has every variant of all
-@pytest.mark.parametrize(
-    'method', [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
-)
+FIRST = [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
+
+
+@pytest.mark.parametrize('method', FIRST)
 def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(method, tmp_path):
     needs_onnx()
     model = make(method, **SMALL).eval()

@@ -22,6 +22,7 @@ from vqmoe_vision.models.export import (
 )
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
 from ..groups import alone
 from .conftest import DENSE, TINY, dense, make
 
@@ -81,12 +82,10 @@ def test_a_wrong_value_is_named(name):
         make('vqmoe', **{name: WRONG[name]})
 
 
-@pytest.mark.parametrize(
-    'layers', ['every0', 'every5', 'last3', 'first2', [4], [-1], [], 1, [True]], ids=str
-)
-def test_blocks_that_are_not_there(layers):
+@pytest.mark.parametrize('at', ['every0', 'every5', 'last3', 'first2', [4], [-1], [], 1, [True]])
+def test_blocks_that_are_not_there(at):
     with pytest.raises(ValueError, match=r'^moe_layers=.* depth=4'):
-        make('vqmoe', moe_layers=layers)
+        make('vqmoe', moe_layers=at)
 
 
 def test_an_option_of_another_method_is_a_type_error(method):
@@ -145,18 +144,16 @@ def test_what_cannot_be_converted_stays_as_it_is(build, options, named):
     assert [type(module) for module in model.modules()] == kinds
 
 
-@pytest.mark.parametrize(
+@cases(
     'options, named',
-    [
-        ({}, 'host=None'),
-        ({'host': 'moe_host'}, "host='moe_host'"),
-        ({'host': DENSE}, 'method=None'),
-        ({'host': DENSE, 'method': ['smoe']}, 'method='),
-        ({'host': SPARSE, 'method': 'smoe'}, "model='MoeVisionTransformer'"),
-        ({'host': RESNET, 'method': 'smoe'}, "model='ResNet'"),
-        ({'host': DENSE, 'method': 'smoe', 'pretrained': 1}, 'pretrained=1'),
-        ({'host': DENSE, 'method': 'smoe', 'upcycle': 'a.pth'}, "upcycle='a.pth'"),
-    ],
+    ({}, 'host=None'),
+    ({'host': 'moe_host'}, "host='moe_host'"),
+    ({'host': DENSE}, 'method=None'),
+    ({'host': DENSE, 'method': ['smoe']}, 'method='),
+    ({'host': SPARSE, 'method': 'smoe'}, "model='MoeVisionTransformer'"),
+    ({'host': RESNET, 'method': 'smoe'}, "model='ResNet'"),
+    ({'host': DENSE, 'method': 'smoe', 'pretrained': 1}, 'pretrained=1'),
+    ({'host': DENSE, 'method': 'smoe', 'upcycle': 'a.pth'}, "upcycle='a.pth'"),
 )
 def test_hosts(options, named):
     with pytest.raises(ValueError, match=f'^{named}'):

@@ -14,6 +14,7 @@ from vqmoe_vision.models import export
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
 from ..variants import VARIANTS
 from .conftest import TINY, make
 
@@ -60,13 +61,11 @@ def test_every_method_with_all_its_options(variant, recorded, tmp_path, images, 
     torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
 
 
-@pytest.mark.parametrize(
+@cases(
     'variant, before, after',
-    [
-        *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in VARIANTS),
-        *((method, {}, {'img_size': 48}) for method in METHODS),
-        *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
-    ],
+    *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in VARIANTS),
+    *((method, {}, {'img_size': 48}) for method in METHODS),
+    *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
 )
 def test_a_model_whose_images_have_another_size_by_now(variant, before, after, tmp_path):
     method, options = VARIANTS.get(variant, (variant, {}))
@@ -96,13 +95,11 @@ def test_what_a_folder_says(tmp_path):
     assert again.pretrained_cfg['label_names'] == names
 
 
-@pytest.mark.parametrize(
+@cases(
     'name, given, problem',
-    [
-        ('vit_tiny_smoe', {'top_k': 1}, 'its answers differ'),
-        ('vit_tiny_smoe', {'depth': 3}, 'unexpected keys: blocks.3'),
-        ('vit_tiny_patch16_224', {'depth': 3}, 'Unexpected key'),
-    ],
+    ('vit_tiny_smoe', {'top_k': 1}, 'its answers differ'),
+    ('vit_tiny_smoe', {'depth': 3}, 'unexpected keys: blocks.3'),
+    ('vit_tiny_patch16_224', {'depth': 3}, 'Unexpected key'),
 )
 def test_another_model_is_not_left_behind(name, given, problem, tmp_path):
     model: Any = create_model(name, **TINY)

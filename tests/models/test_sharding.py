@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vqmoe_vision.models.sharding import blocks_of, shard_model
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
 
+from .. import cases
 from ..forked import spawn
 from ..groups import begin
 
@@ -149,14 +150,12 @@ def load_into(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Path) -
 
 
 @pytest.mark.filterwarnings('ignore:torch.distributed is disabled:UserWarning')  # one process
-@pytest.mark.parametrize(
+@cases(
     'before, after',
-    [
-        pytest.param((2, 1), None, id='2-to-1'),
-        pytest.param((2, 2), (4, 1), id='2-experts-to-4', marks=pytest.mark.long),
-        pytest.param((4, 2), (2, 1), id='4-experts-to-2', marks=pytest.mark.long),
-        pytest.param((4, 1), (2, 2), id='4-to-2-experts', marks=pytest.mark.long),
-    ],
+    pytest.param((2, 1), None, id='2-to-1'),
+    pytest.param((2, 2), (4, 1), id='2-experts-to-4', marks=pytest.mark.long),
+    pytest.param((4, 2), (2, 1), id='4-experts-to-2', marks=pytest.mark.long),
+    pytest.param((4, 1), (2, 2), id='4-to-2-experts', marks=pytest.mark.long),
 )
 def test_saved_in_one_layout_and_loaded_in_another(before, after, tmp_path):
     for name in 'ab':

@@ -5,10 +5,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import timm
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from vqmoe_vision.models.create import create_model, share_start
 
+from .. import cases
 from .conftest import TINY
 
 OWN, VIT, DINOV3 = 'vit_tiny_smoe', 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
@@ -19,9 +20,7 @@ MODES = set(get_args(get_type_hints(VisionTransformer.__init__)['weight_init']))
 
 def spreads(model: Any) -> list[float]:
     """Standard deviation of the output layer of each MLP, or of its experts."""
-    weights: list[Tensor] = [
-        getattr(block.mlp, 'experts', block.mlp).fc2.weight for block in model.blocks
-    ]
+    weights = [getattr(block.mlp, 'experts', block.mlp).fc2.weight for block in model.blocks]
     return [weight.std().item() for weight in weights]
 
 
@@ -34,15 +33,13 @@ def fresh(name: str, shared: bool, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize(
+@cases(
     'name, options, scaled',
-    [
-        (OWN, {}, False),
-        (OWN, {'fix_init': True}, True),
-        (VIT, {}, False),
-        (VIT, {'fix_init': True}, True),
-        (DINOV3, {}, True),
-    ],
+    (OWN, {}, False),
+    (OWN, {'fix_init': True}, True),
+    (VIT, {}, False),
+    (VIT, {'fix_init': True}, True),
+    (DINOV3, {}, True),
 )
 def test_fresh_experts_are_spread_as_the_mlps_in_their_place(name, options, scaled, shared):
     dense = timm.create_model(VIT if name == OWN else name, **{**TINY, **options})

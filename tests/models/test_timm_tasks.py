@@ -66,9 +66,8 @@ def test_state_moves_once_per_step_and_travels_in_checkpoints(make_tiny, checkpo
         again = make_task(make_tiny(method, depth=2, **chosen))
         again.load_checkpoint_state(state['state_dict'])
         moved |= again.trainable_module.state_dict()
-        moved |= {
-            f'ema.{k}': v for k, v in task.get_checkpoint_state(ema=True)['state_dict_ema'].items()
-        }
+        averages = task.get_checkpoint_state(ema=True)
+        moved |= {f'ema.{k}': v for k, v in averages['state_dict_ema'].items()}
     prefix = 'blocks.1.mlp.'
     assert moved[f'{prefix}quantizer.codebook.updates'] == 3
     assert moved[f'{prefix}quantizer.codebook.started']

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS, start_training
 
+from .. import cases
+
 TARGETS = torch.arange(4)
 # Checkpointing repeats the very same operations, so nothing may differ but the order in which
 # gradients of two passes are added.
@@ -44,9 +46,10 @@ def accumulated(model: nn.Module, batches: list[Tensor]) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(
+@cases(
     'kwargs, passes',
-    [({}, 1), ({'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1}, 2)],
+    ({}, 1),
+    ({'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1}, 2),
     ids=['one pass', 'LayerScale, DropPath, two passes'],
 )
 def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
@@ -63,18 +66,14 @@ def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
     torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
 
 
-@pytest.mark.parametrize(
+@cases(
     'method, options',
-    [
-        ('vqmoe', {}),
-        ('vqmoe', {'form': 'discrete'}),
-        ('vqmoe', {'codebook': 'cvq'}),
-        ('stablemoe', {'stage1_steps': 1}),
-    ],
+    ('vqmoe', {}),
+    ('vqmoe', {'form': 'discrete'}),
+    ('vqmoe', {'codebook': 'cvq'}),
+    ('stablemoe', {'stage1_steps': 1}),
 )
-def test_backward_outside_the_block_is_an_error_in_a_block_of_timm(
-    make_tiny, images, method, options
-):
+def test_backward_outside_the_block_is_an_error_in_timms_block(make_tiny, images, method, options):
     """Nothing behind the experts keeps a tensor there, so that the repeated pass ends early."""
     model = make_tiny(method, **options).train()
     model.set_grad_checkpointing()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models.fitting import transfer
 
+from .. import cases
 from .conftest import TINY, dense, fit_state, make
 
 
@@ -121,22 +122,20 @@ def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
+@cases(
     'options, source, said',
-    [
-        ({}, dict(embed_dim=64, num_heads=4), r'cls_token is \(1, 1, 64\)'),
-        ({}, dict(no_embed_class=True), r'pos_embed is \(1, 16,.*no_embed_class=False'),
-        (dict(no_embed_class=True), {}, r'pos_embed is \(1, 17, 32\).*no_embed_class=True'),
-        ({}, dict(depth=6), 'unexpected keys: blocks.4.norm1'),
-        ({}, dict(depth=3), 'missing keys: blocks.3.norm1'),
-        (dict(init_values=0.1), {}, 'missing keys: blocks.0.ls1.gamma'),
-        (dict(pre_norm=True), {}, 'unexpected keys: patch_embed.proj.bias'),
-        ({}, dict(in_chans=1), r'proj.weight is \(32, 1, 8, 8\), the model'),
-        ({}, dict(mlp_ratio=3.7), r'blocks.0.mlp.fc1.weight is \(118, 32\)'),
-        ({}, dict(reg_tokens=3), 'unexpected keys: reg_token'),
-        ({}, dict(norm_layer='rmsnorm'), 'missing keys: blocks.0.norm1.bias'),
-        (dict(norm_layer='rmsnorm'), {}, 'unexpected keys: blocks.0.norm1.bias'),
-    ],
+    ({}, dict(embed_dim=64, num_heads=4), r'cls_token is \(1, 1, 64\)'),
+    ({}, dict(no_embed_class=True), r'pos_embed is \(1, 16,.*no_embed_class=False'),
+    (dict(no_embed_class=True), {}, r'pos_embed is \(1, 17, 32\).*no_embed_class=True'),
+    ({}, dict(depth=6), 'unexpected keys: blocks.4.norm1'),
+    ({}, dict(depth=3), 'missing keys: blocks.3.norm1'),
+    (dict(init_values=0.1), {}, 'missing keys: blocks.0.ls1.gamma'),
+    (dict(pre_norm=True), {}, 'unexpected keys: patch_embed.proj.bias'),
+    ({}, dict(in_chans=1), r'proj.weight is \(32, 1, 8, 8\), the model'),
+    ({}, dict(mlp_ratio=3.7), r'blocks.0.mlp.fc1.weight is \(118, 32\)'),
+    ({}, dict(reg_tokens=3), 'unexpected keys: reg_token'),
+    ({}, dict(norm_layer='rmsnorm'), 'missing keys: blocks.0.norm1.bias'),
+    (dict(norm_layer='rmsnorm'), {}, 'unexpected keys: blocks.0.norm1.bias'),
 )
 def test_another_size_or_part_is_named(options, source, said):
     assert re.search(said, refusal(make('smoe', **options), dense(**source).state_dict()))
@@ -157,11 +156,11 @@ def test_a_last_norm_that_is_missing_is_a_warning():
     assert len(said) == 1 and said[0] in report.lines()
 
 
-@pytest.mark.parametrize(
+@cases(
     'name',
-    ['beit_base_patch16_224', 'vit_relpos_small_patch16_224', 'vit_srelpos_small_patch16_224',
+    'beit_base_patch16_224', 'vit_relpos_small_patch16_224', 'vit_srelpos_small_patch16_224',
      'samvit_base_patch16', 'naflexvit_base_patch16_gap', 'vit_small_patch16_18x2_224',
-     'vit_tiny_r_s16_p8_224'],
+     'vit_tiny_r_s16_p8_224',
 )  # fmt: skip
 @pytest.mark.parametrize('host', ['vit_tiny_smoe', DINO])
 def test_another_network_is_refused(name, host):

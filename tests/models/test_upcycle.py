@@ -20,6 +20,7 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.upcycle import Upcycling, upcycle
 from vqmoe_vision.moe.experts import Experts
 
+from .. import cases
 from .conftest import DENSE, EXACT, TINY, check_complete, dense, make, shaken
 
 
@@ -184,15 +185,13 @@ def test_a_file_is_known_by_all_its_usual_names(form, name, tmp_path, monkeypatc
         assert found == starting_weights(ConfigDict(upcycle=str(path))) and found
 
 
-@pytest.mark.parametrize(
+@cases(
     'name, options',
-    [
-        ('vit_tiny_patch16_224', dict(init_values=0.1)),
-        ('vit_tiny_patch16_224', dict(reg_tokens=2, no_embed_class=True, init_values=0.1)),
-        ('vit_tiny_patch16_224', dict(class_token=False, global_pool='avg')),
-        ('vit_tiny_patch16_224', dict(qk_norm=True, pre_norm=True, proj_bias=False)),
-        ('deit3_small_patch16_224', dict(no_embed_class=True, init_values=0.1)),
-    ],
+    ('vit_tiny_patch16_224', dict(init_values=0.1)),
+    ('vit_tiny_patch16_224', dict(reg_tokens=2, no_embed_class=True, init_values=0.1)),
+    ('vit_tiny_patch16_224', dict(class_token=False, global_pool='avg')),
+    ('vit_tiny_patch16_224', dict(qk_norm=True, pre_norm=True, proj_bias=False)),
+    ('deit3_small_patch16_224', dict(no_embed_class=True, init_values=0.1)),
 )
 def test_other_networks_start_the_same_ones_and_no_others(name, options, tmp_path, images):
     source, path = dense(name, **options), str(tmp_path / 'a.safetensors')
@@ -218,9 +217,8 @@ def test_dinov2s_own_files_with_registers_are_understood(images):
     state['register_tokens'] = state.pop('reg_token')
     state['mask_token'] = torch.zeros(1, 32)
     config = {'state_dict': state}
-    model: Any = make(
-        'smoe', pretrained=True, pretrained_cfg_overlay=config, **options, renormalize=True
-    )
+    given = dict(pretrained=True, pretrained_cfg_overlay=config, renormalize=True)
+    model: Any = make('smoe', **given, **options)
     torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-5, atol=1e-5)
 
 
@@ -251,10 +249,10 @@ def test_numbers_that_no_images_have_are_refused(numbers, field, saved, tmp_path
             build()
 
 
-@pytest.mark.parametrize(
+@cases(
     'part, shape',
-    [('fc2.bias', (64,)), ('fc2.bias', (1,)), ('fc2.weight', (64, 128)), ('fc1.bias', (256,)),
-     ('fc1.bias', (64,)), ('fc1.weight', ())],
+    ('fc2.bias', (64,)), ('fc2.bias', (1,)), ('fc2.weight', (64, 128)), ('fc1.bias', (256,)),
+     ('fc1.bias', (64,)), ('fc1.weight', ()),
 )  # fmt: skip
 def test_an_mlp_of_parts_that_do_not_fit_leaves_the_model_as_it_is(part, shape, saved):
     state = saved[0].state_dict()
@@ -267,18 +265,16 @@ def test_an_mlp_of_parts_that_do_not_fit_leaves_the_model_as_it_is(part, shape, 
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
+@cases(
     'source, message',
-    [
-        ('resnet50', "upcycle='resnet50' is not possible: a VisionTransformer of timm"),
-        ('vit_smal_patch16_224', 'did you mean vit_small_patch16_224'),
-        ('vit_tiny_smoe', 'a name that has weights'),
-        ('local-dir:nowhere', 'a folder with the config.json'),
-        ('nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
-        (3, 'upcycle=3'),
-        ('https://x.y/z.pth', "upcycle='https://x.y/z.pth' is not possible"),
-        ('vit_small_patch16_dinov3.lvd1689m', 'a VisionTransformer of timm'),
-    ],
+    ('resnet50', "upcycle='resnet50' is not possible: a VisionTransformer of timm"),
+    ('vit_smal_patch16_224', 'did you mean vit_small_patch16_224'),
+    ('vit_tiny_smoe', 'a name that has weights'),
+    ('local-dir:nowhere', 'a folder with the config.json'),
+    ('nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
+    (3, 'upcycle=3'),
+    ('https://x.y/z.pth', "upcycle='https://x.y/z.pth' is not possible"),
+    ('vit_small_patch16_dinov3.lvd1689m', 'a VisionTransformer of timm'),
 )
 def test_a_source_that_is_none_is_named(source, message):
     with pytest.raises(ValueError, match=message):

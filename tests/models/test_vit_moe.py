@@ -12,6 +12,7 @@ from vqmoe_vision.models import MoeVisionTransformer
 from vqmoe_vision.models.layers import resolve_moe_layers
 from vqmoe_vision.moe import METHODS, MoeLayer
 
+from .. import cases
 from ..variants import trials
 
 NAMES = timm.list_models('vit_*', module='vit_moe')
@@ -42,19 +43,17 @@ def test_default_size_and_placement(name):
     assert {k: v for k, v in own.items() if not k.startswith('patch_embed.reader.')} == others
 
 
-@pytest.mark.parametrize(
+@cases(
     'layers, depth, expected',
-    [
-        ('every2', 5, (1, 3)),
-        ('every2', 6, (1, 3, 5)),
-        ('every1', 3, (0, 1, 2)),
-        ('every3', 7, (2, 5)),
-        ('last2', 12, (9, 11)),  # V-MoE's Last 2 of a B/16
-        ('last1', 4, (3,)),
-        ([2, 0, 2], 3, (0, 2)),
-        ((1,), 3, (1,)),
-        (range(2), 4, (0, 1)),
-    ],
+    ('every2', 5, (1, 3)),
+    ('every2', 6, (1, 3, 5)),
+    ('every1', 3, (0, 1, 2)),
+    ('every3', 7, (2, 5)),
+    ('last2', 12, (9, 11)),  # V-MoE's Last 2 of a B/16
+    ('last1', 4, (3,)),
+    ([2, 0, 2], 3, (0, 2)),
+    ((1,), 3, (1,)),
+    (range(2), 4, (0, 1)),
 )
 def test_which_blocks_are_moe(layers, depth, expected):
     assert resolve_moe_layers(layers, depth) == expected

@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from vqmoe_vision.engine.checkpoint import load_from_local, start_from
 from vqmoe_vision.models.create import create_model, create_saved
 
+from .. import cases
 from .conftest import DENSE, TINY, dense, make
 
 OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
@@ -59,13 +60,11 @@ def test_a_flipped_bit_is_found(way, tmp_path):
     refused(r"pytorch_model\.bin' is damaged: .* does not match its checksum", builds[way])
 
 
-@pytest.mark.parametrize(
+@cases(
     'content, message',
-    [
-        ('{"architecture": "vit', r"config\.json' cannot be read"),
-        ('{}', r'a folder with the config\.json of timm'),
-        (OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}', "{'depht': 3}"),
-    ],
+    ('{"architecture": "vit', r"config\.json' cannot be read"),
+    ('{}', r'a folder with the config\.json of timm'),
+    (OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}', "{'depht': 3}"),
 )
 def test_a_folder_whose_configuration_is_none(content, message, tmp_path):
     folder = folder_of(tmp_path, dense(), safe=True)
@@ -132,17 +131,15 @@ def test_other_files_are_no_weights(kind, tmp_path):
 
 
 @pytest.mark.parametrize('way', ['upcycle', 'checkpoint_path', 'start_from', 'load_from'])
-@pytest.mark.parametrize(
+@cases(
     'name, change',
-    [
-        ('head.weight', lambda value: value.to_sparse()),
-        ('head.weight', lambda value: value.to('meta')),
-        ('norm.bias', lambda value: value * torch.nan),
-        ('pos_embed', lambda value: value / 0),
-        ('cls_token', lambda value: value.to(torch.int8)),
-        ('blocks.0.mlp.fc2.weight', lambda value: value.to(torch.int8)),
-        ('blocks.1.mlp.fc1.weight', lambda v: v.index_fill(0, torch.tensor([3]), torch.inf)),
-    ],
+    ('head.weight', lambda value: value.to_sparse()),
+    ('head.weight', lambda value: value.to('meta')),
+    ('norm.bias', lambda value: value * torch.nan),
+    ('pos_embed', lambda value: value / 0),
+    ('cls_token', lambda value: value.to(torch.int8)),
+    ('blocks.0.mlp.fc2.weight', lambda value: value.to(torch.int8)),
+    ('blocks.1.mlp.fc1.weight', lambda v: v.index_fill(0, torch.tensor([3]), torch.inf)),
 )
 def test_tensors_without_values(name, change, way, tmp_path):
     path, source = str(tmp_path / 'a.pth'), dense()

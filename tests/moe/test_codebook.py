@@ -256,9 +256,7 @@ def test_tokens_without_a_rotation():
     'expert_input, of_token, of_code',
     [('mix', 1 - SHARE, SHARE), ('ste', 0.0, 1.0), ('official', 1 - 2 * SHARE, SHARE)],
 )
-def test_every_reading_has_the_values_as_before_and_turns_the_part_of_the_code(
-    expert_input, of_token, of_code
-):
+def test_every_reading_keeps_its_values_and_turns_the_code(expert_input, of_token, of_code):
     options = {'expert_input': expert_input, 'code_share': SHARE}
     straight, turned = (
         Quantizer(D, VQMoEConfig(rotation_trick=rotation_trick, **options))

@@ -157,9 +157,7 @@ def test_a_layer_says_whether_an_update_moves_its_state(make_model, snapshot, me
 
 @every_case
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-def test_checkpointing_changes_neither_losses_nor_gradients_nor_state(
-    make_model, method, options, training
-):
+def test_checkpointing_changes_no_loss_gradient_or_state(make_model, method, options, training):
     plain, x = make_model(method, **options).train(training), tokens()
     checkpointed = copy.deepcopy(plain)
     checkpointed.checkpointing = True
@@ -209,9 +207,7 @@ def refusal(expected, match):
 
 @every_case
 @pytest.mark.parametrize('update_state', [True, False], ids=['updated', 'waiting'])
-def test_a_later_backward_has_the_gradients_of_one_in_the_block(
-    make_model, method, options, update_state
-):
+def test_a_later_backward_has_the_gradients_of_the_block(make_model, method, options, update_state):
     model, x = make_model(method, **options), tokens()
     with collect_losses(model):
         model(x)  # codes that start by the tokens have started
@@ -246,20 +242,17 @@ def test_blocks_may_wait_for_one_backward(make_model, method, options):
 
 @pytest.mark.long  # methods with their defaults are compiled in models
 @every_case
-def test_compiled_layer_has_equal_losses_and_gradients_and_compiles_once(
-    make_layer, method, options
-):
+def test_compiled_layer_has_equal_losses_and_gradients(make_layer, method, options):
     plain = make_layer(method, **options)
     twin = copy.deepcopy(plain)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(twin, fullgraph=True, backend=counter)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, twin)]
+    models = (plain, twin)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
     for i in range(4):
         x, results = tokens(), []
-        for model, module, optimizer in zip(
-            (plain, compiled), (plain, twin), optimizers, strict=True
-        ):
+        for model, module, optimizer in zip((plain, compiled), models, optimizers, strict=True):
             torch.manual_seed(i)
             module.zero_grad(set_to_none=True)
             with collect_losses(model) as collected:

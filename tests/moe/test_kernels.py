@@ -180,12 +180,8 @@ def require(kernel, x, weight, dtype):
 @pytest.mark.parametrize('dtype', LOW, ids=str)
 @pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('drop', [False, True])
-@pytest.mark.parametrize(
-    'shape', [(12, 4, 1, 8, 16), (12, 4, 2, 8, 16), (12, 4, 2, 5, 11)], ids=str
-)
-def test_autocast_computes_in_low_precision_and_returns_gradients_in_float32(
-    shape, drop, kernel, dtype
-):
+@pytest.mark.parametrize('shape', [(12, 4, 1, 8, 16), (12, 4, 2, 8, 16), (12, 4, 2, 5, 11)])
+def test_autocast_computes_low_and_returns_gradients_in_float32(shape, drop, kernel, dtype):
     experts, x, indices, weights = make_case(*shape, bias=True)
     experts, x, weights = experts.float(), x.float(), weights.float()
     require(kernel, x, experts.fc1.weight, dtype)

@@ -10,6 +10,8 @@ from hypothesis import given
 from vqmoe_vision.moe.kernels import cpu as plan_module
 from vqmoe_vision.moe.kernels import make_plan
 
+from .. import cases
+
 
 @given(
     st.integers(1, 6),
@@ -50,42 +52,38 @@ def _same_threads_after() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
+@cases(
     'loads, dtype, amx, threads, expected',
-    [
-        # float32, two threads: even groups may add 32 rows per expert ...
-        ([1032, 968], 'float32', True, 2, [1032, 1032]),
-        ([1033, 967], 'float32', True, 2, [1033, 967]),
-        # ... where not, neighbours may ...
-        ([1000, 1030, 600, 610], 'float32', True, 2, [1030, 1030, 610, 610]),
-        ([1000, 1070, 600, 610, 9], 'float32', True, 2, [1000, 1070, 610, 610, 9]),
-        # ... and at most a quarter: 2 * 60 rows are 100 + 100 / 4 at most, 2 * 63 are not
-        ([40, 60], 'float32', True, 2, [60, 60]),
-        ([37, 63], 'float32', True, 2, [37, 63]),
-        ([1001, 999], 'float32', True, 1, [1001, 999]),
-        # neighbours only below float32 without AMX, in blocks of 8
-        ([486, 440, 486, 486], 'bfloat16', False, 2, [488, 488, 488, 488]),
-        ([486, 440], 'bfloat16', False, 2, [488, 488]),
-        ([497, 431], 'bfloat16', False, 2, [504, 432]),
-        ([486, 440], 'bfloat16', False, 1, [488, 440]),
-        ([480, 490, 500], 'bfloat16', False, 2, [496, 496, 504]),
-        # with AMX blocks of 32: 2 * 1056 rows for 1035 + 980 assignments are 97 more, where 2 * 50
-        # are allowed on one thread; for 1035 + 970 they are 107 more
-        ([1035, 980], 'bfloat16', True, 1, [1056, 1056]),
-        ([1035, 970], 'bfloat16', True, 1, [1056, 992]),
-        # and a twelfth more on two: 2 * 1088 for 1070 + 910 are 196 more, 100 + 165 are allowed
-        ([1070, 910], 'bfloat16', True, 2, [1088, 1088]),
-        ([1250, 730], 'bfloat16', True, 2, [1280, 736]),
-        # above 128 blocks they double: of 16 above 1024 rows, of 32 above 2048
-        ([1025, 2049, 9], 'bfloat16', False, 1, [1040, 2080, 16]),
-        # never with an empty expert: there is nothing of its own to fill it with
-        ([0, 150, 160], 'float16', True, 2, [0, 160, 160]),
-        ([0, 20, 21], 'float32', True, 2, [0, 20, 21]),
-    ],
+    # float32, two threads: even groups may add 32 rows per expert ...
+    ([1032, 968], 'float32', True, 2, [1032, 1032]),
+    ([1033, 967], 'float32', True, 2, [1033, 967]),
+    # ... where not, neighbours may ...
+    ([1000, 1030, 600, 610], 'float32', True, 2, [1030, 1030, 610, 610]),
+    ([1000, 1070, 600, 610, 9], 'float32', True, 2, [1000, 1070, 610, 610, 9]),
+    # ... and at most a quarter: 2 * 60 rows are 100 + 100 / 4 at most, 2 * 63 are not
+    ([40, 60], 'float32', True, 2, [60, 60]),
+    ([37, 63], 'float32', True, 2, [37, 63]),
+    ([1001, 999], 'float32', True, 1, [1001, 999]),
+    # neighbours only below float32 without AMX, in blocks of 8
+    ([486, 440, 486, 486], 'bfloat16', False, 2, [488, 488, 488, 488]),
+    ([486, 440], 'bfloat16', False, 2, [488, 488]),
+    ([497, 431], 'bfloat16', False, 2, [504, 432]),
+    ([486, 440], 'bfloat16', False, 1, [488, 440]),
+    ([480, 490, 500], 'bfloat16', False, 2, [496, 496, 504]),
+    # with AMX blocks of 32: 2 * 1056 rows for 1035 + 980 assignments are 97 more, where 2 * 50
+    # are allowed on one thread; for 1035 + 970 they are 107 more
+    ([1035, 980], 'bfloat16', True, 1, [1056, 1056]),
+    ([1035, 970], 'bfloat16', True, 1, [1056, 992]),
+    # and a twelfth more on two: 2 * 1088 for 1070 + 910 are 196 more, 100 + 165 are allowed
+    ([1070, 910], 'bfloat16', True, 2, [1088, 1088]),
+    ([1250, 730], 'bfloat16', True, 2, [1280, 736]),
+    # above 128 blocks they double: of 16 above 1024 rows, of 32 above 2048
+    ([1025, 2049, 9], 'bfloat16', False, 1, [1040, 2080, 16]),
+    # never with an empty expert: there is nothing of its own to fill it with
+    ([0, 150, 160], 'float16', True, 2, [0, 160, 160]),
+    ([0, 20, 21], 'float32', True, 2, [0, 20, 21]),
 )
-def test_groups_are_even_where_that_costs_few_rows(
-    loads, dtype, amx, threads, expected, monkeypatch
-):
+def test_groups_are_even_where_it_costs_few_rows(loads, dtype, amx, threads, expected, monkeypatch):
     monkeypatch.setattr(plan_module, '_HAS_AMX', amx)
     torch.set_num_threads(threads)
     assert groups(loads, getattr(torch, dtype)) == expected

@@ -52,9 +52,7 @@ def read(path: Path) -> dict[str, Any]:
 def close(ours: Tensor, theirs: Any, what: str) -> None:
     expected = torch.tensor(theirs, dtype=ours.dtype)
     allowed = TOLERANCE * expected.abs().max().item()
-    torch.testing.assert_close(
-        ours, expected, rtol=0, atol=allowed, msg=lambda text: f'{what}: {text}'
-    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=allowed, msg=lambda t: f'{what}: {t}')
 
 
 def load(module: nn.Module, weights: dict[str, Any]) -> None:

@@ -196,10 +196,8 @@ def test_prediction_reads_images_as_the_test_does(option, as_file, trained, conf
 
 def test_classes_that_a_config_chooses(trained, config, tmp_path):
     def choosing(*classes: str, heads: int = 11) -> str:
-        chosen = f'test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))'
-        return write_variant(
-            config, f'{chosen}\nmodel = dict(decode_head=dict(num_classes={heads}))'
-        )
+        ours = f'test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))'
+        return write_variant(config, f'{ours}\nmodel = dict(decode_head=dict(num_classes={heads}))')
 
     chosen, checkpoint = choosing('3', '1', heads=2), str(tmp_path / 'two.pth')
     torch.save(MODELS.build(load_config(chosen).model).state_dict(), checkpoint)

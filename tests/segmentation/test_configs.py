@@ -11,6 +11,7 @@ from mmseg.registry import DATASETS
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.vit_moe import SIZES
 
+from .. import cases
 from ..rows import CONFIGS, ROWS, ade20k, leaves, row_options
 from .conftest import build, write_pair
 
@@ -47,12 +48,10 @@ def dataset(config: Config, split: str = 'train') -> Any:
     return config[f'{split}_dataloader'].dataset
 
 
-@pytest.mark.parametrize(
+@cases(
     'leaf, size, row',
-    [
-        *((DATA_SETS[0], size, 'vqmoe') for size in SIZES if size != 'tiny'),
-        *((leaf, SMALL.get(leaf, 'tiny'), row) for leaf in (*DATA_SETS, *SMALL) for row in ROWS),
-    ],
+    *((DATA_SETS[0], size, 'vqmoe') for size in SIZES if size != 'tiny'),
+    *((leaf, SMALL.get(leaf, 'tiny'), row) for leaf in (*DATA_SETS, *SMALL) for row in ROWS),
 )
 def test_every_config_takes_every_row(leaf, size, row, monkeypatch):
     config = load(leaf, row, size)

@@ -17,6 +17,7 @@ from vqmoe_vision.models.export import differences, export_onnx, load_exported
 from vqmoe_vision.segmentation import TimmViT
 from vqmoe_vision.segmentation.segmentor import SegmentorGraph
 
+from .. import cases
 from ..classification.test_travel import CODE, equal
 from ..rows import ROWS, row_options
 from ..runs import NORMALIZATION, leave_run
@@ -42,14 +43,12 @@ def raw_and_normalised(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tenso
     return raw, (raw.flip(1).float() - 127.5) / 127.5
 
 
-@pytest.mark.parametrize(
+@cases(
     'preprocessor, test_cfg, size',
-    [
-        *(({'size_divisor': 8}, {'mode': 'whole'}, size) for size in ((32, 32), (37, 50))),
-        *(({'size_divisor': 8}, SLIDE, size) for size in ((61, 70), (32, 32), (24, 70))),
-        *(({'size_divisor': 16}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
-        *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
-    ],
+    *(({'size_divisor': 8}, {'mode': 'whole'}, size) for size in ((32, 32), (37, 50))),
+    *(({'size_divisor': 8}, SLIDE, size) for size in ((61, 70), (32, 32), (24, 70))),
+    *(({'size_divisor': 16}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
+    *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
     ids=str,
 )
 def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):

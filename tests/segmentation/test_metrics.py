@@ -14,6 +14,8 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from vqmoe_vision.segmentation import mmseg_patches
 from vqmoe_vision.segmentation.mmseg_patches import accuracy
 
+from .. import cases
+
 CLASSES = 5
 
 
@@ -53,13 +55,11 @@ def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
+@cases(
     'field, value',
-    [
-        ('iou_metric', 'mDice'),
-        *(('iou_metrics', value) for value in (['mIou'], [], [['mIoU']])),
-        ('collect_dir', 'a'),
-    ],
+    ('iou_metric', 'mDice'),
+    *(('iou_metrics', value) for value in (['mIou'], [], [['mIoU']])),
+    ('collect_dir', 'a'),
 )
 def test_options_that_the_metric_would_ignore_or_fail_on(field, value):
     with pytest.raises(ValueError, match=rf'^CheckedIoUMetric\.{field}='):
@@ -106,9 +106,8 @@ def test_accuracy_is_mmsegs_to_the_bit(void, ignored, dtype):
 
 def test_every_tensor_of_a_sample_is_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor + 1)  # needs a device
-    sample = SegDataSample(
-        metainfo={'img_shape': (2, 2)}, gt_sem_seg=PixelData(data=torch.zeros(1, 2, 2))
-    )
+    labels = PixelData(data=torch.zeros(1, 2, 2))
+    sample = SegDataSample(metainfo={'img_shape': (2, 2)}, gt_sem_seg=labels)
     pinned = sample.pin_memory()
     assert pinned.img_shape == (2, 2) and pinned.gt_sem_seg.data.eq(1).all()
     assert sample.gt_sem_seg.data.eq(0).all()
@@ -126,7 +125,6 @@ def test_losses_are_computed_in_float32_at_least(dtype):
     assert torch.equal(found, mmseg_patches._theirs(head, logits.to(exact), samples)['loss_ce'])
     if dtype is torch.bfloat16:  # which autocast treats operator by operator, as it did
         with torch.autocast('cpu', dtype):
-            found, theirs = (
-                f(head, logits, samples) for f in (type(head).loss_by_feat, mmseg_patches._theirs)
-            )
+            both = type(head).loss_by_feat, mmseg_patches._theirs
+            found, theirs = (f(head, logits, samples) for f in both)
         assert torch.equal(found['loss_ce'], theirs['loss_ce'])

@@ -21,6 +21,7 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.segmentation.inference import Predictor
 from vqmoe_vision.segmentation.preprocessor import CheckedPreProcessor, converts_channels
 
+from .. import cases
 from ..rows import CONFIGS
 from ..runs import NORMALIZATION, leave_run, train
 from .conftest import tiny_segmentor
@@ -78,7 +79,7 @@ def test_a_segmenter_is_fed_as_the_classifier_was(classifier, trained):
     ours, theirs = seen = [], []
     for each, pixels in zip((predictor.model, model), seen, strict=True):
         each.backbone.register_forward_pre_hook(
-            lambda _, x, pixels=pixels: pixels.append(x[0][0, :, 20, 20])
+            lambda _, x, seen=pixels: seen.append(x[0][0, :, 20, 20])
         )
     predictor(grey)
     inference_model(model, grey)
@@ -132,16 +133,14 @@ def test_numbers_that_contradict_count_with_one_warning(classifier, trained, tmp
 
 
 @pytest.mark.parametrize('place', ['', '.from_scratch'])
-@pytest.mark.parametrize(
+@cases(
     'named, numbers',
-    [
-        ('mean', dict(mean=[0.485, 0.456, 0.406], std=[58.395, 57.12, 57.375])),
-        ('std', dict(mean=[123.675, 116.28, 103.53], std=[0.229, 0.224, 0.225])),
-        ('mean', dict(mean=[256.0] * 3, std=[1.0] * 3)),
-        ('mean', dict(mean='abc', std=[1.0] * 3)),
-        ('mean', dict(mean=[127.5] * 3)),
-        ('std', dict(std=[127.5] * 3)),
-    ],
+    ('mean', dict(mean=[0.485, 0.456, 0.406], std=[58.395, 57.12, 57.375])),
+    ('std', dict(mean=[123.675, 116.28, 103.53], std=[0.229, 0.224, 0.225])),
+    ('mean', dict(mean=[256.0] * 3, std=[1.0] * 3)),
+    ('mean', dict(mean='abc', std=[1.0] * 3)),
+    ('mean', dict(mean=[127.5] * 3)),
+    ('std', dict(std=[127.5] * 3)),
 )
 def test_numbers_that_no_images_have_are_refused(place, named, numbers):
     config = numbers if place == '' else dict(from_scratch=numbers)

@@ -14,6 +14,7 @@ from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.datasets import CamVid, CheckedDataset, complete_metainfo
 from vqmoe_vision.segmentation.inference import main as predict_cli
 
+from .. import cases
 from ..rows import CONFIGS, printed_config
 from ..runs import score, train
 from .conftest import write_pair
@@ -66,16 +67,14 @@ def test_trains_tests_draws_and_predicts(tmp_path, capsys):
 RED = [255, 0, 0]
 
 
-@pytest.mark.parametrize(
+@cases(
     'metainfo',
-    [
-        None,
-        dict(palette=[RED]),
-        dict(classes=('a', 'b'), palette=[RED]),
-        dict(classes='leaf'),
-        dict(classes=('a', 'b', 'a')),
-        dict(classes=('a', ' ')),
-    ],
+    None,
+    dict(palette=[RED]),
+    dict(classes=('a', 'b'), palette=[RED]),
+    dict(classes='leaf'),
+    dict(classes=('a', 'b', 'a')),
+    dict(classes=('a', ' ')),
 )
 def test_classes_and_palette(metainfo):
     with pytest.raises(ValueError, match=r'metainfo.*classes|palette does not match classes'):

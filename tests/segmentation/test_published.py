@@ -49,9 +49,8 @@ class Decoder(nn.Module):
     def __init__(self, classes: int, width: int, heads: int, depth: int = 2) -> None:
         super().__init__()
         norm = partial(LayerNorm, eps=1e-5)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)
-        )
+        blocks = (Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
         self.proj_dec = nn.Linear(width, width)
         self.proj_patch = nn.Parameter(torch.empty(width, width))
@@ -112,13 +111,11 @@ def zoo_model(name: str, bias: bool = True, classes: int = 150) -> Any:
     """A small model of a config of mmseg's, for windows of `SIDE` pixels."""
     config = Config.fromfile(ZOO / f'{name}.py').model
     config.pretrained = None
-    config.backbone.update(
-        embed_dims=WIDTH, num_heads=HEADS, num_layers=2, img_size=(SIDE, SIDE), patch_bias=bias
-    )
+    sizes = dict(embed_dims=WIDTH, num_heads=HEADS, num_layers=2, img_size=(SIDE, SIDE))
+    config.backbone.update(sizes, patch_bias=bias)
     fitted = dict(in_channels=WIDTH, channels=WIDTH, embed_dims=WIDTH, num_heads=HEADS)
-    config.decode_head.update(
-        {k: v for k, v in fitted.items() if k in config.decode_head}, num_classes=classes
-    )
+    known = {k: v for k, v in fitted.items() if k in config.decode_head}
+    config.decode_head.update(known, num_classes=classes)
     config.test_cfg.update(crop_size=(SIDE, SIDE), stride=(SIDE - 4, SIDE - 4))
     return drawn(MODELS.build(config))
 

@@ -14,6 +14,7 @@ from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS, update_state
 from vqmoe_vision.segmentation import TimmViT
 
+from .. import cases
 from ..forked import spawn
 from ..groups import begin
 from .conftest import tiny_backbone, tiny_segmentor, training_batch
@@ -22,11 +23,9 @@ from .conftest import tiny_backbone, tiny_segmentor, training_batch
 @pytest.mark.parametrize('method', METHODS)
 def test_every_auxiliary_loss_and_gradient_checkpointing(method):
     runs = []
-    for grad_checkpointing in (False, True):
+    for again in (False, True):
         torch.manual_seed(0)
-        model = tiny_segmentor(
-            f'vit_tiny_{method}', backbone=dict(grad_checkpointing=grad_checkpointing)
-        )
+        model = tiny_segmentor(f'vit_tiny_{method}', backbone=dict(grad_checkpointing=again))
         layer, calls = model.routed_model.blocks[1], list[int]()
         layer.attn.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
         entries = model(**training_batch(model), mode='loss')
@@ -41,7 +40,7 @@ def test_every_auxiliary_loss_and_gradient_checkpointing(method):
         logged = model.logged_statistics.summary()
         assert ('blocks.1.mlp/load_max' in logged) == hasattr(layer.mlp, 'router')
         # blocks that are not stored run again in the backward pass
-        assert len(calls) == 1 + grad_checkpointing
+        assert len(calls) == 1 + again
         runs.append((total.detach(), [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(*runs)
 
@@ -134,14 +133,12 @@ def test_neck_and_heads_have_the_width_and_heads_of_the_backbone():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize(
+@cases(
     'field, config',
-    [
-        ('decode_head', dict(decode_head=[LINEAR] * 2)),
-        ('init_cfg', dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth'))),
-        ('auxiliary_head.num_classes', dict(auxiliary_head=[dict(AUXILIARY, num_classes=5)])),
-        *((f'test_cfg.{name}', dict(test_cfg={name: (8, 8)})) for name in ('strid', 'crop_sise')),
-    ],
+    ('decode_head', dict(decode_head=[LINEAR] * 2)),
+    ('init_cfg', dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth'))),
+    ('auxiliary_head.num_classes', dict(auxiliary_head=[dict(AUXILIARY, num_classes=5)])),
+    *((f'test_cfg.{name}', dict(test_cfg={name: (8, 8)})) for name in ('strid', 'crop_sise')),
 )
 def test_what_cannot_be_is_named(field, config):
     with pytest.raises(ValueError, match=rf'^model\.{field}='):
@@ -176,16 +173,14 @@ def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm():
             LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
 
 
-DINOV3 = 'vit_small_patch16_dinov3'
+VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
 
 
 def build(*args: Any, **kwargs: Any) -> TimmViT:
     return MODELS.build(tiny_backbone(*args, **kwargs)).eval()
 
 
-@pytest.mark.parametrize(
-    'name', ['vit_tiny_patch16_224', DINOV3, *(f'vit_tiny_{m}' for m in METHODS)]
-)
+@pytest.mark.parametrize('name', [VIT, DINOV3, *(f'vit_tiny_{m}' for m in METHODS)])
 @pytest.mark.parametrize(
     'height, width, rows, columns', [(32, 32, 4, 4), (37, 50, 5, 7), (1, 9, 1, 2), (8, 200, 1, 25)]
 )
@@ -204,24 +199,22 @@ def test_last_features_are_the_normalised_tokens_of_the_timm_model():
 
 
 def test_every_parameter_has_a_gradient():
-    for name in ('vit_tiny_patch16_224', DINOV3):
+    for name in (VIT, DINOV3):
         for options in ({}, dict(out_indices=(0,)), dict(norm=False)):
             backbone = build(name, **options)
             sum(level.square().sum() for level in backbone(torch.randn(1, 3, 32, 32))).backward()
             assert all(p.grad is not None for p in backbone.parameters()), (name, options)
 
 
-@pytest.mark.parametrize(
+@cases(
     'field, value',
-    [
-        ('model_name', 'vit_tiny_nothing'),
-        ('model_name', 'resnet18'),
-        *(('norm_eps', value) for value in (0.0, 1e6, '1e-6')),
-        *(('out_indices', value) for value in ((1, 0), (2,), -2, ())),
-    ],
+    ('model_name', 'vit_tiny_nothing'),
+    ('model_name', 'resnet18'),
+    *(('norm_eps', value) for value in (0.0, 1e6, '1e-6')),
+    *(('out_indices', value) for value in ((1, 0), (2,), -2, ())),
 )
 def test_mistakes(field, value):
-    config = {**tiny_backbone('vit_tiny_patch16_224'), field: value}
+    config = {**tiny_backbone(VIT), field: value}
     with pytest.raises(ValueError, match=f'^{field}='):
         MODELS.build(config)
 
@@ -237,7 +230,7 @@ def test_weights_of_mmsegs_own_backbone_compute_the_same(tmp_path, prefix):
         torch.nn.init.normal_(parameter, std=0.1)
     path = tmp_path / 'theirs.pth'
     torch.save({f'{prefix}{name}': value for name, value in theirs.state_dict().items()}, path)
-    backbone = build('vit_tiny_patch16_224', checkpoint=str(path))
+    backbone = build(VIT, checkpoint=str(path))
     backbone.init_weights()
     image = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(backbone(image)[0], theirs(image)[0], rtol=1e-4, atol=1e-5)

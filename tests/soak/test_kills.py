@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from .. import cases
+
 ROOT = Path(__file__).parents[2]
 
 
 def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
     """A process of its own: it forks, which one with threads must not."""
     out = tmp_path / 'kills.json'
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/soak' / program), *arguments]
+    program = str(ROOT / 'tests/soak' / program)
+    command = [sys.executable, '-W', 'ignore', program, *arguments, '--out', str(out)]
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*command, '--out', str(out)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.is_file(), done.stderr
     return json.loads(out.read_text())
 
@@ -33,9 +34,12 @@ def test_all_kinds(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # eleven starts of up to four processes, on a machine that may be busy
-@pytest.mark.parametrize(
+@cases(
     'ranks, options',
-    [('2', ()), ('4', ()), ('2', ('--spread', 'full')), ('2', ('--spread', 'sharded'))],
+    ('2', ()),
+    ('4', ()),
+    ('2', ('--spread', 'full')),
+    ('2', ('--spread', 'sharded')),
     ids=['2', '4', '2-full', '2-sharded'],
 )
 def test_killed_ranks_are_started_again_and_go_on(tmp_path, ranks, options):

@@ -10,6 +10,7 @@ from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.losses import values_of
 from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
 
+from ... import cases
 from ..by_hand import assert_by_hand, expert
 
 D, E = 8, 4
@@ -24,14 +25,12 @@ def make_router(**options):
 SILENT = {'router_noise': 0.0, 'load_weight': 0.0}
 
 
-@pytest.mark.parametrize(
+@cases(
     'options',
-    [
-        *({'top_k': k, **SILENT} for k in (1, 2, E)),
-        {'renormalize': True, **SILENT},
-        {'preset': 'group'},
-        {'renormalize': True, 'capacity_factor': 0.5, **SILENT},
-    ],
+    *({'top_k': k, **SILENT} for k in (1, 2, E)),
+    {'renormalize': True, **SILENT},
+    {'preset': 'group'},
+    {'renormalize': True, 'capacity_factor': 0.5, **SILENT},
     ids=str,
 )
 def test_output_and_every_gradient(make_layer, options):
@@ -103,10 +102,13 @@ def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
         assert (parameter.grad is None) == ('.router.' in name), name
 
 
-@pytest.mark.parametrize(
+@cases(
     'num_tokens, top_k, factor, capacity',
     # ceil(K T C / E) with E = 4: 2*10*1/4 = 5; 2*10*.5/4 = 2.5 -> 3; 9*1/4 = 2.25 -> 3; 1 -> 1
-    [(10, 2, 1.0, 5), (10, 2, 0.5, 3), (9, 1, 1.0, 3), (1, 1, 0.1, 1)],
+    (10, 2, 1.0, 5),
+    (10, 2, 0.5, 3),
+    (9, 1, 1.0, 3),
+    (1, 1, 0.1, 1),
 )
 def test_capacity_known_answers(num_tokens, top_k, factor, capacity):
     router = make_router(top_k=top_k, eval_capacity_factor=factor).eval()

@@ -10,6 +10,7 @@ from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
 from vqmoe_vision.moe.methods.vqmoe import Quantizer, VQMoEConfig
 
+from ... import cases
 from ..by_hand import assert_by_hand, expert, moved
 
 D, E = 8, 4
@@ -108,14 +109,12 @@ def test_ste_feeds_exactly_the_code_whatever_the_precision(dtype):
     assert torch.equal(out, code) and torch.equal(x.grad, weights)
 
 
-@pytest.mark.parametrize(
+@cases(
     'codebook, codes',
-    [
-        ('ema', set()),
-        ('plain', {'quantizer.codebook.embed'}),
-        ('cvq', {'quantizer.codebook.embed'}),
-        ('simvq', {'quantizer.codebook.project.weight', 'quantizer.codebook.project.bias'}),
-    ],
+    ('ema', set()),
+    ('plain', {'quantizer.codebook.embed'}),
+    ('cvq', {'quantizer.codebook.embed'}),
+    ('simvq', {'quantizer.codebook.project.weight', 'quantizer.codebook.project.bias'}),
 )
 def test_the_vq_loss_moves_codes_and_tokens(make_layer, codebook, codes):
     net, x = make_layer('vqmoe', codebook=codebook), torch.randn(3, 20, D, requires_grad=True)
@@ -189,9 +188,8 @@ def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine)
         learned = moved(net, collected.losses['layer/diversity'])
     # tokens, and codes that learn by gradient
     assert x.grad.abs().max() > 1e-5
-    assert learned == {
-        name for name, _ in net.layer.named_parameters() if name.startswith('quantizer.codebook.')
-    }
+    names = {name for name, _ in net.layer.named_parameters()}
+    assert learned == {name for name in names if name.startswith('quantizer.codebook.')}
 
 
 def test_a_step_against_the_diversity_loss_evens_the_use_of_codes_known_answer(make_layer):
