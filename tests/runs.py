@@ -42,9 +42,7 @@ def train(config: str | Path, work: Path, *options: str, resume: bool = False) -
     return work
 
 
-def score(
-    config: str | Path, checkpoint: str | Path, work: Path, *options: str, arguments: Any = ()
-) -> dict[str, float]:
+def score(config, checkpoint, work: Path, *options: str, arguments=()) -> dict[str, float]:
     """Tests, and returns what `--out` has."""
     out = work / 'scores.json'
     given = [str(config), str(checkpoint), '--work-dir', str(work), '--out', str(out), *arguments]

@@ -93,17 +93,11 @@ def keep(tmp_path_factory):
     def run(kind: str, row: str, num_workers: int = 0, seed: int = 1) -> Keep:
         leaf, model, options = KINDS[kind]
         folder = tmp_path_factory.mktemp('run')
-        config = load_config(
-            str(CONFIGS / leaf),
-            {
-                **row_options(row, model=model),
-                **{f'{model}.{name}': value for name, value in SIZES.items()},
-                **options,
-                'train_dataloader.num_workers': num_workers,
-                'randomness.seed': seed,
-                **(features(kind, model, folder) if row in FEATURE_ROWS else {}),
-            },
-        )
+        given = row_options(row, model=model) | options
+        given |= {f'{model}.{name}': value for name, value in SIZES.items()}
+        given |= {'train_dataloader.num_workers': num_workers, 'randomness.seed': seed}
+        given |= features(kind, model, folder) if row in FEATURE_ROWS else {}
+        config = load_config(str(CONFIGS / leaf), given)
         config.work_dir = str(folder)
         config.experiment_name = f'{kind}_{row}_{num_workers}_{seed}'
         config.visualizer.vis_backends = []

@@ -16,15 +16,8 @@ import vqmoe_vision.models  # noqa: F401  registers the models
 from ..variants import VARIANTS
 
 # 16 patches and a class token per image; block 1 is MoE
-TINY = {
-    'img_size': 32,
-    'patch_size': 8,
-    'embed_dim': 16,
-    'depth': 2,
-    'num_heads': 2,
-    'num_classes': 3,
-    'num_experts': 4,
-}
+TINY = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+TINY |= {'num_experts': 4}
 
 Make = Callable[..., VisionTransformer]
 

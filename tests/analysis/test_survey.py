@@ -57,20 +57,15 @@ def make_collapsed(model: VisionTransformer) -> None:
         layer.quantizer.codebook.embed[2] = norm.bias + 0.1
 
 
+DECIDERS = ('router', 'quantizer.codebook')
 # by measure: on which side the collapsed model stands, and a border between the two
+OF_BOTH = dict(
+    load_entropy=('below', 0.5), load_variation=('above', 1), dead_experts=('above', 1.5)
+)
+OF_BOTH |= dict.fromkeys(('mutual_information', 'normalized_mutual_information'), ('below', 0.2))
+OF_BOTH |= {'changed_by_chance': ('below', 0.5)}
 COLLAPSE = {
-    **{
-        f'{decider}/{measure}': border
-        for decider in ('router', 'quantizer.codebook')
-        for measure, border in {
-            'load_entropy': ('below', 0.5),
-            'load_variation': ('above', 1),
-            'dead_experts': ('above', 1.5),
-            'changed_by_chance': ('below', 0.5),
-            'mutual_information': ('below', 0.2),
-            'normalized_mutual_information': ('below', 0.2),
-        }.items()
-    },
+    **{f'{at}/{name}': side for at in DECIDERS for name, side in OF_BOTH.items()},
     'quantizer.codebook/code_perplexity': ('below', 1.5),
     'quantizer.codebook/dead_codes': ('above', 1.5),
     # of the energy the collapsed codes miss little, as most of it is the common mean
@@ -94,7 +89,7 @@ def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny):
     for measure, (side, border) in COLLAPSE.items():
         low, high = (collapsed, sound) if side == 'below' else (sound, collapsed)
         assert low[measure] < border < high[measure], measure
-    others = {f'{d}/unrouted' for d in ('router', 'quantizer.codebook')}
+    others = {f'{d}/unrouted' for d in DECIDERS}
     others |= {'gate_continuous', 'quantizer.codebook/quantization_error'}
     assert sound.keys() == collapsed.keys() == COLLAPSE.keys() | others
 

@@ -53,13 +53,8 @@ def test_class_folder(tmp_path, in_memory):
     assert targets == [[0, 0, 0, 1, 1, 1], [0, 1]]
 
 
-FOLDERS = {
-    'class_folder': 'train',
-    'cifar10': 'cifar-10-batches-py',
-    'cifar100': 'cifar-100-python',
-    'stl10': 'stl10_binary',
-    'svhn': '',
-}
+FOLDERS = dict(class_folder='train', cifar10='cifar-10-batches-py', cifar100='cifar-100-python')
+FOLDERS |= dict(stl10='stl10_binary', svhn='')
 
 
 @pytest.mark.parametrize('name', FOLDERS)

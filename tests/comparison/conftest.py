@@ -111,22 +111,12 @@ def fill(spec) -> Callable[..., str]:
             for seed, value in enumerate(values, 1):
                 run = Run(comparison, row, seed, Path('work_dirs/comparisons'))
                 run.folder.mkdir(parents=True)
-                record = {
-                    'seed': seed,
-                    'commit': 'abc',
-                    'device': 'cpu',
-                    'hardware': 'stub',
-                    'minutes': 9.0,
-                    'cpu_minutes': 1.5,
-                    'params': 2_000_000,
-                    'active_params': 1_000_000,
-                    'macs': 10_000_000,
-                    'iterations': 2,
-                    'first_losses': [1.0 / i for i in range(1, 21)],
-                    'training_loss': [[1, 2.0], [2, 1.0]],
-                    'held_out': [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]],
-                    **changes.get(row, {}),
-                }
+                record = dict(seed=seed, commit='abc', device='cpu', hardware='stub', iterations=2)
+                record |= dict(minutes=9.0, cpu_minutes=1.5, params=2 * 10**6, active_params=10**6)
+                record |= dict(macs=10**7, first_losses=[1.0 / i for i in range(1, 21)])
+                record |= dict(training_loss=[[1, 2.0], [2, 1.0]], **changes.get(row, {}))
+                held_out = [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]]
+                record = {'held_out': held_out, **record}
                 test = {'mIoU': value, 'weights': '0123456789abcdef'}
                 for layer, unused in (('blocks.1.mlp', 0.0), ('blocks.3.mlp', 1.0)):
                     test[f'{layer}/load_unused'] = unused

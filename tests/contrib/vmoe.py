@@ -147,9 +147,7 @@ def padded_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
     return 4 * math.ceil(math.ceil(tokens * top_k * factor / experts) / 4)
 
 
-def write_files(
-    prefix: Path, tree: Tree, shards: int = 2, version: str | None = '20220622'
-) -> None:
+def write_files(prefix: Path, tree: Tree, shards: int = 2, version: Any = '20220622') -> None:
     """A checkpoint in V-MoE's files: arrays are halved, and halves lie in different shards."""
     nested: dict[str, Any] = {}
     for name, value in tree.items():

@@ -112,15 +112,11 @@ def test_no_checkpoint_deletes_a_file_of_another_run(run, trained, tmp_path):
 def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained, tmp_path):
     thesis, folder = tmp_path / 'best_thesis.pth', tmp_path / 'epoch_..'
     thesis.touch()
+    best = dict(best_ckpt=str(thesis), best_score=-1.0)
+    kept = ['../epoch_..', f'/../{thesis.name}', 0, 1, 2]
+    outdated = [str(thesis), '../best_thesis.pth', str(folder)]
     folder.mkdir()
-    crafted(
-        trained,
-        tmp_path / 'work',
-        best_ckpt=str(thesis),
-        best_score=-1.0,
-        keep_ckpt_ids=['../epoch_..', f'/../{thesis.name}', 0, 1, 2],
-        outdated_ckpts=[str(thesis), '../best_thesis.pth', str(folder)],
-    )
+    crafted(trained, tmp_path / 'work', **best, keep_ckpt_ids=kept, outdated_ckpts=outdated)
     resumed(write_config(tmp_path), tmp_path / 'work')
     assert thesis.is_file() and folder.is_dir()
     assert len(names(tmp_path / 'work')) == 2

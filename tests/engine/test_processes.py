@@ -77,28 +77,19 @@ NAMES = {
 }
 
 
-def ranks(
-    tool: str,
-    *arguments: str,
-    launcher: str = 'pytorch',
-    more: tuple[tuple[str, ...], ...] = ((), ()),
-) -> dict[str, Any]:
+def ranks(tool: str, *arguments: str, launcher='pytorch', more: Any = ((), ())) -> dict[str, Any]:
     """A run of a rank for each tuple in `more`, its own arguments."""
     size = str(len(more))
     if tool == 'train' and len(more) > 1:  # several processes are asked for their batch
         batch = 2 if Path(arguments[0]).stem == 's' else 200
         stated = ('--cfg-options', f'train_dataloader.batch_size={batch}')
         arguments = (arguments[0], *stated, *arguments[1:])
-    return {
-        'tool': tool,
-        'ranks': [
-            {
-                'variables': dict(zip(NAMES[launcher], (str(rank), size, str(rank)), strict=True)),
-                'arguments': [*arguments, '--launcher', launcher, *own],
-            }
-            for rank, own in enumerate(more)
-        ],
-    }
+    runs = []
+    for rank, own in enumerate(more):
+        variables = dict(zip(NAMES[launcher], (str(rank), size, str(rank)), strict=True))
+        given = [*arguments, '--launcher', launcher, *own]
+        runs.append({'variables': variables, 'arguments': given})
+    return {'tool': tool, 'ranks': runs}
 
 
 def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:

@@ -20,22 +20,13 @@ from ..runs import NORMALIZATION, leave_run
 
 
 def write(path: Path) -> str:
-    meta = {
-        'cfg': 'model = dict()\n',
-        STATED: {'img_size': [32, 48]},
-        'iter': 2,
-        'dataset_meta': {'classes': 'ab'},
-    }
-    torch.save(
-        {
-            'state_dict': {'w': torch.ones(2)},
-            'meta': {**meta, 'hook_msgs': {'last_ckpt': '/home/me/iter_2.pth'}},
-            'message_hub': {'log': HistoryBuffer([1.0], [1])},
-            'optimizer': {'state': {0: torch.ones(2)}},
-            'param_schedulers': [{'last_step': 2}],
-        },
-        path,
-    )
+    meta: Any = {'cfg': 'model = dict()\n', 'iter': 2, 'dataset_meta': {'classes': 'ab'}}
+    meta[STATED] = {'img_size': [32, 48]}
+    meta['hook_msgs'] = {'last_ckpt': '/home/me/iter_2.pth'}
+    weights, hub = {'w': torch.ones(2)}, {'log': HistoryBuffer([1.0], [1])}
+    content = {'state_dict': weights, 'meta': meta, 'message_hub': hub}
+    more = {'optimizer': {'state': {0: torch.ones(2)}}, 'param_schedulers': [{'last_step': 2}]}
+    torch.save(content | more, path)
     return str(path)
 
 
@@ -79,6 +70,7 @@ SIZES = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_
 MOE = dict(moe_layers='last1', num_experts=2, renormalize=True)
 NUMBERS = ['pretrained_cfg_overlay.mean=[0.4,0.5,0.6]', 'pretrained_cfg_overlay.std=[0.2,0.3,0.4]']
 OPTIONS = [f'{name}={value}' for name, value in {**SIZES, **MOE}.items()]
+CASE = ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options']
 
 
 @pytest.fixture
@@ -141,12 +133,9 @@ def test_images_of_other_channels(dense, tmp_path, channels, numbers):
 
 @cases(
     'arguments, message',
-    (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS], 'how images were normalis'),
-    (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'shapes: '),
-    (
-        ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS, *NUMBERS, 'in_chans=4'],
-        'mean=',
-    ),
+    ([*CASE, *OPTIONS], 'how images were normalis'),
+    ([*CASE, *NUMBERS], 'shapes: '),
+    ([*CASE, *OPTIONS, *NUMBERS, 'in_chans=4'], 'mean='),
     (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], 'out='),
     (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model='),
     (['NONE.pth', 'vit_tiny_smoe', 'OUT'], 'NONE.pth'),

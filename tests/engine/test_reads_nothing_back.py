@@ -59,22 +59,16 @@ class Task:
         }
 
 
+UPERNET = 'segmentation/ade20k/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py'
+LEVELS = {'model.backbone.depth': 4, 'model.backbone.out_indices': (0, 1, 2, 3)}
+NARROW = dict.fromkeys(('model.decode_head.channels', 'model.auxiliary_head.channels'), 16)
 TASKS = {
     'classification': Task(DIGITS, DIGITS),
     # ImageNet's config draws one or the other in each step
     'mixup': Task(IMAGENET, DIGITS, {'model.mixup.switch_prob': 0.0}),
     'cutmix': Task(IMAGENET, DIGITS, {'model.mixup.switch_prob': 1.0}),
     'segmentation': Task(SCENES, SCENES),
-    'upernet': Task(
-        'segmentation/ade20k/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py',
-        SCENES,
-        {
-            'model.backbone.depth': 4,
-            'model.backbone.out_indices': (0, 1, 2, 3),
-            'model.decode_head.channels': 16,
-            'model.auxiliary_head.channels': 16,
-        },
-    ),
+    'upernet': Task(UPERNET, SCENES, LEVELS | NARROW),
 }
 # what comparisons add; a line of the log is due after ten steps or more
 HOOKS = {

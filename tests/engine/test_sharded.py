@@ -49,9 +49,7 @@ def test_options_that_there_are_not(options, processes, field, monkeypatch):
         ShardingHook(**options)
 
 
-def wrapper(
-    kind: str = 'SGD', clip_grad: dict | None = None, loss_scaler: Any = None, **options: Any
-) -> OptimWrapper:
+def wrapper(kind='SGD', clip_grad=None, loss_scaler=None, **options: Any) -> OptimWrapper:
     optimizer = create_optimizer_v2(torch.nn.Linear(3, 2), kind, lr=0.1, **options)
     made: Any = OptimWrapper(optimizer, clip_grad=clip_grad)
     made.loss_scaler = loss_scaler

@@ -94,10 +94,14 @@ LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infini
     ids=['line', 'checkpoint', 'longest', 'gradient'],
 )
 @pytest.mark.usefixtures('on_device')
-def test_a_look_that_comes_later_names_the_iteration_and_saves_nothing(
-    tmp_path, monkeypatch, options, gradient,
-    message, noticed,
-) :  # fmt: skip
+def test_a_later_look_names_the_iteration_and_saves_nothing(
+    tmp_path,
+    monkeypatch,
+    options,
+    gradient,
+    message,
+    noticed,
+):
     monkeypatch.setattr(step_values, 'LONGEST', 8)
     runner = runner_of(tmp_path / 'run', **options)
     spoil = Spoil(4, gradient)

@@ -16,14 +16,7 @@ from vqmoe_vision.moe import METHODS
 from ..variants import VARIANTS
 
 # 16 patches and a class token per image; blocks 1 and 3 are MoE
-TINY = {
-    'img_size': 32,
-    'patch_size': 8,
-    'embed_dim': 32,
-    'depth': 4,
-    'num_heads': 2,
-    'num_classes': 10,
-}
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
 Make = Callable[..., nn.Module]
 DENSE = 'vit_tiny_patch16_224'
 # every way of every method to begin with the answers of a dense model: name, options, and an id
@@ -109,12 +102,7 @@ def images() -> torch.Tensor:
 def train_step() -> Callable[..., torch.Tensor]:
     """One step of the loop that users are told to write; returns the loss."""
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        images: torch.Tensor,
-        targets: torch.Tensor,
-    ) -> torch.Tensor:
+    def step(model, optimizer, images, targets) -> torch.Tensor:
         model.train()
         model.zero_grad()
         with collect_losses(model) as collected:

@@ -27,7 +27,7 @@ from .. import cases
 from ..variants import VARIANTS
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
-DENSE = 'vit_tiny_patch16_224'
+DENSE, OURS, FILE = 'vit_tiny_patch16_224', 'vit_tiny_smoe', '{}/model.safetensors'
 
 
 def test_options_of_the_moe_layers_reach_the_model():
@@ -56,19 +56,11 @@ def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
 
 @cases(
     'given',
-    dict(model_name='vit_tiny_smoe', upcycle='local-dir:{}'),
-    dict(model_name='vit_tiny_smoe', upcycle='{}/model.safetensors'),
-    dict(
-        model_name=DENSE,
-        pretrained=True,
-        pretrained_cfg_overlay={'file': '{}/model.safetensors'},
-    ),
-    dict(model_name=DENSE, moe={'method': 'smoe'}, checkpoint_path='{}/model.safetensors'),
-    dict(
-        model_name='vit_tiny_smoe',
-        pretrained_cfg={'file': '{}/model.safetensors'},
-        pretrained=True,
-    ),
+    dict(model_name=OURS, upcycle='local-dir:{}'),
+    dict(model_name=OURS, upcycle=FILE),
+    dict(model_name=DENSE, pretrained=True, pretrained_cfg_overlay={'file': FILE}),
+    dict(model_name=DENSE, moe={'method': 'smoe'}, checkpoint_path=FILE),
+    dict(model_name=OURS, pretrained=True, pretrained_cfg={'file': FILE}),
     ids=str,
 )
 def test_a_model_without_its_weights_is_the_same_network(given, tmp_path):

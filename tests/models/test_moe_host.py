@@ -13,7 +13,7 @@ from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
-from .conftest import TINY, check_complete, dense
+from .conftest import TINY, check_complete, dense, make
 from .test_saved import same
 
 VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
@@ -53,29 +53,21 @@ def test_every_tensor_of_weights_by_name_is_reported(host, moe, classes):
 
 
 # files of authors: options of the model, our names by theirs, and what timm has no use for
-THEIRS: list[Any] = [
-    pytest.param(VIT, {'init_values': 0.1}, {}, ('mask_token',), id='dinov2'),
-    pytest.param(VIT, {'init_values': 0.1}, {r'gamma_\1': r'ls(\d)\.gamma'}, (), id='deit3'),
-    pytest.param(
-        VIT,
-        {'init_values': 0.1, 'reg_tokens': 2, 'no_embed_class': True},
-        {'register_tokens': 'reg_token'},
-        ('mask_token',),
-        id='dinov2-registers',
-    ),
-    pytest.param(VIT, {'num_classes': 0}, {}, ('pre_logits.fc.weight',), id='augreg'),
-    pytest.param(
-        DINOV3,
-        {},
-        {'storage_tokens': 'reg_token', r'ls\1.gamma': r'gamma_(\d)'},
-        ('mask_token', 'rope_embed.periods', 'blocks.0.attn.qkv.bias'),
-        id='dinov3',
-    ),
-]
+SCALED = {'init_values': 0.1}
+REGISTERS = SCALED | {'reg_tokens': 2, 'no_embed_class': True}
+OF_DINOV3 = {'storage_tokens': 'reg_token', r'ls\1.gamma': r'gamma_(\d)'}
+UNUSED = ('mask_token', 'rope_embed.periods', 'blocks.0.attn.qkv.bias')
+THEIRS: dict[str, Any] = {
+    'dinov2': (VIT, SCALED, {}, ('mask_token',)),
+    'deit3': (VIT, SCALED, {r'gamma_\1': r'ls(\d)\.gamma'}, ()),
+    'dinov2-registers': (VIT, REGISTERS, {'register_tokens': 'reg_token'}, ('mask_token',)),
+    'augreg': (VIT, {'num_classes': 0}, {}, ('pre_logits.fc.weight',)),
+    'dinov3': (DINOV3, {}, OF_DINOV3, UNUSED),
+}
 
 
 @pytest.mark.parametrize('moe', ROWS)
-@pytest.mark.parametrize('host, options, names, extra', THEIRS)
+@pytest.mark.parametrize('host, options, names, extra', THEIRS.values(), ids=THEIRS)
 def test_what_timms_filter_drops_is_reported(host, options, names, extra, moe):
     source = dense(host, **options).state_dict()
     state = {name: torch.ones(32) for name in extra} | source
@@ -89,27 +81,22 @@ def test_what_timms_filter_drops_is_reported(host, options, names, extra, moe):
 
 
 OTHERS = [method for method in METHODS if method != SOME]
-TORN: list[tuple[Any, str]] = [
-    (
-        lambda state: {k: v for k, v in state.items() if 'blocks.3.' not in k},
-        r'missing keys: blocks\.3\.',
-    ),
-    (
-        lambda state: {k.replace('blocks.', 'stages.'): v for k, v in state.items()},
-        r'unexpected keys: stages\.0\.',
-    ),
-    (
-        lambda state: timm.create_model(f'vit_tiny_{OTHERS[0]}', **TINY).state_dict(),
-        r'unexpected keys: blocks\.1\.mlp\.',
-    ),
-]
+TORN: dict[str, Any] = {
+    r'missing keys: blocks\.3\.': lambda state: {
+        n: state[n] for n in state if 'blocks.3.' not in n
+    },
+    r'unexpected keys: stages\.0\.': lambda state: {
+        name.replace('blocks.', 'stages.'): value for name, value in state.items()
+    },
+    r'unexpected keys: blocks\.1\.mlp\.': lambda _: make(OTHERS[0]).state_dict(),
+}
 
 
 @pytest.mark.parametrize('classes', [10, 5, 0])  # timm is strict in none of the last two
 @pytest.mark.parametrize('moe', ROWS)
-@pytest.mark.parametrize('change, message', TORN)
-def test_weights_by_name_are_not_half_loaded(change, message, moe, classes):
-    state = change(dense().state_dict())
+@pytest.mark.parametrize('message', TORN)
+def test_weights_by_name_are_not_half_loaded(message, moe, classes):
+    state = TORN[message](dense().state_dict())
     with pytest.raises(ValueError, match=message):
         by_name(state, moe, num_classes=classes)
 

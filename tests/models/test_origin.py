@@ -78,9 +78,13 @@ def test_the_same_function_answers_alike(name, options, tmp_path, images):
     (dict(global_pool='max'), dict(global_pool='avg'), "global_pool='max'"),
 )
 def test_a_head_behind_another_pooling_starts_anew(
-    options, target, hint, way, tmp_path,
+    options,
+    target,
+    hint,
+    way,
+    tmp_path,
     caplog,
-) :  # fmt: skip
+):
     source, folder = folder_of(tmp_path, DENSE, **options)
     upcycle = f'local-dir:{folder}'
     if way != 'folder':

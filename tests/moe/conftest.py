@@ -26,10 +26,8 @@ D, E, H = 8, 4, 16
 CASES = [
     pytest.param(name, options, id=f'{name}-{label}')
     for name, method in METHODS.items()
-    for label, options in [
-        *((preset, {'preset': preset}) for preset in method.config.PRESETS),
-        *trials(method.config).items(),
-    ]
+    for options_of in ({p: {'preset': p} for p in method.config.PRESETS}, trials(method.config))
+    for label, options in options_of.items()
 ]
 
 

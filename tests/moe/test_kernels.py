@@ -14,6 +14,8 @@ from vqmoe_vision.moe.routing import Routing
 
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
 
+UP_TO_6 = st.integers(1, 6)
+
 
 def compare(case, dtype, kernel, kept=None, tokens=None):
     """A kernel in `dtype` with the naive loops in float64, from numbers that `dtype` can hold."""
@@ -32,14 +34,7 @@ def compare(case, dtype, kernel, kept=None, tokens=None):
 @pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 40),
-    st.integers(1, 6),
-    st.integers(1, 6),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
+@given(st.integers(1, 40), UP_TO_6, UP_TO_6, st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_outputs_and_every_gradient(kernel, dtype, tokens, num_experts, k, bias, drop, seed):
     case = make_case(tokens, num_experts, min(k, num_experts), 8, 16, bias, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -12,13 +12,11 @@ from vqmoe_vision.moe.kernels import make_plan
 
 from .. import cases
 
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
 
 @given(
-    st.integers(1, 6),
-    st.integers(0, 60),
-    st.integers(0, 2**31),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from([1, 2]),
+    st.integers(1, 6), st.integers(0, 60), st.integers(0, 2**31), DTYPES, st.sampled_from([1, 2])
 )
 def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype, threads):
     torch.set_num_threads(threads)

@@ -21,18 +21,8 @@ from vqmoe_vision.moe.losses import values_of
 RECORDED = Path(__file__).parent / 'recorded'
 
 # two images of 2 x 3 patches, tokens 8 wide, 4 experts of 4 hidden features
-SIZES = {
-    'embed_dim': 8,
-    'num_heads': 2,
-    'depth': 2,
-    'img_size': (8, 12),
-    'patch_size': 4,
-    'in_chans': 1,
-    'class_token': False,
-    'global_pool': 'avg',
-    'num_experts': 4,
-    'expert_mlp_ratio': 0.5,
-}
+SIZES = dict(embed_dim=8, num_heads=2, depth=2, img_size=(8, 12), patch_size=4, in_chans=1)
+SIZES |= dict(class_token=False, global_pool='avg', num_experts=4, expert_mlp_ratio=0.5)
 
 # Of a tensor's largest number. Ours computes in float32, with rounding errors of 6e-8 in each of
 # some dozens of operations: the deviations are below 9e-7, but for XMoE's balance loss 3e-6, as

@@ -82,9 +82,7 @@ class LinearDecoder(nn.Module):
 class Original(nn.Module):
     """The authors' model for one window; their encoder keeps its head for ImageNet."""
 
-    def __init__(
-        self, width: int, heads: int, depth: int, side: int, classes: int = 150, mask: bool = True
-    ) -> None:
+    def __init__(self, width, heads, depth, side, classes: int = 150, mask: bool = True) -> None:
         super().__init__()
         norm = partial(LayerNorm, eps=1e-5)
         sizes = dict(img_size=side, embed_dim=width, depth=depth, num_heads=heads)

@@ -108,13 +108,8 @@ def test_random_numbers_are_torchs():  # which differ between workers
 
 
 def load(root: Path, num_classes: int, **kwargs: Any) -> dict[str, Any]:
-    results = dict(
-        img_path=str(root / 'a.png'),
-        seg_map_path=str(root / 'b.png'),
-        reduce_zero_label=kwargs.get('reduce_zero_label', False),
-        label_map=None,
-        seg_fields=[],
-    )
+    results: Any = dict(img_path=str(root / 'a.png'), seg_map_path=str(root / 'b.png'))
+    results |= {'reduce_zero_label': False, 'label_map': None, 'seg_fields': [], **kwargs}
     return LoadLabels(num_classes).transform(LoadImage().transform(results))
 
 

@@ -64,13 +64,8 @@ class ReachedHook(Hook):
 
 # of the files of checkpoints, of their folders of parts, and of what is in these
 SUFFIXES = ('.pth', '.part', '.sharded', '.safetensors')
-EVENTS = {
-    'open': 'create',
-    'os.mkdir': 'create',
-    'os.rename': 'rename',
-    'os.remove': 'delete',
-    'os.rmdir': 'delete',
-}
+EVENTS = {'open': 'create', 'os.mkdir': 'create', 'os.rename': 'rename'}
+EVENTS |= {'os.remove': 'delete', 'os.rmdir': 'delete'}
 
 
 def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
@@ -114,12 +109,7 @@ def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, 
     return step
 
 
-def run(
-    kind: Kind,
-    folder: Path,
-    prepare: Callable[[], None] = lambda: None,
-    kill_after: tuple[int, float] | None = None,
-) -> int:
+def run(kind: Kind, folder: Path, prepare: Callable = lambda: None, kill_after: Any = None) -> int:
     """Trains in a process of its own, resumed where there is a checkpoint."""
     resume = ['--resume'] if candidates(folder / 'work') else []
     Shared.reached.value = Shared.events.value = Shared.begun.value = 0
@@ -161,7 +151,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def kill_and_go_on(
-    kind: Kind, root: Path, whole: tuple[dict[str, Any], list[str], int], draw: random.Random
+    kind: Kind, root: Path, whole: Any, draw: random.Random
 ) -> tuple[str, list[str]]:
     """Kills a training once, goes on with it, and compares."""
     expected, names, iterations = whole

@@ -80,16 +80,9 @@ def run(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> Non
     # more epochs than kills can use up
     config_file.write_text(config_file.read_text().replace('max_epochs=3', 'max_epochs=6'))
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        max_restarts=len(plan),
-        start_method='fork',
-        rdzv_backend='c10d',
-        rdzv_endpoint='localhost:0',
-        run_id=folder.name,
-        monitor_interval=0.1,
-    )
+        1, 1, ranks, max_restarts=len(plan), start_method='fork', run_id=folder.name,
+        rdzv_backend='c10d', rdzv_endpoint='localhost:0', monitor_interval=0.1,
+    )  # fmt: skip
     elastic_launch(config, attempt)(kind, folder, plan)
 
 
