@@ -36,14 +36,12 @@ _NAMES = count()  # mmengine keeps one logger per name in a process
 
 
 def train(config: str | Path, work: Path, *options: str, resume: bool = False) -> Path:
-    """Trains, and returns the work dir."""
     arguments = [str(config), '--work-dir', str(work), *['--resume'] * resume]
     cli.train([*arguments, '--cfg-options', f'experiment_name=train {next(_NAMES)}', *options])
     return work
 
 
 def score(config, checkpoint, work: Path, *options: str, arguments=()) -> dict[str, float]:
-    """Tests, and returns what `--out` has."""
     out = work / 'scores.json'
     given = [str(config), str(checkpoint), '--work-dir', str(work), '--out', str(out), *arguments]
     cli.test([*given, '--cfg-options', f'experiment_name=test {next(_NAMES)}', *options])

@@ -44,7 +44,6 @@ LAYERS = {
 
 
 def imported_parts(source: str, package: str) -> set[str]:
-    """Names of the parts of vqmoe_vision that `source`, a module inside `package`, imports."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

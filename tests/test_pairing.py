@@ -87,8 +87,6 @@ class Keep(Hook):
 
 @pytest.fixture(scope='module')
 def keep(tmp_path_factory):
-    """Runs a row of a kind."""
-
     @cache
     def run(kind: str, row: str, num_workers: int = 0, seed: int = 1) -> Keep:
         leaf, model, options = KINDS[kind]
@@ -116,7 +114,6 @@ def keep(tmp_path_factory):
 
 
 def shared(one: Keep, other: Keep) -> list[str]:
-    """Names of the tensors that two rows have in common."""
     return [k for k, v in one.start.items() if k in other.start and v.shape == other.start[k].shape]
 
 

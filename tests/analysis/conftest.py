@@ -37,7 +37,6 @@ def unpainted(monkeypatch) -> None:
 
 @pytest.fixture
 def make_tiny() -> Make:
-    """Builds a tiny model of a named method."""
     return make
 
 

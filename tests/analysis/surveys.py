@@ -62,7 +62,6 @@ def layer_survey(load: tuple[float, ...] = (0.5, 0.3, 0.2, 0.0)) -> LayerSurvey:
 
 
 def survey(title: str = 'vit_tiny_vqmoe', layers: int = 2) -> Survey:
-    """What a VQMoE would show."""
     names = [f'blocks.{2 * i + 1}.mlp' for i in range(layers)]
     shift = {f'{name}.{ROUTER}': 0.125 for name in names}
     shifts = {'gaussian_noise 3': shift, 'flip': shift}
@@ -82,7 +81,6 @@ def soft_survey(title: str = 'vit_tiny_softmoe') -> Survey:
 
 
 def history(records: int = 12) -> list[dict]:
-    """Lines of a `routing.jsonl`."""
     lines = []
     for at in range(1, records + 1):
         load = torch.softmax(torch.arange(EXPERTS) * math.exp(-at / 4), 0)

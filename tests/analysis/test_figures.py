@@ -54,7 +54,6 @@ def test_a_row_of_the_class_map_sums_to_a_hundred():
 
 
 def cell(picture, row: int, column: int) -> torch.Tensor:
-    """The middle pixel of a cell, as it is drawn."""
     (drawn,) = picture.figure.axes[0].get_images()
     step, middle = CELL + GAP, CELL // 2
     return torch.as_tensor(drawn.get_array()[row * step + middle, column * step + middle])

@@ -26,7 +26,6 @@ CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory) -> str:
-    """The report of two models and a history."""
     out = tmp_path_factory.mktemp('report') / 'new' / 'folder'
     files = write_report([survey(), soft_survey()], out, {'run': history()}, CHANGES)
     assert [file.name for file in files] == ['report.html', 'numbers.json']

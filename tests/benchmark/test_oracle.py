@@ -51,7 +51,6 @@ def test_ours_equals_the_loop(name, backward, change, cell):
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """The same value with a wrong gradient."""
     return tensor * factor - (tensor * (factor - 1)).detach()
 
 

@@ -61,7 +61,6 @@ def runner_of(config: str, work: Path, options: dict[str, Any]) -> Runner:
 
 @pytest.fixture(scope='module')
 def weights(config, tmp_path_factory) -> Path:
-    """Checkpoint of a run with a normalisation of its own."""
     run = tmp_path_factory.mktemp('weights') / 'run'
     leave_run(run, config, {}, '0123456789')
     return run / 'epoch_1.pth'

@@ -74,7 +74,6 @@ SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """The current folder."""
     (tmp_path / 'tools').mkdir()
     (tmp_path / 'tools/train.py').write_text(TRAIN)
     (tmp_path / 'tools/test.py').write_text(TEST)

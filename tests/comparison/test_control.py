@@ -144,7 +144,6 @@ def weight_detached(layer: nn.Module) -> None:
 
 
 def wrong_index(layer: nn.Module) -> None:
-    """That of the token before."""
     changed(layer, lambda decided: replace(decided, indices=decided.indices.roll(1, 0)))
 
 

@@ -29,7 +29,6 @@ needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='ne
 
 
 def calls() -> list[str]:
-    """Command lines of all trainings so far."""
     return Path('calls').read_text().splitlines() if Path('calls').exists() else []
 
 

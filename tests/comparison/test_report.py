@@ -210,7 +210,6 @@ def test_images_seen(by_epoch, drop_last, iterations, images):
 
 
 def found(path: str) -> pd.DataFrame:
-    """Its contrasts, a line each."""
     work = {'work_dir': Path('work'), 'results': Path('docs/results'), 'rows': None, 'seeds': None}
     of = cli.Work(Namespace(spec=path, **work))
     results = of.read()

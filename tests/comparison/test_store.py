@@ -28,7 +28,6 @@ SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 @pytest.fixture
 def finished(spec, says) -> list[Run]:
-    """Runs that have rows."""
     path = spec()
     says('run', path)
     comparison = read_comparison(path)
@@ -66,8 +65,6 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch):
 
 
 def having(**changes: Any) -> Callable[[str], str]:
-    """Without what is None."""
-
     def harm(text: str) -> str:
         content = {**json.loads(text), **changes}
         return json.dumps({n: v for n, v in content.items() if v is not None})

@@ -27,7 +27,6 @@ SIZES: Any = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3,
 
 
 def write(path: Path) -> dict:
-    """A checkpoint as a validated run leaves it."""
     hub = {'log': HistoryBuffer([1.0, 3.0], [1, 1]), 'mIoU': np.float32(0.5), 'iter': np.int64(2)}
     torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': hub}, path)
     return hub
@@ -44,8 +43,6 @@ def test_weights_and_log_are_read_as_data(tmp_path):
 
 
 class Call:
-    """Pickled as a call."""
-
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
 
@@ -54,7 +51,6 @@ class Call:
 
 
 def leaves(path: Path) -> Call:
-    """Code that leaves a file."""
     return Call(open, str(path), 'w')
 
 

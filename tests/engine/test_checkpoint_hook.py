@@ -37,7 +37,6 @@ def write_config(folder: Path) -> str:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """Work dir of two epochs."""
     folder = tmp_path_factory.mktemp('two_epochs')
     train([write_config(folder), '--work-dir', str(folder / 'work')])
     return folder / 'work'

@@ -48,7 +48,6 @@ def config(tmp_path, request) -> str:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """Work dir of an uninterrupted run of two epochs."""
     folder = tmp_path_factory.mktemp('trained')
     path = folder / 'tiny.py'
     path.write_text(TINY.replace('NAME', repr(f'trained {folder}')))
@@ -242,7 +241,6 @@ def prints(length: int, _: argparse.Namespace) -> None:
 
 
 def tool(_rank: int, action: Callable[[argparse.Namespace], None], errors: Path) -> None:
-    """What it prints goes where nobody reads any more."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--debug', action='store_true')
     read, write = os.pipe()

@@ -30,7 +30,6 @@ def dense(folder: Path, name: str = DEIT) -> None:
 
 
 def run_file(folder: Path, **state: torch.Tensor) -> str:
-    """What a run leaves, or one of mmseg."""
     torch.save({'state_dict': state, 'meta': {'cfg': SEGMENTATION}}, folder / 'run.pth')
     return str(folder / 'run.pth')
 

@@ -106,14 +106,12 @@ def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def said(folder: Path, run: str) -> list[str]:
-    """What each rank wrote to stderr."""
     folders = sorted((folder / run).iterdir())
     return [(rank / 'err').read_text() for rank in folders]
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
-    """A folder of runs, and how their ranks ended."""
     folder = tmp_path_factory.mktemp('ranks')
     config, work = str(folder / 'c.py'), str(folder / 'w')
     kill = ('--cfg-options', 'default_hooks.dies.type=Dies', 'default_hooks.dies.how="9"')

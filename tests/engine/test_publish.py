@@ -163,7 +163,6 @@ SMALL = ['depth=1', 'embed_dim=12', 'img_size=32', 'num_classes=5']
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> Path:
-    """Work dir of a classifier of digits."""
     folder = tmp_path_factory.mktemp('run') / 'run'
     leave_run(folder, CONFIG, OF_RUN, '0123456789')
     return folder
@@ -171,7 +170,6 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def weights(tmp_path) -> str:
-    """A timm model's own file."""
     model = timm.create_model(NAME, depth=1, embed_dim=12, img_size=32, num_classes=5)
     save_file(model.state_dict(), tmp_path / 'weights.safetensors')
     return str(tmp_path / 'weights.safetensors')

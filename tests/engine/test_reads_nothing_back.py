@@ -33,15 +33,12 @@ LOADER = {'batch_size': 4, 'num_workers': 0, 'persistent_workers': False}
 
 @dataclass(frozen=True)
 class Task:
-    """A config that is trained, small."""
-
     leaf: str
     data: str  # the config whose images it sees: they come with a library
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
-        """Field of the timm model."""
         return 'model' if self.data == DIGITS else 'model.backbone'
 
     def options_of(self, model_name: str, moe: dict[str, Any] | None) -> dict[str, Any]:

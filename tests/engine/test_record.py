@@ -35,7 +35,6 @@ def record(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory) -> Runner:
-    """A run of two epochs, trained."""
     return trained(config_of(tmp_path_factory.mktemp('record') / 'whole', **RECORD))
 
 
@@ -222,7 +221,6 @@ def losses_of(runner: Runner) -> list[float]:
 
 @pytest.fixture(scope='module')
 def kept_whole(tmp_path_factory) -> Runner:
-    """A run of two epochs, trained, with a history."""
     return trained(config_of(tmp_path_factory.mktemp('history') / 'whole', **HISTORY))
 
 

@@ -62,8 +62,6 @@ def test_augmentation_differs_between_epochs_and_is_repeated_on_resuming():
 
 
 class Seeded(Noise):
-    """Noise with the seed that the index brings."""
-
     def __getitem__(self, index: Any) -> torch.Tensor:
         seed_generators(*index.parts)
         return torch.stack([torch.tensor(float(index)), torch.rand(())])
@@ -150,8 +148,6 @@ def test_a_wrapper_keeps_the_seeds_of_samples(name, sampler):
 
 
 class Recorded(ResumableEpochLoop):
-    """Keeps the batches, and trains nothing."""
-
     def __init__(self, runner: Any, dataloader: DataLoader) -> None:
         self._runner, self.dataloader, self._epoch = runner, dataloader, 1
         self.batches: list[tuple[int, list[int]]] = []

@@ -117,7 +117,6 @@ def saved(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work(saved, tmp_path) -> Path:
-    """A copy to do harm to."""
     return shutil.copytree(saved, tmp_path / 'work')
 
 

@@ -29,7 +29,6 @@ def on_device(monkeypatch) -> None:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, without the times."""
     text = next(folder.glob('*/vis_data/scalars.json')).read_text()
     read = [json.loads(line) for line in text.splitlines()]
     return [{k: v for k, v in line.items() if 'time' not in k} for line in read]

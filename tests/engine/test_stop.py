@@ -101,8 +101,6 @@ def write(folder: Path, at: list, signals: list[int], workers='', config=TINY) -
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory) -> Callable[[str], dict]:
-    """What an uninterrupted training of a config leaves."""
-
     @functools.cache
     def train(config: str) -> dict:
         folder = tmp_path_factory.mktemp('whole')

@@ -223,7 +223,6 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def run(model: nn.Module, steps: int, wrap: Callable = lambda model: model) -> list:
-    """Train a copy of `model`; loss, gradients and statistics of each step."""
     model = copy.deepcopy(model).train()
     called = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -27,7 +27,6 @@ OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
 
 
 def flip(path: Path, values: torch.Tensor) -> None:
-    """Changes a bit of a tensor in a file, which torch would load."""
     content = path.read_bytes()
     at = content.index(values.numpy().tobytes())
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -114,8 +113,6 @@ def test_a_file_of_numpy_is_read_by_timm_alone(tmp_path):
 
 
 class Harm:
-    """What runs when it is read."""
-
     def __reduce__(self) -> Any:
         return print, ('harm',)
 

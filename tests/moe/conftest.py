@@ -71,8 +71,6 @@ class Patched(nn.Module):
 
 
 class OneLayer(Patched):
-    """One MoE layer, nothing around it."""
-
     def __init__(self, method: str, num_experts: int = E, **options) -> None:
         super().__init__()
         self.layer = self.make_layer(method, num_experts, **options)
@@ -133,7 +131,6 @@ def make_layer() -> Callable[..., OneLayer]:
 
 @pytest.fixture(scope='session')
 def make_model() -> Callable[..., Model]:
-    """Build two blocks: make_model('smoe', top_k=1)."""
     return Model
 
 
@@ -161,7 +158,6 @@ def choices() -> Callable[[nn.Module, Tensor], list[Tensor]]:
 
 @pytest.fixture
 def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
-    """Copy of a state dict."""
     return lambda module: {name: value.clone() for name, value in module.state_dict().items()}
 
 

@@ -65,7 +65,6 @@ def test_an_unused_code_is_replaced_after_459_updates(name):
 
 
 def moved_share(book, usage_counts):
-    """Share of the way to the anchor that each code goes in an update with these counts."""
     indices = torch.repeat_interleave(torch.arange(M), torch.tensor(usage_counts))
     anchor = torch.full((1, D), 50.0)
     before = book.codes().clone()
@@ -138,7 +137,6 @@ def test_a_start_happens_once(name):
 
 
 def copied_in_place(book, twin):
-    """Past everything, as averages of weights do."""
     for ours, theirs in zip(twin.state_dict().values(), state(book).values(), strict=True):
         ours.copy_(theirs)
     return twin

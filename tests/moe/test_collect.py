@@ -21,7 +21,6 @@ def tokens():
 
 
 def step(model, x, **options):
-    """Losses and gradients of one training step, without an optimizer."""
     model.zero_grad(set_to_none=True)
     with collect_losses(model, **options) as collected:
         loss = model(x).square().mean() + collected.total()

@@ -38,7 +38,6 @@ def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype,
 
 
 def groups(loads, dtype):
-    """Sizes of the groups for loads."""
     indices = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))
     return make_plan(indices, len(loads), dtype).offsets.diff(prepend=torch.zeros(1)).tolist()
 

@@ -50,7 +50,6 @@ def write_config(folder: Path, name: str) -> str:
 
 
 def write_variant(config: str, text: str) -> str:
-    """A config beside one that changes some of it."""
     path = Path(config).with_name('variant.py')
     path.write_text(f'_base_ = {config!r}\n{text}\n')
     return str(path)
@@ -63,7 +62,6 @@ def config(tmp_path, request) -> str:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """Work dir of a run of two iterations."""
     folder = tmp_path_factory.mktemp('trained')
     config = write_config(folder, 'trained')
     return train(config, folder / 'run')

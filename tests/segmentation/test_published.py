@@ -69,8 +69,6 @@ class Decoder(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """The authors' linear decoder."""
-
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         self.head = nn.Linear(width, classes)

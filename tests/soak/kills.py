@@ -42,8 +42,6 @@ mmengine_config.FormatCode = lambda text, **_: (text, True)
 
 
 class Shared:
-    """What a training says to the process that survives it."""
-
     begun = Value('i', 0)
     reached = Value('i', 0)
     events = Value('i', 0)
@@ -51,14 +49,10 @@ class Shared:
 
 @HOOKS.register_module()
 class ReachedHook(Hook):
-    """Says where a training begins, and how many iterations are done."""
-
     def before_train(self, runner: Any) -> None:
-        """Where it begins."""
         Shared.begun.value = runner.iter
 
     def after_train_iter(self, runner: Any, **_: Any) -> None:
-        """Before a checkpoint of the iteration."""
         Shared.reached.value = runner.iter + 1
 
 
@@ -110,7 +104,6 @@ def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, 
 
 
 def run(kind: Kind, folder: Path, prepare: Callable = lambda: None, kill_after: Any = None) -> int:
-    """Trains in a process of its own, resumed where there is a checkpoint."""
     resume = ['--resume'] if candidates(folder / 'work') else []
     Shared.reached.value = Shared.events.value = Shared.begun.value = 0
     process = os.fork()
@@ -137,7 +130,6 @@ def run(kind: Kind, folder: Path, prepare: Callable = lambda: None, kill_after: 
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a finished training leaves."""
     work = folder / 'work'
     content = read_content(str(last_checkpoint(work)))
     keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
@@ -153,7 +145,6 @@ def outcome(folder: Path) -> dict[str, Any]:
 def kill_and_go_on(
     kind: Kind, root: Path, whole: Any, draw: random.Random
 ) -> tuple[str, list[str]]:
-    """Kills a training once, goes on with it, and compares."""
     expected, names, iterations = whole
     folder = Path(tempfile.mkdtemp(dir=root))
     kind.write(folder)
@@ -186,7 +177,6 @@ def kill_and_go_on(
 
 
 def soak(kills: int, seed: int, out: Path | None) -> int:
-    """Kills as many trainings as asked for, of all kinds in turn."""
     draw, counts = random.Random(seed), Counter[str]()
     faults: list[str] = []
     torch.set_num_threads(1)

@@ -46,15 +46,12 @@ STABLE = {'METHOD': "'vit_tiny_stablemoe'", 'MOE': ', stage1_steps=5'}
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training."""
-
     config: str
     interval: int
     values: dict[str, str]
     arguments: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> Path:
-        """Writes the config and returns its path."""
         text = self.config
         for word in ('METHOD', 'MOE', 'CHECKPOINT', 'MORE'):
             text = text.replace(word, self.values.get(word, ''))

@@ -37,7 +37,6 @@ STEPS_IN_PARTS = (16, 2)
 
 
 def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
-    """One rank of one attempt, in a process of its own."""
     # those of the agent, which a worker of torchrun does not have
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,7 +74,6 @@ def dies_after(iterations: int, told: Path) -> Any:
 
 
 def run(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
-    """Trains with as many restarts as there are kills."""
     config_file = kind.write(folder)
     # more epochs than kills can use up
     config_file.write_text(config_file.read_text().replace('max_epochs=3', 'max_epochs=6'))
@@ -104,7 +102,6 @@ def alike(a: Any, b: Any, ranks: int) -> bool:
 
 
 def soak(kind: Kind, ranks: int, kills: int, draw: random.Random) -> tuple[Counter, list[str]]:
-    """A training that is left alone, and one that is killed and goes on."""
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name) / 'whole', Path(name) / 'killed'
         whole.mkdir()

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """What is wrong, and where."""
-
     name: str
     room: str
     sentence: str

@@ -32,7 +32,6 @@ def student_choice(net, x):
 
 
 def freeze(net):
-    """Move a layer to stage 2."""
     net.layer.router.distilled.freeze(torch.tensor(True))
     return net
 
