@@ -2,7 +2,7 @@
 
 A test that moves is named anew, with its promise; one that is dropped leaves its promise unheld.
 
-an option that would be ignored -> tests/engine/test_optim.py::test_constructor_refuses_what_it_would_ignore
+an option that would be ignored -> tests/engine/test_config.py::test_constructor_refuses_what_it_would_ignore
 restart keeps what was frozen -> tests/moe/methods/test_stablemoe.py::test_restarting_stage_1_keeps_the_frozen_router_and_learns_on
 restart where a run starts -> tests/engine/test_checkpoint.py::test_layers_begin_a_new_training_and_the_log_says_so
 losses that nobody collects -> tests/models/test_citizenship.py::test_training_uncollected_is_said_once
@@ -16,8 +16,8 @@ features_only -> tests/models/test_citizenship.py::test_features_only_equals_int
 nothing is read back -> tests/engine/test_reads_nothing_back.py::test_a_training_step_reads_nothing_back
 what is read back is found -> tests/models/test_reads_nothing_back.py::test_a_single_read_is_seen
 exact upcycling -> tests/models/test_upcycle.py::test_a_model_begins_with_the_answers_of_the_dense_one
-exact upcycling of other hosts -> tests/classification/test_hosts.py::test_it_begins_with_the_answers_of_dense_weights
-DINOv3's names -> tests/classification/test_hosts.py::test_files_of_dinov3s_authors_are_understood
+exact upcycling of other hosts -> tests/classification/test_classifier.py::test_it_begins_with_the_answers_of_dense_weights
+DINOv3's names -> tests/classification/test_classifier.py::test_files_of_dinov3s_authors_are_understood
 mmseg's names of a backbone -> tests/segmentation/test_segmentor.py::test_weights_of_mmsegs_own_backbone_compute_the_same
 mmseg's names of a Segmenter -> tests/segmentation/test_published.py::test_files_of_mmseg_give_the_logits_of_mmseg
 the authors' names of a Segmenter -> tests/segmentation/test_published.py::test_files_of_the_authors_give_their_logits

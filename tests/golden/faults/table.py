@@ -23,7 +23,7 @@ class Fault(NamedTuple):
 
 TABLE = r"""
 balance-has-no-gradient [moe] The balance loss is in the log and in the total, and balances nothing.
-vqmoe_vision/moe/losses.py: moe/test_losses.py moe/methods/test_smoe.py
+vqmoe_vision/moe/losses.py: moe/test_routing.py moe/methods/test_smoe.py
 - return BalanceLoss(torch.stack([load, token_mean(probs)]), _scaled_product)
 + return BalanceLoss(torch.stack([load, token_mean(probs.detach())]), _scaled_product)
 
@@ -103,7 +103,7 @@ vqmoe_vision/models/sharding.py: models/test_sharding.py
 + pass
 
 experts-start-by-method [models] At one seed the experts of two rows start differently: seeds are no pairs.
-vqmoe_vision/models/create.py: models/test_shared_start.py
+vqmoe_vision/models/create.py: models/test_create.py
 -                         block.mlp.experts.get_submodule(part).init_weights()
 +                         pass
 
@@ -123,7 +123,7 @@ vqmoe_vision/engine/hooks.py: engine/test_hooks.py engine/test_seeding.py
 + if True:
 
 shortest-key-wins [engine] Of two custom_keys in a name the general one sets the learning rate, not the special one.
-vqmoe_vision/engine/optim.py: engine/test_optim.py
+vqmoe_vision/engine/optim.py: engine/test_config.py
 - ordered = sorted(sorted(custom_keys), key=len, reverse=True)
 + ordered = sorted(sorted(custom_keys), key=len)
 
@@ -173,7 +173,7 @@ vqmoe_vision/segmentation/segmentor.py: segmentation/test_segmentor.py
 + filled = F.pad(labels, sides, value=0)
 
 sky-is-void [segmentation] Labels of CamVid are reduced by one: sky is ignored, and every class has another name.
-vqmoe_vision/segmentation/datasets.py: segmentation/test_data.py segmentation/test_own_data.py segmentation/test_configs.py
+vqmoe_vision/segmentation/datasets.py: segmentation/test_own_data.py segmentation/test_configs.py
 - img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, reduce_zero_label=False, **kw
 + img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, reduce_zero_label=True, **kw
 
@@ -213,12 +213,12 @@ vqmoe_vision/analysis/record.py: analysis/test_record.py analysis/test_survey.py
 + weights = weights.masked_fill(~kept, 0)
 
 colours-of-the-next-expert [analysis] Patches have the colour that the legend gives to the expert before theirs.
-vqmoe_vision/analysis/pictures.py: analysis/test_figures.py
+vqmoe_vision/analysis/pictures.py: analysis/test_report.py
 - palette = torch.cat([expert_colours(num_experts), NO_EXPERT])
 + palette = torch.cat([NO_EXPERT, expert_colours(num_experts)])
 
 mirror-not-turned-back [analysis] After a flip the left patch is compared with the right one: routing seems to change.
-vqmoe_vision/analysis/shifts.py: analysis/test_shifts.py
+vqmoe_vision/analysis/shifts.py: analysis/test_measures.py
 - lambda before, after: (before, after.flip(-1)),
 + lambda before, after: (before, after),
 
