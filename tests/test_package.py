@@ -123,7 +123,6 @@ def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path):
     assert {'py.typed', 'models/weights/test_vit_vqmoe.safetensors'} <= expected
     (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision'}
     assert info.endswith('.dist-info')
-    # and its configs are found in it
     name = 'classification/cifar10.py'
     program = f'import vqmoe_vision; print(vqmoe_vision.config_path({name!r}))'
     environment = {**os.environ, 'PYTHONPATH': str(wheel)}
@@ -197,7 +196,6 @@ def test_a_changed_file_is_marked_unless_it_is_a_row(tmp_path, monkeypatch):
         subprocess.run(['git', *arguments], cwd=tmp_path, check=True)
     subprocess.run(['git', 'config', 'diff.relative', 'true'], cwd=tmp_path, check=True)
     monkeypatch.setattr(provenance, '__file__', str(package / 'provenance.py'))
-
     clean = commit()
     (rows / 'file').write_text('another row')
     assert clean is not None and commit() == clean
@@ -283,7 +281,6 @@ def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path):
     assert {f'vit_tiny_{method}' for method in METHODS} <= set(names)
     assert task == 'MoeClassificationTask'
     assert (done.returncode, done.stderr) == (3, '')
-
     done = run_script('validate.py', cwd=tmp_path)
     assert done.stderr == 'script=validate.py is not possible: there is no such file\n'
     assert (done.returncode, done.stdout) == (2, '')

@@ -18,7 +18,6 @@ from vqmoe_vision.engine.cli import load_config
 from . import cases
 from .rows import CONFIGS, ROWS, row_options
 
-# all rows that comparisons have by name, controls among them
 ALL_ROWS = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
@@ -139,7 +138,6 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task):
 
 @cases(
     'kind, row',
-    # the others see the same loader
     *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
     *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
 )

@@ -17,7 +17,6 @@ DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 SCENES = CONFIGS / 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 SMALL = {'depth': 2, 'embed_dim': 24, 'num_heads': 2}
 
-# what pictures look like is of test_report.py and test_figures.py
 pytestmark = pytest.mark.usefixtures('unpainted')
 
 

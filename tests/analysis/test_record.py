@@ -122,7 +122,6 @@ def test_load_is_what_the_layer_reports(tiny_variant):
     for experts in record.experts.values():
         of_experts += experts[experts >= 0].bincount(minlength=E)
     if getattr(tiny_variant.moe_config, 'eval_capacity_factor', None) is not None:
-        # the layer counts what it drops, too
         assert of_experts.sum() < record.experts['router'].numel()
         return
     torch.testing.assert_close(of_experts / of_experts.sum(), collected.stats[f'{NAME}/load'])

@@ -128,7 +128,6 @@ def test_classes_of_a_name_are_not_those_of_a_training():
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
 DINOV3 = 'vit_small_patch16_dinov3'
 HOSTS = ('vit_tiny_patch16_224', 'deit3_small_patch16_224', DINOV3)
-# methods that look at raw patches have them of timm's `VisionTransformer` alone
 PAIRS = [
     (host, method)
     for host in HOSTS
@@ -193,7 +192,6 @@ def test_a_training_starts_from_one_place(way, tmp_path):
     path = str(tmp_path / 'dense.pth')
     saved(HOSTS[0], tmp_path / 'dense.pth')
     host = HOSTS[0] if way != 'upcycle' else 'vit_tiny_smoe'
-    # a test needs neither of them
     model = build(host, checkpoint=path, **start(way, path))
     with pytest.raises(ValueError, match=f'^{way}=.* is not possible: .* with checkpoint=.*dense'):
         model.init_weights()

@@ -161,7 +161,6 @@ def test_the_images_that_are_kept_are_always_the_same_and_drawn():
     assert np.array_equal(first, np.sort(first))
     kept = [0, 1, 3, 6, 7, 9, 10, 12, 14, 15, 17, 18, 19, 21, 24, 27, 28]
     assert long_tail([0, 1, 2] * 10, 4).tolist() == kept  # as ever
-    # of what a smaller imbalance keeps
     assert set(first) < set(long_tail(targets, 5))
     # not the first of a folder: the last class keeps 100 of 1000, whose mean is 1500 +- 82
     assert abs(first[targets[first] == 2].mean() - 1500) < 330

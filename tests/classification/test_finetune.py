@@ -71,7 +71,6 @@ def test_two_iterations_of_each_config(leaf, tmp_path):
     assert saved['meta']['iter'] == 2
     assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in log(work)
     groups = saved['optimizer']['param_groups']
-    # four blocks between the stem and the head
     rates = sorted({round(group['initial_lr'] / groups[-1]['initial_lr'], 6) for group in groups})
     assert rates == sorted({round(0.65**i, 6) for i in range(6)})
     assert 0 <= score(config, work / 'epoch_1.pth', work)['accuracy/top1'] <= 100

@@ -171,7 +171,6 @@ def test_what_is_left_open_is_that_of_a_training_from_scratch(name):
     config = dict(type=name, input_size=8, mean=None, from_scratch=scratch)
     found = normalization_of(TRANSFORMS.build(dict(**config, std=None)))
     assert found == Normalization((0.5,) * 3, (0.25,) * 3)
-    # that of another training is no half of the pair
     message = r'^transform\.std=\(0\.5, .*\) is not possible: beside transform\.mean$'
     with pytest.raises(ValueError, match=message):
         TRANSFORMS.build(dict(**config, std=(0.5,) * 3))

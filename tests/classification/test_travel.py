@@ -73,16 +73,13 @@ def test_the_run_as_a_folder_of_timm(trained, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in out.parent.iterdir()) == ['my-model']
     files = ['README.md', 'config.json', 'model.safetensors', 'tiny.py']
     assert sorted(path.name for path in out.iterdir()) == files
-
     model: Any = timm.create_model(f'local-dir:{out}', pretrained=True)
     config = load_config(str(trained / 'tiny.py'))
     (best,) = trained.glob('best_*.pth')
     same(load_trained(config, str(best), 'cpu').model, model)
-    # images reach it as those of the run's test did
     data = digits('test', config.test_dataloader.dataset.transform)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 60, 3), np.uint8))
     equal(create_transform(**resolve_model_data_config(model))(photo), data.transform(photo))
-
     card = ModelCard.load(out / 'README.md')
     scores = json.loads(numbers.read_text())
     assert re.findall(r'^- (\w+): `digits`, split `(\w+)`$', card.text, re.M) == [
@@ -94,7 +91,6 @@ def test_the_run_as_a_folder_of_timm(trained, tmp_path, monkeypatch, capsys):
     assert f'| test | accuracy/top1 | {scores["accuracy/top1"]:.4g} |' in card.text
     assert 'python tools/train.py tiny.py' in card.text
     assert best.name in card.text and 'mean of 0.3, 0.3, 0.3 and' in card.text
-
     # what the card says is run, and so is the config in the folder
     photo.save(out / 'image.png')
     monkeypatch.chdir(out)
@@ -112,7 +108,6 @@ def test_timms_files_are_tested_as_the_checkpoint_is(trained, tmp_path):
     publish([str(trained), str(folder)])
     expected = json.loads((trained.parent / 'scores.json').read_text())
     assert score(run_config, folder, tmp_path) == pytest.approx(expected)
-
     config = load_config(run_config)
     (best,) = trained.glob('best_*.pth')
     model, weights = load_trained(config, str(best), 'cpu'), folder / 'model.safetensors'
@@ -136,8 +131,6 @@ def test_every_row_of_a_comparison(row, tmp_path):
     same(run.model, model)
     assert model.pretrained_cfg['label_names'] == list('abcdefghij')
     assert model.pretrained_cfg['mean'] == pytest.approx(NORMALIZATION.mean)
-
-    # and back: a training that starts from the file has the weights, and feeds what they want
     file = tmp_path / 'out/model.safetensors'
     again = Classifier(**{**load_config(DIGITS, options).model, 'type': None}, checkpoint=str(file))
     again.init_weights()

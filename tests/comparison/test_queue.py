@@ -201,7 +201,6 @@ def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, s
     before = {path: path.stat().st_mtime_ns for path in (ROWS / 'first').iterdir()}
     said = says('run', path)
     assert '2 runs that others start from come first: first/dense-seed1, first/dense-seed2' in said
-    # a seed is whole before the next begins
     one = ['first/dense-seed1', 'spec/dense-seed1', 'spec/started-seed1']
     assert trained() == [*one, *(name.replace('seed1', 'seed2') for name in one)]
     assert {path: path.stat().st_mtime_ns for path in (ROWS / 'first').iterdir()} == before

@@ -50,7 +50,6 @@ def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     bits = np.unpackbits(np.frombuffer(b64decode(row['correct']), np.uint8), count=360)
     assert bits.sum() == round(right)
     assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
-    # what stage='dev' has for it
     record = json.loads(next((tmp_path / 'work').rglob('run.json')).read_text())
     assert record['held_out'][-1][1].keys() == row['test'].keys()
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
@@ -58,7 +57,6 @@ def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     assert row['threads'] == 1 and row['device'] in ('cpu', 'cuda') and row['hardware']
     samples = {split: data['samples'] for split, data in row['data'].items()}
     assert samples == {'train': 1257, 'val': 180, 'test': 360}
-
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
     content = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())
     shifts, shifted = content['shifts'], content['shift_routing']

@@ -32,7 +32,6 @@ PAPER = (
     'classification/cifar100.py',
     'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
 )
-# models of timm, with weights
 KEPT = (
     'classification/finetune/imagenette.py',
     'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',

@@ -118,7 +118,6 @@ def test_of_stage_dev_the_score_is_that_of_the_last_validation(repository, spec,
     assert 'the same on held-out images' not in shown  # they are these
     assert says('shifts', path) == 'error: spec.py: shifts names none'
     assert "routing is measured on test data, which stage='dev' spares" in says('routing', path)
-    # a training that does not end with a validation
     train = (repository / 'tools/train.py').read_text()
     (repository / 'tools/train.py').write_text(train.replace('iterations=2', 'iterations=3'))
     assert says('run', path, '--seeds', '1') == 'error: 1 of 1 runs failed: other-seed1'
@@ -172,7 +171,6 @@ def test_rows_that_are_about_other_data_are_not_mixed(fill, says):
     assert 'train 40,000 samples (usual train) and 900 samples (tail)' in table()
 
 
-# The first row is what the others start from.
 STARTED = {
     'dense': 'dense_1x',
     'one': 'dense_1x model.checkpoint={start}',
@@ -355,7 +353,6 @@ def test_a_changed_default_or_preset_makes_rows_stale(fill, says, monkeypatch, o
     recipe_then = json.loads((ROWS / 'other-seed1.json').read_text())['recipe']
     reason = f'stale: recipe {recipe_then} of commit abc, today '
     assert f'`other-seed1.json`: {reason}' in table() and f'`other-seed2.json`: {reason}' in table()
-    # what they left is in another folder: they are trained again
     assert '2 of 4 runs are there already' in says('run', path)
     says('table', path)
     assert 'stale' not in table()

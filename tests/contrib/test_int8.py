@@ -74,7 +74,6 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method):
     for each in (separate, quantized):
         torch.save(each.state_dict(), file := io.BytesIO())
         sizes.append(file.tell())
-    # of a MoE layer all experts are int8, and nothing that decides is
     (layer,) = moe_layers(quantized).values()
     inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
     assert len(inside) == 2 * layer.experts.num_experts

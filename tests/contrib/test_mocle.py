@@ -44,7 +44,6 @@ D, E = 8, 4
 def naive(net, x):
     """Images (B, N, D), one token after the other."""
     out, router, experts = torch.zeros_like(x), net.layer.router, net.layer.experts
-
     for b, image in enumerate(x):
         distances = (net.reader.centroids - image.detach().mean(dim=0)).norm(dim=1)
         embedding = router.cluster_embed[distances.argmin()]
@@ -173,7 +172,6 @@ POOLS = [
 def test_features_are_those_of_the_dense_model(images, kwargs):
     source = dense(**kwargs).eval()
     tokens, state = source.forward_features(images), source.state_dict()
-    # the mean over patches after the last norm, or the norm of the mean
     expected = source.fc_norm(tokens[:, source.num_prefix_tokens :].mean(dim=1))
     loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
     load_features(loaded, state, 'dense.pth')
@@ -353,11 +351,9 @@ def test_clusters_come_first_and_a_resumed_run_is_the_same(leave_dense, tmp_path
         for name, value in network.items()
     )
     assert equal(part(first, READER), part(last, READER))
-
     (work / files[1]).unlink()
     (work / 'last_checkpoint').write_text(files[0])
     named = f'experiment_name=resumed {tmp_path.name}'  # it may start within the same second
-    # the checkpoint has the features too
     train([config, '--resume', '--work-dir', str(work), '--cfg-options', named])
     assert equal(read_state(str(work / files[1])), last)
 

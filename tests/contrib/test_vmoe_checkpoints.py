@@ -178,7 +178,6 @@ def test_the_folder_is_the_model(tmp_path, capsys):
     images = torch.rand(2, 16, 16, 3) * 2 - 1
     with torch.no_grad():
         logits = model(images.permute(0, 3, 1, 2))
-    # float32, of logits of about one
     torch.testing.assert_close(logits.double(), forward(tree, images, 1), rtol=0, atol=1e-5)
     expected = {'mean': [0.5] * 3, 'std': [0.5] * 3, 'crop_pct': 1.0, 'crop_mode': 'squash'}
     assert {name: model.pretrained_cfg[name] for name in expected} == expected

@@ -71,7 +71,6 @@ def test_no_loader_of_mmengine_runs_code(variable, tmp_path, monkeypatch):
     for content, sound in (({'w': leaves(tmp_path / 'ran')}, False), ({'w': torch.ones(2)}, True)):
         for path in (tmp_path / 'a.pth', hub / 'hub/checkpoints/a.pth'):
             torch.save(content, path)
-        # our own readers too, under the same variables
         for read in (read_state, *(partial(_load_checkpoint, name) for name in names)):
             given = names[:1] if read is read_state else []
             if sound:
@@ -172,7 +171,6 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
     sound, draw, found = path.read_bytes(), random.Random(0), 0
     weights = sound.index(torch.arange(500.0).numpy().tobytes())
     for number in range(200):
-        # every second one in the weights
         place = draw.randrange(len(sound)) if number % 2 else weights + draw.randrange(2000)
         spoilt = bytearray(sound)
         spoilt[place] ^= 1 << draw.randrange(8)
@@ -296,7 +294,6 @@ def run_file(folder: Path, **state: torch.Tensor) -> str:
     (AUGREG, {'checkpoint_path': '{}/hub/model.safetensors'}, IMAGENET),
     (AUGREG, {'checkpoint_path': '{}/bare.pth'}, None),
     ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth', **vars(GREY)}, GREY),
-    # timm's own name for the weights, wherever they lie
     (DEIT, {'pretrained': True, 'file': '{}/bare.pth'}, IMAGENET),
     (AUGREG, {'pretrained': True, 'file': '{}/bare.pth'}, GREY),
     (AUGREG, {'pretrained': True, 'cfg': '{}/bare.pth', **vars(GREY)}, GREY),

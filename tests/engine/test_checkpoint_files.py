@@ -108,7 +108,6 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path):
     assert newest_checkpoint(tmp_path, said.append).name == 'iter_4.pth'
     (reason,) = said
     assert "weights.pth' is no checkpoint of a run" in reason
-
     flip(tmp_path / 'iter_4.pth', (tmp_path / 'iter_4.pth').stat().st_size // 2)
     cut_off = (tmp_path / 'iter_3.pth').read_bytes()[:2000]
     (tmp_path / 'iter_3.pth').write_bytes(cut_off)
@@ -119,7 +118,6 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path):
     # a run that is started again does not go on from what was there before it
     with pytest.raises(FileNotFoundError, match=r"iter_4\.pth' is damaged"):
         newest_checkpoint(tmp_path, said.append, after=102.0)
-
     for path in candidates(tmp_path):
         path.write_bytes(b'')
     with pytest.raises(FileNotFoundError, match=r'finds no checkpoint in .* reads completely: '):

@@ -103,7 +103,6 @@ def test_no_checkpoint_deletes_a_file_of_another_run(run, trained, tmp_path):
     part.touch()
     resumed(write_config(tmp_path), work)
     assert {*theirs, 'other.pth', '.thesis.part'} < {*names(work)}
-    # its own, once there is a newer one
     assert (work / 'epoch_2.pth').exists() == (run != 32 * 'a')
     assert part.is_file()
 
@@ -170,7 +169,6 @@ def test_a_clock_that_was_set_back_does_not_mislead(trained, tmp_path):
     content['meta']['saved_at'] = tomorrow
     (tmp_path / 'work').mkdir()
     torch.save(content, tmp_path / 'work/epoch_2.pth')
-    # epoch 2 stays, so that there is something to choose
     options = ['train_cfg.max_epochs=4', 'default_hooks.checkpoint.max_keep_ckpts=3']
     command = [write_config(tmp_path), '--work-dir', str(tmp_path / 'work'), '--resume']
     train([*command, '--cfg-options', *options])

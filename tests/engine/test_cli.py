@@ -86,7 +86,6 @@ def test_a_test_leaves_the_config_of_its_run(line, trained, tmp_path):
         config.read_text() + f'resume = True\n{line}'
     )  # as one may have been left by a run
     before = config.read_text()
-    # weights alone, of which nothing can go on
     weights = tmp_path / 'weights.pth'
     torch.save({'state_dict': load(trained / 'epoch_2.pth')['state_dict']}, weights)
     options = (f'experiment_name={tmp_path.name}', 'test_dataloader.batch_size=50')

@@ -82,14 +82,12 @@ def test_the_folder_of_the_user_is_known_in_every_path(tmp_path, monkeypatch):
         name: value if value == 'a~b' else value.replace('~', str(tmp_path))
         for name, value in flat(PLACES).items()
     }
-    # in a file of the user, and among options
     own = tmp_path / 'own.py'
     load_config(str(DIGITS), PLACES).dump(own)
     own.write_text(own.read_text().replace(str(tmp_path), '~'))
     for config in (load_config(str(own)), load_config(str(DIGITS), PLACES)):
         found = flat(config.to_dict())
         assert {name: found[name] for name in expected} == expected
-
     parser = argparse.ArgumentParser()
     parser.add_argument('files', nargs='+')
     parser.add_argument('--out', type=Path)
@@ -107,7 +105,6 @@ def test_the_folder_of_the_user_is_known_in_every_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize('options', DOCUMENTED)
 def test_documented_options_are_read_and_make_an_optimizer(options):
     given = parse_options(shlex.split(options, comments=True))
-    # nothing is left as text that was meant as more
     assert not [v for v in flat(given).values() if isinstance(v, str) and v[:1] in '{[(']
     config = load_config(str(DIGITS), given)
     with scope_of(config):
@@ -126,7 +123,6 @@ def test_a_config_outside_builds_on_it(base, tmp_path):
     path.write_text(f'_base_ = {base}\nmodel = dict(num_classes=7)\n')
     expected = load_config(NAME, {'model.num_classes': 7}).to_dict()
     assert load_config(str(path)).to_dict() == expected
-    # nothing tells registries to look for a package
     assert '_scope_' not in load_config(str(path)).dump()
     if base.startswith('__import__'):  # as any program of mmengine reads it
         assert Config.fromfile(path).to_dict() == expected

@@ -135,12 +135,10 @@ def classes(root: Path, part: str, dev_size: int) -> ImageClassification:
 
 def test_validation_sees_no_image_of_training(tmp_path):
     dev, other = classes(tmp_path, 'dev', 8), classes(tmp_path / 'other', 'train', 3)
-    # the same folder, however it is written
     seen = classes(tmp_path / '..' / tmp_path.name, 'train', 3)
     for one in (seen, ConcatDataset([other, seen])):
         with pytest.raises(ValueError, match=r'^val_dataloader\.dataset\.dev_size=8 '):
             check_held_out(one, dev)
-    # who trains on both parts means to
     for one in (other, classes(tmp_path, 'train', 8), classes(tmp_path, 'trainval', 3)):
         check_held_out(one, dev)
 

@@ -32,7 +32,6 @@ test_dataloader = dict(batch_size=77)
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
 """
-# an odd number of scenes
 SEGMENTATION = f"""
 _base_ = {str(SCENES)!r}
 model = dict(
@@ -44,7 +43,6 @@ train_cfg = dict(max_iters=4, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2))
 test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=5))
 """
-# rank 1 in the second epoch
 DIES = """
 import os, time
 from mmengine.hooks import Hook
@@ -154,7 +152,6 @@ def test_only_the_first_rank_says_and_writes_something(run):
     for name in ('resumed', 'tested'):
         assert (folder / name / '1/out').read_text() == ''
         assert said(folder, name) == ['', '']
-    # one of each run: killed, resumed, tested
     assert len(list((folder / 'w').glob('*/*.log'))) == 3
     assert len(list((folder / 'w').rglob('events.out.tfevents*'))) == 3
 
@@ -243,7 +240,6 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path):
         assert ended[name][0] == 1 and ended[name][1] != 0, name
         (line,) = ''.join(said(tmp_path, name)).splitlines()
         assert line.startswith('error: rank 0: ') and message in line
-    # the first one only sees that it is gone
     first, other = said(tmp_path, 'raises')
     assert 0 not in ended['raises'] and other == 'error: rank 1: this rank has had enough\n'
     assert first in ('', f'error: rank 0: {GONE}\n')
@@ -281,7 +277,6 @@ def test_a_run_that_saves_in_parts(tmp_path):
         assert found.keys() == expected.keys()
         for part in {'state_dict', 'optimizer'} & found.keys():
             assert same(found[part], expected[part])
-    # rank 1 was told, and all of them saved
     assert ended['told'] == [-15, -15]
     assert 'SIGTERM: saved iteration 4;' in ''.join(said(tmp_path, 'told'))
     assert read_content(str(tmp_path / 'stopped/iter_4.pth'))['meta']['iter'] == 4

@@ -39,11 +39,9 @@ def test_weights_config_and_classes_are_kept(tmp_path, capsys):
     content = torch.load(file, weights_only=True)
     assert content.keys() == {'state_dict', 'meta'}
     assert content['meta'].keys() == {'cfg', STATED, 'dataset_meta', 'iter'}
-    # what starting from it reads
     assert read_state(str(file))['w'].tolist() == [1, 1]
     network = network_of(str(file))
     assert network is not None and network.img_size == (32, 48)
-    # nothing that only we allow torch to read
     assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
 
 
@@ -108,7 +106,6 @@ def test_classes_are_named_as_long_as_the_head_is_kept(classes, tmp_path):
     config = {'label_names': names, 'license': 'mit', 'mean': [0.5] * 3, 'std': [0.5] * 3}
     model = timm.create_model('vit_tiny_patch16_224', pretrained_cfg_overlay=config, **SIZES)
     save_for_hf(model, tmp_path / 'dense', {'label_names': names}, SIZES, safe_serialization=True)
-    # sizes are those of the folder
     options = [f'{name}={value}' for name, value in MOE.items()]
     options += [] if classes == 5 else [f'num_classes={classes}']
     out = tmp_path / 'out'
@@ -209,9 +206,6 @@ def test_a_work_dir_and_what_is_published_of_it(run, tmp_path):
     assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
 
 
-# of timm, ours with experts, one of timm's with experts, and one that is no vision transformer
-
-
 def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):
     name, out = 'test_resnet.r160_in1k', tmp_path / 'OUT.pt2'
     torch.save(timm.create_model(name).state_dict(), tmp_path / 'a.pth')
@@ -237,7 +231,6 @@ def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):
         [NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'],
         "multiple values .* 'checkpoint_path'",
     ),
-    # what would be random in the file
     (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
     ids=str,
 )

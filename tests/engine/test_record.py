@@ -50,7 +50,6 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(whole, tmp
     torch.save(content, path)
     trained(resumed(tmp_path / 'parts', **RECORD))
     one, other = record(Path(whole.work_dir)), record(tmp_path / 'parts')
-    # the commit once, not once for each part
     for field in ('first_losses', 'held_out', 'training_loss', 'params', 'macs', 'commit'):
         assert one[field] == other[field], field
     assert len(one['first_losses']) == 20 and len(one['held_out']) == 2

@@ -83,7 +83,6 @@ def test_a_training_by_epochs_draws_anew_in_every_epoch():
         sampler.set_epoch(epoch)
         return [float(Seeded()[index][1]) for index in sampler]
 
-    # two seeds with two epochs of four samples each
     noise = [value for run in product((0, 1), (0, 1)) for value in drawn(*run)]
     assert len(set(noise)) == 16
     assert drawn(0, 1) == noise[4:8]
@@ -143,7 +142,6 @@ def test_a_wrapper_keeps_the_seeds_of_samples(name, sampler):
 
     first = drawn(0)
     assert drawn(1) == drawn(2) == first
-    # the second round of a sample is no repetition of the first
     assert len(set(first)) == len(dataset)
 
 

@@ -167,7 +167,6 @@ def folders(work: Path) -> list[str]:
 
 
 def test_what_a_kill_leaves_is_removed(work):
-    # the save that failed has left nothing
     assert folders(work) == ['iter_1.1.sharded', 'iter_2.1.sharded']
     shutil.copytree(work / 'iter_2.1.sharded', work / '.iter_3.1.sharded.part')
     shutil.copytree(work / 'iter_2.1.sharded', work / 'iter_2.2.sharded')

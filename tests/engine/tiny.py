@@ -21,7 +21,6 @@ OPTIONS = {
     'param_scheduler.1.end': 3,
     'default_hooks.checkpoint.interval': 1,
 }
-# of a training that validates nothing
 NO_VALIDATION = {
     **dict.fromkeys(('val_cfg', 'val_dataloader', 'val_evaluator')),
     'default_hooks.checkpoint.save_best': None,

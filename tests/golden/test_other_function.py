@@ -28,7 +28,6 @@ OURS = 'vit_tiny_smoe'
 WITHOUT_POSITIONS = dict(
     pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False
 )
-# what was saved, the model that takes it, and the words for the field
 FUNCTIONS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str]] = {
     'heads': (OURS, dict(num_heads=4), OURS, {}, 'num_heads'),
     'activation': (OURS, dict(act_layer='quick_gelu'), OURS, {}, 'act_layer|activation'),
@@ -82,7 +81,6 @@ def test_weights_with_a_config_beside_them(case, way, tmp_path, caplog):
     assert names(words, told or ''.join(caplog.messages[-1:])) and '\n' not in told
 
 
-# of digits, of which a checkpoint calls the first one 0
 FOLDERS = 'test_dataloader.dataset.type=class_folder test_dataloader.dataset.data_root=folders'
 CLASSES = ('1', '0', 'background', *'23456789')
 ORDER = (

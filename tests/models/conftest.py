@@ -56,7 +56,6 @@ def check_complete(report: Report, model: Any, source: dict[str, torch.Tensor]) 
     """Each tensor of the model has one fate, and each of the checkpoint has one."""
     fates = [*report.loaded, *report.resized, *report.copied, *report.initialised]
     assert sorted(fates) == sorted(model.state_dict())
-    # experts and what reads images may be copies of one tensor
     uses = {*report.loaded, *report.resized, *report.copied.values()}
     assert sorted([*uses, *report.unused, *report.outside]) == sorted(source)
 

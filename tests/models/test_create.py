@@ -102,7 +102,6 @@ def test_options_in_full_are_those_of_the_model(method, options):
         model: Any = create_model(name, options, **SIZES)
     config = model.moe_config
     assert found == {n: v for n, v in asdict(config).items() if n not in config.unused()}
-    # the other two ways to write them
     assert options_in_full({'model_name': name, **options}) == {'method': method, **found}
     host = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': method, **options}}
     assert options_in_full(host) == {'method': method, **found}

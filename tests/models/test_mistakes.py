@@ -35,7 +35,6 @@ WRONG: dict[str, Any] = dict(
 )  # fmt: skip
 SPARSE, RESNET = 'vit_tiny_smoe', 'resnet18'
 SMALL: dict[str, Any] = dict(TINY, depth=2)
-# Calls of `create_model`: name, options of the experts, arguments, and what is named.
 CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
     (DENSE, {}, {}, r'moe\.method=None'),
     (DENSE, {'method': 'vqmoo'}, {}, r"moe\.method='vqmoo' .* vqmoe"),

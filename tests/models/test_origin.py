@@ -107,7 +107,6 @@ def test_a_head_behind_another_pooling_starts_anew(
     assert distance(model.head.weight, source.head.weight) > 0.5
     (line,) = caplog.messages
     assert 'the head is a fresh one, ' in line and hint in line
-    # whoever asks for other classes knows
     caplog.clear()
     make('smoe', upcycle=upcycle, num_classes=3, **target)
     assert not caplog.messages
@@ -145,10 +144,8 @@ def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path):
         torch.save({'state_dict': state, **said}, path)
         model: Any = make('smoe', upcycle=path, pre_norm=True)
         assert told in model.weights_report.warnings[0]
-    # an Eva has them
     given = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
     assert not create_model(name, None, **TINY, **given).weights_report.warnings
-    # what names its network is not suspected
     _, folder = folder_of(tmp_path, DENSE, pre_norm=True, global_pool='map')
     named: Any = make('smoe', upcycle=f'local-dir:{folder}', pre_norm=True, global_pool='map')
     assert not named.weights_report.warnings

@@ -58,7 +58,6 @@ def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
     repeated.set_grad_checkpointing()
     expected = accumulated(plain, batches)
     torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
-    # and once more, now that codebooks have started
     plain.zero_grad()
     repeated.zero_grad()
     expected = accumulated(plain, batches)
@@ -144,7 +143,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step):
     file = io.BytesIO()
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, file)
     train(model, optimizer, train_step, range(2, 5))
-
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed, optimizer = start()

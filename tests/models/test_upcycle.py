@@ -178,7 +178,6 @@ def test_a_file_is_known_by_all_its_usual_names(form, name, tmp_path, monkeypatc
     model: Any = make('smoe', upcycle=given)
     assert torch.equal(model.head.weight, source.head.weight)
     assert model.pretrained_cfg['file'] == str(path)
-    # whoever follows the source of a run's weights finds the file too
     assert weights_normalization(model, None, {'upcycle': given}) is None
     if form != Path:
         found = starting_weights(ConfigDict(upcycle=given))

@@ -28,7 +28,6 @@ def test_default_size_and_placement(name):
     with torch.device('meta'):
         model: Any = timm.create_model(name)
         dense: Any = timm.create_model(f'vit_{size}_patch16_224')
-
     assert isinstance(model, MoeVisionTransformer)
     assert (model.method, model.num_classes) == (method, 1000)
     assert model.patch_embed.img_size == (224, 224)

@@ -210,7 +210,6 @@ def test_positions_of_another_grid_are_reported_as_resized(method, tmp_path):
     file = str(tmp_path / 'L' / 'model.safetensors')
     for size in (before, after):
         model: Any = make(method, upcycle=file, img_size=size)
-        # what reads images has positions too
         names = {name for name in model.state_dict() if name.endswith('pos_embed')}
         assert set(model.weights_report.resized) == (names if size == after else set())
         assert torch.equal(model.pos_embed, source.pos_embed) == (size == before)
@@ -246,7 +245,6 @@ def test_the_checkpoint_of_a_run_is_read_without_mmengine(tmp_path):
     assert known == 'False'
     number = len(dense().state_dict())
     assert made == [f'{number - 8} 0.25', f'{number - 8} 0.25', f'{number} 0.25']
-    # what is no log is refused as before
     harm = {'log': history, 'code': Harm()}
     torch.save({'state_dict': state, 'message_hub': harm}, file)
     with pytest.raises(subprocess.CalledProcessError) as caught:

@@ -88,7 +88,6 @@ def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
         assert torch.equal(joint['counts'], single.counts)
         # up to 3000, of as many float32 numbers in another order: a few units of the last place
         torch.testing.assert_close(joint['token_sums'], single.token_sums, rtol=2e-6, atol=1e-3)
-        # the same tokens in the same order
         assert torch.equal(joint['draws'], single.draws)
         assert torch.equal(joint['tokens'], single.tokens)
 

@@ -96,7 +96,6 @@ def test_blocks_do_not_nest():
     with collect_losses(model) as collected:
         with pytest.raises(RuntimeError, match='do not nest'), collect_losses(model[1]):
             pass
-        # and the refused block took nothing away
         model(torch.full((2, 3), 2.0))
         assert collected.total().item() == 4.0
     with collect_losses(model):

@@ -73,7 +73,6 @@ def test_training_logs_losses_statistics_and_metrics(trained):
     layer, names = 'blocks.1.mlp', set().union(*records)
     assert {'loss', 'decode.loss_ce', 'aAcc', 'mAcc', 'mIoU', f'{layer}/balance_loss'} <= names
     assert (trained / 'iter_2.pth').is_file() and (trained / 'best_mIoU_iter_2.pth').is_file()
-    # validation stands at its iteration, and training has its own routing
     (validation,) = (record for record in records if 'mIoU' in record)
     assert validation['step'] == 2
     loads = [f'{part}/{layer}/load_max' for part in ('train_epoch', 'val')]
@@ -98,7 +97,6 @@ def test_test_writes_metrics_and_overlays(trained, config, tmp_path, batch_size,
     )  # fmt: skip
     assert all(0 <= metrics[name] <= 100 for name in ('aAcc', 'mAcc', 'mIoU'))
     assert 'blocks.1.mlp/load_unused' in metrics
-    # each scene once, not each of its versions
     pictures = sorted(shown.rglob('*.png'))
     assert [p.name for p in pictures] == [f'test_0000{i}_0.png' for i in range(3)]
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
@@ -126,7 +124,6 @@ def test_a_wrapped_test_set_is_tested_augmented_and_predicted(trained, config, t
     work = tmp_path / 'work'
     scores = score(wrapped, checkpoint, work, arguments=['--tta', '--show-dir', str(work)])
     assert 0 <= scores['mIoU'] <= 100
-    # none overwrites another of its name
     pictures = {picture.name for picture in work.rglob('*.png')}
     assert pictures == {f'test_0000{scene}_{turn}.png' for scene in range(3) for turn in range(3)}
     inner = 'test_dataloader.dataset.datasets.1.dataset.pipeline'
@@ -143,7 +140,6 @@ def test_resumed_run_equals_an_uninterrupted_one(config, tmp_path, num_workers):
         'train_dataloader.sampler.type=SeededInfiniteSampler',
         'default_hooks.checkpoint.max_keep_ckpts=-1',
     ]
-
     whole, resumed = train(config, tmp_path / 'whole', *options), tmp_path / 'resumed'
     resumed.mkdir()
     shutil.copy(whole / 'iter_2.pth', resumed)

@@ -28,7 +28,6 @@ ORIGINAL = f'{ADE}/segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512.
 UPERNET = f'{ADE}/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py'
 BUDGET = 'segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 DIGITS = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
-# of one size
 SMALL = {
     LARGE: 'large',
     f'{ADE}/segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512.py': 'small',

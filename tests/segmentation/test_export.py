@@ -127,8 +127,6 @@ def test_every_row_of_a_comparison(row, tmp_path):
     assert model.num_classes == 0
     assert model.pretrained_cfg['mean'] == pytest.approx(NORMALIZATION.mean)
     assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 48)
-
-    # and back: a backbone that starts from the file has the weights, and says what they want
     backbone = load_config(str(tmp_path / 'run/run.py')).model.backbone
     file = str(tmp_path / 'out/model.safetensors')
     again = TimmViT(**{**backbone, 'type': None, 'checkpoint': file})

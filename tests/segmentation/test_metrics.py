@@ -39,7 +39,6 @@ def test_metrics_are_those_of_the_definition(seed):
         'mIoU': jaccard_score(*pair, labels=range(4), **average),
     }
     found = metric.evaluate(3)
-    # two decimals are kept
     assert found == pytest.approx({k: 100 * v for k, v in expected.items()}, abs=0.005)
 
 

@@ -73,7 +73,6 @@ def test_a_segmenter_is_fed_as_the_classifier_was(classifier, trained):
     checkpoint, grey = str(work / 'iter_2.pth'), np.full((48, 48, 3), 100, np.uint8)
     state = read_content(checkpoint)['state_dict']
     same(state[KEY].tolist(), [NORMALIZATION.mean, NORMALIZATION.std])
-    # predictions and mmseg's inference
     predictor = Predictor(config, checkpoint, 'cpu')
     model = init_model(config, checkpoint, device='cpu')
     ours, theirs = seen = [], []
@@ -86,7 +85,6 @@ def test_a_segmenter_is_fed_as_the_classifier_was(classifier, trained):
     mean, std = map(torch.tensor, WEIGHTS)
     same(ours[-1].tolist(), ((100 - mean) / std).tolist())
     assert torch.equal(ours[-1], theirs[-1])
-    # what timm would save, and a survey
     same(model.backbone.model.pretrained_cfg['mean'], NORMALIZATION.mean)
     survey = model.source(load_config(config).test_dataloader.dataset)
     same(survey.normalization.std, NORMALIZATION.std)

@@ -67,7 +67,6 @@ def test_trains_tests_draws_and_predicts(tmp_path, capsys):
     first, _ = predict(config, str(checkpoint), photos, opacity=1.0)
     assert first.classes == CLASSES and first.labels.shape == (24, 32)
     assert (cv2.imread(f'{out}/labels/a.png', -1) == first.labels).all()
-    # the colours with which tests draw; a checkpoint keeps them
     meta = torch.load(checkpoint, weights_only=True)['meta']['dataset_meta']
     assert meta['classes'] == CLASSES
     colours = np.array(meta['palette'])
@@ -122,7 +121,6 @@ def test_some_classes_of_a_known_data_set(tmp_path):
     assert data[0]['gt_seg_map'].tolist() == [[255, 1, 0], [255, 255, 1]]
     assert data.metainfo['palette'] == [[64, 0, 128], [128, 64, 128]]
     cv2.imwrite(str(tmp_path / 'masks/a.png'), np.full((2, 3), 11, np.uint8))
-    # what the files may hold, not what is left of it
     with pytest.raises(ValueError, match=r'holds the label 11; allowed are 0\.\.10, and 255'):
         data[0]
 

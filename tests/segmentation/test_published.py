@@ -31,7 +31,6 @@ from .test_cli import TINY
 ADE = CONFIGS / 'segmentation/ade20k'
 ZOO = Path(mmseg.__file__).parent / '.mim/configs/segmenter'
 ZOO_NAME = 'segmenter_vit-{}_8xb1-160k_ade20k-512x512'
-# mmseg's config, and ours with its options
 MMSEG = {ZOO_NAME.format(f'{size[0]}_mask'): (ade20k(size, 'dense'), {}) for size in SIZES} | {
     ZOO_NAME.format('s_fcn'): (
         'segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512',

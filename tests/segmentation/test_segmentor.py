@@ -39,7 +39,6 @@ def test_every_auxiliary_loss_and_gradient_checkpointing(method):
         # without a router every expert has as much to do, and there is no load to report
         logged = model.logged_statistics.summary()
         assert ('blocks.1.mlp/load_max' in logged) == hasattr(layer.mlp, 'router')
-        # blocks that are not stored run again in the backward pass
         assert len(calls) == 1 + again
         runs.append((total.detach(), [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(*runs)
@@ -48,7 +47,6 @@ def test_every_auxiliary_loss_and_gradient_checkpointing(method):
 @pytest.mark.parametrize('mode', ['whole', 'slide'])
 @pytest.mark.parametrize('size', [(32, 32), (29, 36), (1, 39), (37, 50)])
 def test_maps_lie_on_the_pixels_of_their_patches(mode, size, monkeypatch):
-    # one window, of all pixels
     model = tiny_segmentor(test_cfg=dict(mode=mode, crop_size=(56, 56), stride=(8, 8))).eval()
     model.data_preprocessor.test_cfg = None  # images of any size come in
 
@@ -164,7 +162,6 @@ def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm():
     assert found['backbone.model.blocks.1.mlp.experts.fc1.bias'] == (1.0, 0.0)
     assert found['backbone.model.patch_embed.proj.weight'] == (0.25, 0.3)
     assert found['backbone.model.pos_embed'] == (0.25, 0.0)
-    # keys come on top of the rate of the layer
     assert found['decode_head.dec_proj.weight'] == (10.0, 0.3)
     assert found['backbone.model.blocks.0.attn.qkv.weight'] == (3 * 0.5, 0.6)
     assert found['backbone.model.blocks.0.attn.qkv.bias'] == (3 * 0.5, 0.0)

@@ -42,7 +42,6 @@ def test_pixels_from_outside_are_ignored():
     shift = dict(type='Affine', translate_percent={'x': 0.5}, p=1.0)
     labels = Albumentations([shift]).transform(sample())['gt_seg_map']
     assert np.unique(labels).tolist() == [3, 255]
-    # half of the image has come in from outside
     assert (labels == 255).mean() == 0.5
     one_of = Albumentations([dict(type='OneOf', transforms=[shift], p=1.0)]).transform(sample())
     assert 255 in one_of['gt_seg_map']
@@ -308,7 +307,6 @@ def test_deep_pixels_mean_the_same_in_both_tasks(tmp_path):
         Image.fromarray(pixels).save(path)
         segmented = LoadImage().read(path)
         assert (segmented[..., ::-1] == np.asarray(load_image(path))).all()
-        # the whole range, without a step left out: neither clipped nor divided twice
         assert np.unique(segmented).tolist() == list(range(256))
 
 

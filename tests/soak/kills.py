@@ -135,7 +135,6 @@ def outcome(folder: Path) -> dict[str, Any]:
     keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
     return {
         'files': sorted(path.name for path in (*work.glob('*.pth'), *work.glob('.*.part'))),
-        # one of each checkpoint; its number says how often that was written
         'folders': sorted(str(owner_of(path.name)) for path in work.glob('*.sharded')),
         'best': [read_content(str(best))['state_dict'] for best in work.glob('best_*.pth')],
         **{key: content[key] for key in keys if key in content},

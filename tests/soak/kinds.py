@@ -40,7 +40,6 @@ param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False
 log_processor = dict(by_epoch=False)
 """
 AVERAGES = {'MORE': "ema=dict(type='EMAHook', momentum=0.1)"}
-# freezes its router in the middle
 STABLE = {'METHOD': "'vit_tiny_stablemoe'", 'MOE': ', stage1_steps=5'}
 
 

@@ -51,7 +51,6 @@ def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
     with out, redirect_stdout(out), redirect_stderr(out):
         try:
             arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
-            # as many iterations as one process has
             batch = f'train_dataloader.batch_size={300 // int(os.environ["WORLD_SIZE"])}'
             launched = ['--launcher', 'pytorch', '--cfg-options', batch]
             train([*arguments, *launched, *kind.arguments])

@@ -150,7 +150,6 @@ def test_stage_2_keeps_the_router_under_momentum_and_weight_decay(make_layer, ch
     assert all(torch.equal(distilled.weight(name), value) for name, value in before.items())
     assert torch.equal(choices(net, x)[0], expected)
     assert torch.equal(choices(net.eval(), x)[0], expected)
-    # while the gate and the experts go on
     after = dict(net.layer.named_parameters())
     for name in LEARNED | EXPERTS:
         assert not torch.equal(others[name], after[name]), name

@@ -92,7 +92,6 @@ def test_output_and_every_gradient(make_layer, options):
                 norm.bias.uniform_(-1, 1)
     x = torch.randn(3, 20, D)
     found = assert_by_hand(net, lambda x: naive(net.layer, x), x, rtol=1e-4, atol=1e-4)
-    # the task moves all but the codes, and a router that is frozen
     still = {name for name, value in found.items() if not value.any()}
     codes = {name for name in found if '.codebook.' in name}
     frozen = {'layer.router.weight'} if options.get('preset') == 'official' else set()
@@ -134,7 +133,6 @@ def test_statistics(make_layer):
     with collect_losses(net, update_state=False) as collected:
         net(x)
     expected = {
-        # of both branches
         'load': torch.bincount(torch.cat([first, q % E]), minlength=E) / 120,
         'code_usage': torch.bincount(q, minlength=3 * E) / 60,
         'nonfinite_tokens': torch.tensor(0.0),
@@ -186,7 +184,6 @@ def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine)
         net(x)
         torch.testing.assert_close(collected.losses['layer/diversity'], expected)
         learned = moved(net, collected.losses['layer/diversity'])
-    # tokens, and codes that learn by gradient
     assert x.grad.abs().max() > 1e-5
     names = {name for name, _ in net.layer.named_parameters()}
     assert learned == {name for name in names if name.startswith('quantizer.codebook.')}
