@@ -59,11 +59,9 @@ def make_collapsed(model: VisionTransformer) -> None:
 
 DECIDERS = ('router', 'quantizer.codebook')
 # by measure: on which side the collapsed model stands, and a border between the two
-OF_BOTH = dict(
-    load_entropy=('below', 0.5), load_variation=('above', 1), dead_experts=('above', 1.5)
-)
+OF_BOTH = dict(load_variation=('above', 1), dead_experts=('above', 1.5))
 OF_BOTH |= dict.fromkeys(('mutual_information', 'normalized_mutual_information'), ('below', 0.2))
-OF_BOTH |= {'changed_by_chance': ('below', 0.5)}
+OF_BOTH |= dict.fromkeys(('load_entropy', 'changed_by_chance'), ('below', 0.5))
 COLLAPSE = {
     **{f'{at}/{name}': side for at in DECIDERS for name, side in OF_BOTH.items()},
     'quantizer.codebook/code_perplexity': ('below', 1.5),

@@ -37,9 +37,7 @@ def settings() -> Settings:
 
 @pytest.mark.parametrize('name', [name for name in OURS if name != 'loop'])
 @pytest.mark.parametrize('backward', [True, False])
-@pytest.mark.parametrize(
-    'change', [dict(top_k=1), dict(dtype='float64'), dict(dtype='bfloat16', amp=True)]
-)
+@cases('change', dict(top_k=1), dict(dtype='float64'), dict(dtype='bfloat16', amp=True))
 def test_ours_equals_the_loop(name, backward, change, cell):
     cell, settings = dataclasses.replace(cell, **change), Settings(backward=backward)
     inputs = Inputs(cell)

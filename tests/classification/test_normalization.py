@@ -179,9 +179,7 @@ def test_what_is_left_open_is_that_of_a_training_from_scratch(name):
 @pytest.mark.parametrize('place', ['transform', 'transform.from_scratch'])
 @pytest.mark.parametrize('name', ['timm', 'crop_flip'])
 @pytest.mark.parametrize('field', ['mean', 'std'])
-@pytest.mark.parametrize(
-    'value', [(0.5,) * 2, (0.5,) * 4, 0.5, 'abc', ('0.5',) * 3, (127.5,) * 3], ids=str
-)
+@cases('value', (0.5,) * 2, (0.5,) * 4, 0.5, 'abc', ('0.5',) * 3, (127.5,) * 3, ids=str)
 def test_numbers_that_no_images_have_are_refused(place, name, field, value):
     numbers: dict[str, Any] = {**ZERO, field: value}
     if place == 'transform.from_scratch':

@@ -227,7 +227,7 @@ def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
 )
 def test_models_that_rows_cannot_be_made_of(says, root, tmp_path, config, said):
     fields = (
-        "metric = 'accuracy/top1'\nseeds = [1]\nrows = {'dense_2x': 'dense_2x', 'smoe': 'smoe'}\n"
+        "metric = 'accuracy/top1'\nseeds = [1]\nrows = dict(dense_2x='dense_2x', smoe='smoe')\n"
     )
     (tmp_path / 'own.py').write_text(f"config = 'configs/{config}'\n{fields}")
     folders = ['--work-dir', str(tmp_path), '--results', str(tmp_path)]

@@ -112,13 +112,12 @@ def said(folder: Path, run: str) -> list[str]:
 def run(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     folder = tmp_path_factory.mktemp('ranks')
     config, work = str(folder / 'c.py'), str(folder / 'w')
+    out = ('--out', f'{folder}/2.json')
     kill = ('--cfg-options', 'default_hooks.dies.type=Dies', 'default_hooks.dies.how="9"')
     runs = {
         'killed': ranks('train', config, '--work-dir', work, *kill),
         'resumed': ranks('train', config, '--work-dir', work, '--resume'),
-        'tested': ranks(
-            'test', config, f'{work}/epoch_2.pth', '--work-dir', work, '--out', f'{folder}/2.json'
-        ),
+        'tested': ranks('test', config, f'{work}/epoch_2.pth', '--work-dir', work, *out),
         'different': ranks(
             'train', config, '--work-dir', work,
             more=((), ('--cfg-options', 'optim_wrapper.optimizer.lr=0.5')),

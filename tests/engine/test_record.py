@@ -27,6 +27,7 @@ from .tiny import config_of, resumed, trained
 
 RECORD = {'default_hooks.record.type': 'RunRecordHook'}
 ONCE = {**RECORD, 'train_cfg.max_epochs': 1}
+ONLY_FIRST = {'default_hooks.record.only_first': True}
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -62,9 +63,7 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(whole, tmp
 
 def test_the_first_losses_can_be_had_alone(whole, tmp_path):
     with pytest.raises(SystemExit) as end:
-        trained(
-            config_of(tmp_path / 'first', **RECORD, **{'default_hooks.record.only_first': True})
-        )
+        trained(config_of(tmp_path / 'first', **RECORD, **ONLY_FIRST))
     assert end.value.code == 0
     found = record(tmp_path / 'first')
     assert len(found['training_loss']) == 20

@@ -189,9 +189,7 @@ def test_weight_init_is_that_of_the_experts_too(name, weight_init, shared):
     check_parts(model, weight_init)
 
 
-@pytest.mark.parametrize(
-    'name, dense', [('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT)]
-)
+@cases('name, dense', ('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT))
 def test_the_rest_is_that_of_the_dense_model_of_the_shape(name, dense):
     models = [timm.create_model(each, img_size=32) for each in (name, dense)]
     for model, each in zip(models, (name, dense), strict=True):

@@ -195,9 +195,7 @@ EXPORTED: dict[str, Any] = {
     "'/proc/none/a.onnx' cannot be written": partial(plain, path='/proc/none/a.onnx'),
     'dtype=torch.bfloat16': lambda: export_program(make('smoe', **SMALL).bfloat16()),
     "device='meta'": lambda: export_program(make('smoe', **SMALL, device='meta')),
-    'features_only=True': lambda: save_program(
-        timm.create_model(SPARSE, features_only=True, **SMALL), 'a.pt2'
-    ),
+    'features_only=True': lambda: save_program(make('smoe', features_only=True, depth=2), 'a.pt2'),
     "path='a.pt2'": partial(load_exported, 'a.pt2'),
 }
 

@@ -182,9 +182,7 @@ def test_other_rotary_positions_are_refused(name, given, options, tmp_path):
 SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
 
 
-@pytest.mark.parametrize(
-    'name, moe', [(BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'}), (SPARSE, None)]
-)
+@cases('name, moe', (BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'}), (SPARSE, None))
 @pytest.mark.parametrize('tag', [None, 'cifar10'])
 def test_weights_by_name_are_compared_with_the_network_of_the_name(name, moe, tag):
     given: dict[str, Any] = dict(pretrained=True, pretrained_cfg=tag)

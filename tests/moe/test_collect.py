@@ -166,9 +166,8 @@ def test_checkpointing_changes_no_loss_gradient_or_state(make_model, method, opt
 @pytest.mark.parametrize('both', [True, False], ids=['both', 'the first'])
 def test_a_later_pass_does_not_hide_that_the_state_changed(make_model, residual, both):
     model = make_model('vqmoe', codebook='ema')
-    if (
-        not residual
-    ):  # nothing behind the layer asks for its repetition before its gradient is there
+    # nothing behind the layer asks for its repetition before its gradient is there
+    if not residual:
         model.blocks = nn.ModuleList(block.mlp for block in model.blocks)
     model.checkpointing = True
     with collect_losses(model):  # and no loss of the layers, whose gradients would tell as well

@@ -126,9 +126,7 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
 
 
-@pytest.mark.parametrize(
-    'dtype, width', [(torch.float64, 8), (torch.bfloat16, 12), (torch.float32, 6)]
-)
+@cases('dtype, width', (torch.float64, 8), (torch.bfloat16, 12), (torch.float32, 6))
 def test_a_kernel_that_cannot_run_or_does_not_exist(dtype, width):
     x, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(2, width, 8, dtype=dtype)
     with use_kernel('grouped_mm'), pytest.raises(ValueError, match=r'^kernel='):
@@ -205,9 +203,7 @@ def test_autocast_leaves_float64_alone():
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-@given(
-    st.integers(1, 6), st.integers(0, 60), st.integers(0, 2**31), DTYPES, st.sampled_from([1, 2])
-)
+@given(UP_TO_6, st.integers(0, 60), st.integers(0, 2**31), DTYPES, st.sampled_from([1, 2]))
 def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype, threads):
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(seed)

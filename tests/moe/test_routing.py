@@ -157,9 +157,8 @@ def test_load_known_answer():
     # = (.086, .225, .173); chances = 1 - Phi((threshold - logit) / .1), mean over tokens, then
     # var / mean^2 = 0.485738
     logits = torch.tensor([[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]])
-    noise = torch.tensor(
-        [[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]]
-    )
+    noise = [[-37, 26, -18], [-74, 45, -15], [-67, -59, 73]]
+    noise = torch.tensor(noise) / 1000
     normal = torch.distributions.Normal(0.0, 1.0)
     threshold = torch.tensor([[0.086], [0.225], [0.173]])
     chance = (1 - normal.cdf((threshold - logits) / 0.1)).mean(dim=0)

@@ -69,12 +69,9 @@ CASES = [
         for codes in (E, 3 * E)
         for name in ('mix', 'ste', 'token', 'official')
     ),
-    {'form': 'continuous'},
-    {'form': 'continuous', 'routed_scaling_factor': 4.0},
+    *({'form': 'continuous', **more} for more in ({}, {'routed_scaling_factor': 4.0})),
     {'preset': 'official', 'code_share': SHARE},
-    {'preset': 'paper'},
-    {'output_norm': True},
-    {'input_norm': False},
+    *(dict([each]) for each in (('preset', 'paper'), ('output_norm', True), ('input_norm', False))),
     {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
     *({'codebook': name} for name in CODEBOOKS),
     *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
