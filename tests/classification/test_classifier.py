@@ -12,6 +12,7 @@ from vqmoe_vision.classification import Classifier
 from vqmoe_vision.moe import METHODS, collect_losses
 
 from .. import cases
+from ..models.conftest import shaken
 
 DENSE = 'vit_tiny_patch16_224'
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4)
@@ -154,10 +155,7 @@ def four_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def saved(host: str, path: Path, **kwargs: Any) -> Any:
     """A dense model of timm, no tensor of which is as it started, and its file."""
-    model: Any = timm.create_model(host, **{**SIZES, **kwargs}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = shaken(timm.create_model(host, **{**SIZES, **kwargs}))
     torch.save(model.state_dict(), path)
     return model
 

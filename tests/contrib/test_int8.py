@@ -15,10 +15,8 @@ from vqmoe_vision.moe.experts import StackedLinear
 
 from .. import cases
 from ..models.conftest import make
-from ..models.test_export import IMAGES, run_elsewhere
+from ..models.test_export import CLOSE, IMAGES, run_elsewhere
 
-# Other kernels sum float32 in another order: a few 1e-7 of values near 1.
-CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
 # Five tokens of an image leave at least three experts without one, unless a method mixes them.
 SMALL = {'img_size': 16, 'depth': 1, 'moe_layers': [0], 'embed_dim': 16, 'num_experts': 8}
 

@@ -185,11 +185,14 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
     assert found >= 100
 
 
+def saved_bytes(folder: Path) -> tuple[Path, bytearray]:
+    torch.save({'w': torch.arange(500.0)}, folder / 'a.pth')
+    return folder / 'a.pth', bytearray((folder / 'a.pth').read_bytes())
+
+
 def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
     """torch leaves the memory of its tensor as it was, and no checksum sees it."""
-    path = tmp_path / 'a.pth'
-    torch.save({'w': torch.arange(500.0)}, path)
-    content = bytearray(path.read_bytes())
+    path, content = saved_bytes(tmp_path)
     entry = content.rindex(b'PK\x01\x02', 0, content.rindex(b'data/0'))
     content[entry + 38] ^= 0x10  # of the attributes in the central directory
     path.write_bytes(content)
@@ -199,9 +202,7 @@ def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
 
 @pytest.mark.parametrize('more', [0, 65_540, 65_550])
 def test_a_flipped_bit_is_found_whatever_follows_the_file(more, tmp_path):
-    path = tmp_path / 'a.pth'
-    torch.save({'w': torch.arange(500.0)}, path)
-    content = bytearray(path.read_bytes())
+    path, content = saved_bytes(tmp_path)
     content[content.index(torch.arange(500.0).numpy().tobytes()) + 7] ^= 1
     path.write_bytes(content + bytes(more))  # torch reads on to the end; zipfile looks less far
     with pytest.raises(ValueError, match='is damaged'):

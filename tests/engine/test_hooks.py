@@ -10,7 +10,6 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from PIL import Image
 from timm.optim import Lamb
 from torch import nn
 from torch.utils.data import ConcatDataset
@@ -34,7 +33,7 @@ from vqmoe_vision.moe.optimizer import check_optimizer
 
 from .. import cases
 from ..runs import messages
-from .tiny import NO_VALIDATION, config_of, trained
+from .tiny import NO_VALIDATION, TRANSFORM, config_of, trained, write_image
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
 
@@ -121,15 +120,10 @@ def test_averages_are_taken_between_the_codebooks_and_the_save(priority, tmp_pat
         check_hooks(runner)
 
 
-TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
-
-
 def classes(root: Path, part: str, dev_size: int) -> ImageClassification:
     for name in ('cat', 'dog'):
         for number in range(10):
-            path = root / 'train' / name / f'{number}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new('RGB', (8, 8)).save(path)
+            write_image(root / 'train' / name / f'{number}.png')
     return class_folder(str(root), part, TRANSFORM, dev_size=dev_size)
 
 

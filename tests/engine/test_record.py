@@ -11,7 +11,6 @@ import timm
 import torch
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
-from PIL import Image
 from timm.models import create_model, save_for_hf
 
 from vqmoe_vision.classification.datasets import class_folder
@@ -23,7 +22,7 @@ from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 
 from .. import cases
-from .tiny import config_of, resumed, trained
+from .tiny import TRANSFORM, config_of, resumed, trained, write_image
 
 RECORD = {'default_hooks.record.type': 'RunRecordHook'}
 ONCE = {**RECORD, 'train_cfg.max_epochs': 1}
@@ -79,14 +78,9 @@ def test_a_run_is_not_resumed_with_other_defaults_or_data(tmp_path, monkeypatch)
         trained(resumed(tmp_path / 'parts', **RECORD))
 
 
-TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
-
-
 def folder(root: Path, names: list[str]) -> dict[str, Any]:
     for name in names:
-        path = root / 'train' / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (8, 8)).save(path)
+        write_image(root / 'train' / name)
     return described(class_folder(str(root), 'train', TRANSFORM))
 
 

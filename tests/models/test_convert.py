@@ -15,7 +15,7 @@ from vqmoe_vision.models.compat import misfit_of
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
-from .conftest import EXACT, TINY, check_complete, dense, make
+from .conftest import EXACT, TINY, check_complete, dense, make, shaken
 
 
 @pytest.mark.parametrize('method, options', EXACT)
@@ -109,11 +109,7 @@ FULL = [{}, {'preset': 'official'}, {'codebook': 'simvq', 'num_codes': 16, 'outp
 
 def full(**options: Any) -> Any:
     """A full model no tensor of which is as it started."""
-    model: Any = make('vqmoe', **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return shaken(make('vqmoe', **options))
 
 
 def gated_to_the_codes(model: Any, images: torch.Tensor) -> torch.Tensor:
