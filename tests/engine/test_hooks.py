@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
@@ -293,3 +294,26 @@ def test_loss_that_is_not_finite_names_layer_component_and_iteration(value):
     losses = {'loss': value, 'a/vq_loss': 0.1, 'b/balance_loss': value, 'cross_entropy_loss': value}
     with pytest.raises(NonFiniteError, match=r'^b/balance became \w+ at iteration 120;'):
         check_losses(losses, 120)
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_data_sets_of_one_kind_count_classes_from_one_label_on(split):
+    def run(trained: bool | None, now: bool | None, **other_data: str) -> None:
+        hook, runner = ClassCountHook(), runner_for()
+        seen, other = ({'classes': 'ab', 'reduce_zero_label': value} for value in (trained, now))
+        runner.train_dataloader.dataset.metainfo = seen
+        getattr(runner, f'{split}_dataloader').dataset.metainfo = other
+        scenes = dict(type='Scenes', data_root='data/scenes')
+        loaders = {'train': dict(type='RepeatDataset', dataset=scenes), split: scenes | other_data}
+        runner.cfg = Config({f'{n}_dataloader': dict(dataset=d) for n, d in loaders.items()})
+        meta = {'meta': {'dataset_meta': seen}}
+        hook.after_load_checkpoint(SimpleNamespace(_resume=split == 'train'), meta)
+        hook.before_test(runner) if split == 'test' else hook.before_train(runner)
+
+    for value in (True, False):
+        with pytest.raises(ValueError, match=rf'^{split}_dataloader\.dataset\.reduce_zero_label='):
+            run(value, not value)
+        run(value, value)
+        run(None, value)  # of others, or of classification
+        if split != 'train':
+            run(value, not value, type='CamVid')  # whose files may be written otherwise

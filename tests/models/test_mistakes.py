@@ -1,5 +1,6 @@
 """What a user may get wrong: one line that names the field, and nothing has changed."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,11 @@ CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
     ('vit_tiny_vqmoe', {'top_k': 2}, {}, r'moe\.top_k=2'),
     ('vit_tiny_vqmo', None, {}, r'model_name=.* did you mean vit_tiny_vqmoe\?$'),
     ('xyz', None, {}, r"model_name='xyz' .*timm\.list_models\(\)"),
-    ('moe_host', {'method': 'smoe'}, {}, "host='moe_host'"),
+    ('moe_host', None, {'host': DENSE, 'method': 'smoe'}, "model_name='moe_host'"),
+    (DENSE, {'method': 'vqmoe'}, {'method': 'smoe'}, "method='smoe'"),
+    (DENSE, None, {'num_heads': 0}, 'num_heads=0'),
+    (DENSE, None, {'mlp_ratio': math.inf}, 'mlp_ratio=inf'),
+    (DENSE, None, {'reg_tokens': -1}, 'reg_tokens=-1'),
     ('deit_tiny_patch16_224', None, {'img_size': 33}, 'img_size=33'),
     (DENSE, None, {'mlp_ratio': 0.001}, r'mlp_ratio=0\.001'),
     (DENSE, None, {'upcycle': 'a.pth'}, "'upcycle'"),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, make_plan, use_kernel
@@ -287,3 +288,19 @@ def test_a_compiled_plan_has_the_same_length_for_every_load():
 def test_the_operator_is_registered_correctly(length):
     indices = torch.tensor([1, 0, 2, 1, 1])
     torch.library.opcheck(torch.ops.vqmoe_vision.padded_plan, (indices, 2, 1, length))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_operations_of_grouped_mm_are_counted(compiled):
+    torch._dynamo.reset()
+    experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=False)
+    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
+    run = (
+        torch.compile(dispatch.run_experts, backend='aot_eager')
+        if compiled
+        else dispatch.run_experts
+    )
+    with use_kernel('grouped_mm'), FlopCounterMode(display=False) as counter:
+        run_and_backward(run, *case)
+    # 9 rows through 8 x 16 and 16 x 8, each with the gradients of rows and of weights
+    assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 8 * 16)

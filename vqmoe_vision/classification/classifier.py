@@ -170,6 +170,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
 
     def forward(self, inputs: torch.Tensor, targets: Any = None, mode: str = 'tensor') -> Any:
         """Logits (B, C) of normalised (B, 3, H, W); in mode 'loss' losses, with targets (B,)."""
+        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, "'tensor', 'predict' or 'loss'")
         if mode == 'loss':
             return self.loss(inputs, targets)
         with self.collect() if mode == 'predict' else nullcontext():

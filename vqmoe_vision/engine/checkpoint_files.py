@@ -137,7 +137,10 @@ def remove_unnamed(folder: Path, run: str) -> None:
         try:
             named, _ = parts_of(read_content(str(file), verify=False))
         except Exception:  # of another format, or damaged, and perhaps repaired: its folders stay
-            return
+            if file.suffix != '.pth':  # it may be any under another name
+                return
+            found = {name: path for name, path in found.items() if owner_of(name) != file.name}
+            continue
         found.pop(named, None)
     for path in found.values():
         delete_folder(path)

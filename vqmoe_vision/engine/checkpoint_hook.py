@@ -78,10 +78,11 @@ class AtomicCheckpointHook(CheckpointHook):
     def __init__(self, interval: int = -1, **options: Any) -> None:
         # mmengine keeps what it does not know for the call that saves, which fails on it
         others = {'out_dir', 'backend_args', 'file_client_args'}
-        known = inspect.signature(CheckpointHook).parameters.keys() - others
+        known = inspect.signature(CheckpointHook).parameters
         for name, value in options.items():
             allowed = 'left out: not known, or checkpoints would not be files in --work-dir'
-            check(name in known, f'default_hooks.checkpoint.{name}', value, allowed)
+            valid = name in known and (name not in others or value is None)
+            check(valid, f'default_hooks.checkpoint.{name}', value, allowed)
         template = options.get('filename_tmpl') or '{}.pth'
         allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
         named = re.fullmatch(_TEMPLATE, str(template))
@@ -148,7 +149,7 @@ class AtomicCheckpointHook(CheckpointHook):
             self._signals.waiting_at = None
 
     # until the first batch of a validation other hooks change what is saved
-    before_val = before_val_iter = before_train_iter
+    before_val = before_train_iter
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *more: Any, **named: Any) -> None:
         """Saves where that is due, and ends a run that was told to stop."""
@@ -166,10 +167,10 @@ class AtomicCheckpointHook(CheckpointHook):
             self._validating = True
             self.before_train_epoch(runner)
 
-    def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Ends a run that was told to stop."""
-        if self._training:
-            self._signals.obey(runner.iter)
+    def after_val_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+        """After the last batch hooks change what is saved."""
+        if self._training and batch_idx + 1 == len(runner.val_dataloader):
+            self._signals.waiting_at = None
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Saves the best, and ends a run that was told to stop."""

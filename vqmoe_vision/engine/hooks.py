@@ -20,6 +20,7 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 from vqmoe_vision.moe.raw_patches import image_reader
 
+from .config import innermost
 from .images import TrainingPart
 from .model import MoeTrainingMixin, check_experts, unwrapped
 from .seeding import ReseedHook
@@ -191,7 +192,7 @@ class ClassCountHook(Hook):
     """Compares the classes of the model, of the data sets and of a checkpoint before a run.
 
     Raises:
-        ValueError: Their number, names or order differ.
+        ValueError: Their number, names or order differ, or the label that they are counted from.
     """
 
     _meta: Any = None
@@ -206,18 +207,26 @@ class ClassCountHook(Hook):
         seen = self._check(runner, 'train')
         if not self._resumed:  # another task may start from the weights
             self._meta = None
-        self._compare('train', seen)
-        held_out = seen if runner.val_loop is None else self._check(runner, 'val')
+        self._compare(runner, 'train', seen)
+        held_out = seen
+        if runner.val_loop is not None:
+            held_out, metainfo = (
+                self._check(runner, 'val'),
+                runner.train_dataloader.dataset.metainfo,
+            )
+            check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
         differing = sorted(set(seen) ^ set(held_out))[:5] or 'another order'
         allowed = 'those of train_dataloader.dataset'
         check(seen == held_out, 'val_dataloader.dataset.classes', differing, allowed)
 
     def before_test(self, runner: Runner) -> None:
         """Checks the test set, and that it numbers the classes as the training did."""
-        self._compare('test', self._check(runner, 'test'))
+        self._compare(runner, 'test', self._check(runner, 'test'))
 
-    def _compare(self, split: str, classes: tuple[str, ...]) -> None:
+    def _compare(self, runner: Runner, split: str, classes: tuple[str, ...]) -> None:
         check_class_names({'meta': self._meta}, classes, f'{split}_dataloader.dataset')
+        trained = self._meta.get('dataset_meta') if isinstance(self._meta, dict) else None
+        check_zero_label(runner, split, trained, 'the training of the checkpoint')
 
     @staticmethod
     def _check(runner: Runner, split: str) -> tuple[str, ...]:
@@ -260,6 +269,21 @@ def check_training_data(runner: Runner) -> None:
         check_held_out(runner.train_dataloader.dataset, runner.val_dataloader.dataset)
     if isinstance(model := unwrapped(runner), MoeTrainingMixin):
         model.check_batches(runner.train_dataloader)
+
+
+def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
+    """Compares whether label 0 is nothing that is learned, and label 1 the first class."""
+    loaders = ('train_dataloader', f'{split}_dataloader')
+    now = getattr(runner, loaders[1]).dataset.metainfo.get('reduce_zero_label')
+    before = (trained or {}).get('reduce_zero_label')
+    if now is None or before is None or now == before:
+        return
+    # of data of one kind: files of others may be written otherwise
+    datasets = [(runner.cfg.get(loader) or {}).get('dataset') or {} for loader in loaders]
+    kinds = [{(part.get('type'), part.get('data_root')) for part in innermost(d)} for d in datasets]
+    allowed = f'{before}, as in {whose}, or every class would be that of another label'
+    same = not datasets[0] or (len(kinds[0]) == 1 and kinds[0] == kinds[1])
+    check(not same, f'{loaders[1]}.dataset.reduce_zero_label', now, allowed)
 
 
 def check_held_out(trained: Any, validated: Any) -> None:

@@ -241,19 +241,17 @@ def _write_card(
 
 def _sources(config: Config) -> list[str]:
     """What a training started from; of files the name alone, for folders are the writer's own."""
-    named = [config.get('load_from')]
+    named, of_timm = [config.get('load_from')], []
     for part in (config.model, config.model.get('backbone') or {}):
         names = ('checkpoint', 'checkpoint_path', 'features', 'upcycle')
         named += [part.get(name) for name in names]
         if part.get('pretrained'):
             file = (part.get('pretrained_cfg_overlay') or {}).get('file')
-            named.append(file or f"timm's weights of {part.get('model_name')}")
+            named.append(file)
+            of_timm += [] if file else [f"timm's weights of {part.get('model_name')}"]
     # those of others, on the web and on the hub, are called in full
-    return [
-        re.sub(r'^(?!\w[\w+-]*://|hf-hub:)(local-dir:)?.*/', r'\1', str(n).rstrip('/'))
-        for n in named
-        if n
-    ]
+    folders = r'^(?!\w[\w+-]*://|hf-hub:)(local-dir:)?.*/'
+    return [re.sub(folders, r'\1', str(n).rstrip('/')) for n in named if n] + of_timm
 
 
 def upcycle(argv: Sequence[str] | None = None) -> None:

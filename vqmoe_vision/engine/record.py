@@ -218,7 +218,12 @@ WEIGHTS = 'weights'
 def write_numbers(path: Path, metrics: dict[str, Any], model: nn.Module) -> None:
     """Writes what a test has measured."""
     named = {**metrics, WEIGHTS: weights_digest(model)}
-    path.write_text(f'{json.dumps(named, indent=2, default=float)}\n')
+    content = f'{json.dumps(named, indent=2, default=float)}\n'
+    # a pipe, /dev/stdout or what a link names is written where it is
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(content)
+    else:
+        write_atomically(path, content.encode())
 
 
 def weights_digest(model: nn.Module) -> str:

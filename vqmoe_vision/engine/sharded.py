@@ -157,6 +157,7 @@ class ShardingHook(Hook):
         save_first: Callable[..., None],
         out_dir: str,
         filename: str,
+        file_client_args: dict | None = None,  # mmengine's third by position
         save_optimizer: bool = True,
         **options: Any,
     ) -> None:
@@ -176,7 +177,8 @@ class ShardingHook(Hook):
             if is_main_process():
                 check_weights(self._sharded, done, self._state['state_dict'])
         try:
-            save_first(out_dir, filename, save_optimizer=save_optimizer, **options)
+            options |= dict(file_client_args=file_client_args, save_optimizer=save_optimizer)
+            save_first(out_dir, filename, **options)
         finally:
             self._state = {}
             # the folder of a file that was written again, or of one that could not be written

@@ -99,8 +99,12 @@ def network_of_run(content: Any) -> Network | None:
         if method is None and isinstance(options, dict):
             method = options.get('method')
         stated = {'method': method, 'options': options}
-    facts, method = dict(stated.get('network') or {}), stated.get('method')
-    size, options = tuple(stated.get('img_size') or ()), None
+    method, size, options = stated.get('method'), stated.get('img_size'), None
+    facts, pooling = (
+        dict(found) if isinstance(found := stated.get(name), dict) else {}
+        for name in ('network', 'pooling')
+    )
+    size = tuple(size) if isinstance(size, list | tuple) else ()
     if isinstance(method, str) and method in METHODS:
         facts['method'] = repr(method)
         kind, given = METHODS[method].config, stated.get('options')
@@ -110,7 +114,7 @@ def network_of_run(content: Any) -> Network | None:
                 options = kind.from_options(**given)
     if not facts and not size:
         return None
-    return Network('', facts, dict(stated.get('pooling') or {}), options, size)
+    return Network('', facts, pooling, options, size)
 
 
 def compare(

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import Mlp
+from timm.models import get_arch_name
 from torch import nn
 
 from ..moe.config import check, did_you_mean
@@ -64,6 +65,7 @@ def create_model(
         kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
     method = method_of(model_name)
     dense = method is None
+    check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, 'that of the host')
     given = dict(moe or {})
     if given or (dense and moe is not None):
         own: Any = given.pop('method', method)
@@ -78,6 +80,8 @@ def create_model(
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'vit_moe')):
         check_vit_arguments(kwargs)
     if dense and moe is not None:
+        allowed = f'left out, moe.method={own!r} is set'
+        check('method' not in kwargs, 'method', kwargs.get('method'), allowed)
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
         kwargs = {'host': model_name, 'method': own, **given, **_from_pretrained(kwargs)}
         model = timm.create_model(MOE_HOST, **kwargs)

@@ -21,6 +21,7 @@ from .compat import (
     Network,
     StateDict,
     compare,
+    is_out_of_memory,
     misfit,
     other_pooling,
     part_of,
@@ -141,6 +142,8 @@ def transfer(
     expected = model.state_dict()
     others = compare(model, network, path, whole=False)
     state, outside = in_names_of_timm(state_dict, expected, path)
+    on_meta = any(value.is_meta for value in expected.values())
+    check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
     refuse_without_values(state, path, expected)
     config = getattr(model, 'pretrained_cfg', None) or {}
     own = network.img_size if network is not None else ()
@@ -185,7 +188,7 @@ def _fit(
     body, dropped, note, asked = _fit_head(state, expected, pooling)
     state = {name: value for name, value in state.items() if name not in dropped}
     positions = _resized_positions(state, model, path, sizes)
-    filtered = _filtered(model, {**state, **positions})
+    filtered = _filtered(model, {**state, **positions}, path)
     lost_by_timm = _left_out(state, filtered)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= _fitted_stem(filtered, body)
@@ -284,11 +287,16 @@ def _fit_head(
     return body, (*theirs, *between), (note,), bool(problem)
 
 
-def _filtered(model: Transformer, state: StateDict) -> StateDict:
+def _filtered(model: Transformer, state: StateDict, path: str) -> StateDict:
     """By timm's names, in the sizes of the model as far as timm's filter can do that."""
-    if isinstance(model, Eva):
-        return eva.checkpoint_filter_fn(state, model)
-    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    try:
+        if isinstance(model, Eva):
+            return eva.checkpoint_filter_fn(state, model)
+        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f'checkpoint {path!r} does not fit the model: {error}') from error
 
 
 def _left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Models of timm with MoE layers, whose experts are like the MLPs in whose place they stand."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +151,11 @@ def check_vit_arguments(kwargs: dict[str, Any]) -> None:
             # a model that drops every patch would have nothing to look at
             possible = 0 <= value < 1 or (value == 1 and name != 'patch_drop_rate')
             check(possible, name, value, 'from 0 to 1')
+        elif _TYPES[name] is int:
+            least = 0 if name in ('num_classes', 'reg_tokens') else 1
+            check(value >= least, name, value, f'at least {least}')
+        elif name in ('mlp_ratio', 'init_values'):
+            check(math.isfinite(value), name, value, 'finite')
     check(
         kwargs.get('weight_init') != 'skip', 'weight_init', 'skip', "'reset', which draws them all"
     )
@@ -213,6 +219,9 @@ def complexity(model: Transformer) -> Complexity:
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype
     images = torch.empty(shape, dtype=dtype, device='meta')
     weightless = copy.deepcopy(model).to('meta').eval()
+    for module in weightless.modules():  # a user's own, which need values
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         weightless(images)
     return Complexity(*count_params(model), counter.get_total_flops() // 2)

@@ -134,6 +134,8 @@ def reading(source: str, verify: bool = True) -> Iterator[None]:
 
 def unreadable(path: str) -> str:
     """What to say of a file whose bytes are no weights of torch."""
+    if path.lower().endswith(('.npz', '.npy')):
+        return f'checkpoint {path!r} is of NumPy, which dense models of timm alone read'
     return (
         f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded, as it may '
         'run code: save its state_dict() alone'

@@ -244,3 +244,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 grouped_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vqmoe_vision.grouped_linear_backward)
+def _backward_flops(
+    grad: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    offsets: torch.Size,
+    wanted: list[bool],
+    **_: Any,
+) -> int:
+    return 2 * x[0] * weight[1] * weight[2] * sum(wanted[:2])

@@ -7,11 +7,13 @@ their ends back. It takes no bias, no float64, and no rows that are not a multip
 Legend: R rows sorted by expert, E experts.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
@@ -109,3 +111,20 @@ class _GroupedLinear(torch.autograd.Function):
             sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
             grad_bias = sums.masked_fill(empty[:, None], 0)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+@register_flop_formula(torch.ops.vqmoe_vision.grouped_product)
+def _opaque_flops(
+    a: torch.Size, b: torch.Size, _: torch.Size, turn_a: bool, turn_b: bool, **__: Any
+) -> int:
+    return 2 * math.prod(a) * b[-2 if turn_b else -1]
+
+
+def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """From shapes: of (R, in) and (E, in, out), and of (out, R) and (R, in), all rows in groups."""
+    return 2 * math.prod(a) * b[-1]
+
+
+# torch 2.13 counts its own operator as nothing
+if torch.ops.aten._grouped_mm not in flop_registry:
+    register_flop_formula(torch.ops.aten._grouped_mm)(_flops)

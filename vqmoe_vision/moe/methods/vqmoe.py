@@ -416,6 +416,8 @@ class VQMoEMlp(MoeLayer):
 
     def to_discrete(self) -> dict[str, Any]:
         """Form 'discrete' (5), equal to the full form (4) with g(x)_d = 1: router and gate go."""
+        if not self.has_discrete:
+            return super().to_discrete()
         changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
         self.config = replace(self.config, **changed)
         self.router = self.gate = None
