@@ -336,19 +336,13 @@ def test_an_option_that_is_added_leaves_recipes_unless_it_is_used(monkeypatch):
     assert recipe_of(used) == other
 
 
-def change_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONFIG.__init__.__kwdefaults__, 'router_noise', 0.125)
-
-
 @pytest.mark.parametrize('of_preset', [False, True])
 def test_a_changed_default_or_preset_makes_rows_stale(fill, says, monkeypatch, of_preset):
     path = fill(TWO_SEEDS, "rows['dense'] = 'dense_1x train_cfg.row=dense'")
     says('table', path)
     assert 'stale' not in table()
-    if of_preset:
-        monkeypatch.setitem(CONFIG.PRESETS['paper'], 'router_noise', 0.125)
-    else:
-        change_default(monkeypatch)
+    defaults = CONFIG.PRESETS['paper'] if of_preset else CONFIG.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, 'router_noise', 0.125)
     says('table', path)
     recipe_then = json.loads((ROWS / 'other-seed1.json').read_text())['recipe']
     reason = f'stale: recipe {recipe_then} of commit abc, today '

@@ -29,14 +29,9 @@ from ..models.test_origin import left_by_timm
 SIZES: Any = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
 
 
-def write(path: Path) -> dict:
-    hub = {'log': HistoryBuffer([1.0, 3.0], [1, 1]), 'mIoU': np.float32(0.5), 'iter': np.int64(2)}
-    torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': hub}, path)
-    return hub
-
-
 def test_weights_and_log_are_read_as_data(tmp_path):
-    hub = write(tmp_path / 'a.pth')
+    hub = {'log': HistoryBuffer([1.0, 3.0], [1, 1]), 'mIoU': np.float32(0.5), 'iter': np.int64(2)}
+    torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': hub}, tmp_path / 'a.pth')
     for _ in range(2):  # some mmengine takes its own list back after each checkpoint
         _load_checkpoint(str(tmp_path / 'a.pth'), map_location='cpu')
         read = torch.load(tmp_path / 'a.pth', weights_only=True)

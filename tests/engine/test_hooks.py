@@ -92,10 +92,6 @@ def test_state_moves_once_per_step_of_the_optimizer(monkeypatch):
 ONCE = {**NO_VALIDATION, 'train_cfg.max_epochs': 1}
 
 
-def runner_of(folder: Path, **options: Any) -> Runner:
-    return Runner.from_cfg(config_of(folder / 'run', **ONCE, **options))
-
-
 @pytest.mark.parametrize(
     'method, options', [('vqmoe', {}), ('smoe', {}), ('vqmoe', {'model.moe.codebook': 'plain'})]
 )
@@ -112,7 +108,7 @@ def test_a_runner_without_the_hook_says_that_state_stands_still(method, options,
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST', 'NORMAL'])
 def test_averages_are_taken_between_the_codebooks_and_the_save(priority, tmp_path):
     ema = {'default_hooks.ema.type': 'EMAHook', 'default_hooks.ema.priority': priority}
-    runner = runner_of(tmp_path / priority, **ema)
+    runner = Runner.from_cfg(config_of(tmp_path / 'run', **ONCE, **ema))
     if priority == 'NORMAL':
         check_hooks(runner)
         return

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn, use_fused_attn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.models import complexity
@@ -38,21 +38,15 @@ def plain_loops(monkeypatch) -> None:
     monkeypatch.setattr(StackedLinear, 'forward', forward)
 
 
-def counted_macs(model: nn.Module, images: Tensor) -> int:
-    """In a real forward pass of one image."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model.eval()(images)
-    return counter.get_total_flops() // 2
-
-
 def test_macs_are_what_torch_counts(tiny_variant, request):
     model = tiny_variant()
     if getattr(model.moe_config, 'eval_capacity_factor', None) is not None:
         pytest.skip('what a capacity drops depends on the images, and is counted')
     counts = complexity(model)
     request.getfixturevalue('plain_loops')
-    assert counts.macs == counted_macs(model, torch.randn(1, 3, 32, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.randn(1, 3, 32, 32))
+    assert counts.macs == counter.get_total_flops() // 2
 
 
 # Default tiny layers: expert of 32 x 128: 32 * 128 + 128 + 128 * 32 + 32 = 8352 parameters, eight

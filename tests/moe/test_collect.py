@@ -29,13 +29,6 @@ def step(model, x, **options):
     return loss.detach(), dict(collected.losses), grads
 
 
-def checkpointed_loss(model):
-    """The loss of a model that repeats its forward pass, after the block that collects was left."""
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        return model(tokens()).square().mean() + collected.total()
-
-
 def assert_same_step(actual, expected):
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -186,12 +179,9 @@ def test_a_reentrant_repetition_is_refused_where_it_would_lose_losses(make_model
     block, x = model.blocks[0], tokens().requires_grad_()
     loses = block.mlp.needs_collecting
     model.read(x)
-    with collect_losses(model), refusal(loses, 'use use_reentrant=False'):
+    says = pytest.raises(RuntimeError, match='use use_reentrant=False') if loses else nullcontext()
+    with collect_losses(model), says:
         checkpoint(block, x, use_reentrant=True).sum().backward()
-
-
-def refusal(expected, match):
-    return pytest.raises(RuntimeError, match=match) if expected else nullcontext()
 
 
 @every_case

@@ -32,11 +32,8 @@ TOLERANCE = 5e-6
 
 def records(kind: str) -> pytest.MarkDecorator:
     paths = sorted((RECORDED / kind).glob('*.json'))
-    return pytest.mark.parametrize('record', [read(p) for p in paths], ids=[p.stem for p in paths])
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    found = [json.loads(path.read_text()) for path in paths]
+    return pytest.mark.parametrize('record', found, ids=[path.stem for path in paths])
 
 
 def close(ours: Tensor, theirs: Any, what: str) -> None:
