@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.config import take_ours
@@ -80,14 +81,33 @@ LEAVES = [
     'classification/digits/demo/vit_tiny_vqmoe_demo.py',
     'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
 ]
+SMALL = {'depth': 2, 'embed_dim': 12, 'num_heads': 3}
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
-def test_our_configs_name_our_types(leaf):
+def test_our_configs_name_our_types_and_train_under_mmengines_runner(leaf, tmp_path):
     config = Config.fromfile(CONFIGS / leaf)
     known = config.copy()
     assert take_ours(known) == ''
     assert known.to_dict() == config.to_dict()
+    config.work_dir, config.experiment_name = str(tmp_path), tmp_path.name
+    config.train_dataloader.update(batch_size=100, num_workers=0, persistent_workers=False)
+    model = config.model.get('backbone', config.model)
+    model.update(SMALL)
+    if model is config.model:
+        config.train_cfg.update(max_epochs=1, val_interval=1)
+    else:
+        config.train_cfg.update(max_iters=2, val_interval=2)
+        config.train_dataloader.dataset.num_scenes = 200
+        config.val_dataloader.dataset.num_scenes = 2
+    for scheduler in config.param_scheduler:
+        scheduler.update(begin=0, end=1)
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert type(runner.train_loop).__name__ in ('ResumableEpochLoop', 'IterBasedTrainLoop')
+    hooks = {type(hook).__name__ for hook in runner.hooks}
+    assert {'AtomicCheckpointHook', 'StepValuesHook', 'MoeStateHook', 'ReseedHook'} <= hooks
+    assert (tmp_path / 'last_checkpoint').is_file()
 
 
 # as mmseg's own configs are written: nothing of ours in it

@@ -13,7 +13,8 @@ try:
     from vqmoe_vision.analysis.cli import analyze
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
-    from vqmoe_vision.engine.cli import load_config, one_line, shown
+    from vqmoe_vision.engine.cli import ToolRunner, load_config, one_line
+    from vqmoe_vision.engine.terminal import shown
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
@@ -46,7 +47,7 @@ def train(config: str, work_dir: Path, options: dict) -> tuple[Runner, dict, str
     settings = load_config(f'vqmoe_vision::{config}', options)
     settings.work_dir = str(work_dir)
     started = time.monotonic()
-    runner = Runner.from_cfg(settings)
+    runner = ToolRunner.from_cfg(settings)
     with shown(runner, None):
         runner.train()
     seconds = time.monotonic() - started

@@ -222,3 +222,14 @@ def test_it_begins_with_the_answers_of_dense_weights(host, method, options, way,
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
     report = model.model.weights_report
     assert report.copied['blocks.1.mlp.experts.fc1.weight'] == 'blocks.1.mlp.fc1.weight'
+
+
+def test_gradients_of_the_loss_of_the_stream() -> None:
+    """Only what writes to the stream below the norm has any."""
+    model = Classifier('vit_tiny_patch16_224', stream_loss=STREAM, **SMALL)
+    model(*batch(), mode='loss')['stream_loss'].backward()
+    moved = {n.removeprefix('model.') for n, p in model.named_parameters() if p.grad is not None}
+    expected = {'patch_embed.proj.weight', 'blocks.0.mlp.fc2.weight', 'blocks.1.attn.proj.weight'}
+    assert expected <= moved
+    assert not any(n.startswith(('blocks.1.norm2', 'blocks.1.mlp', 'norm', 'head')) for n in moved)
+    assert not model.model.blocks[1].norm2._forward_pre_hooks  # only training watches

@@ -9,9 +9,10 @@ import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from vqmoe_vision.classification import Accuracy
-from vqmoe_vision.classification.classifier import thirds
+from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.classification.datasets import (
     SPLITS,
     ImageClassification,
@@ -260,3 +261,13 @@ def test_accuracy_by_hand():
     metric = Accuracy(topk=(1, 5))
     metric.process([None, torch.tensor([0, 1, 0])], [torch.tensor([2.0, 1.0])] * 3)
     assert metric.evaluate(2) == {'accuracy/top1': 50.0, 'accuracy/top5': 100.0}
+
+
+def test_digits_splits_share_no_scan_and_keep_the_classes_in_proportion() -> None:
+    parts = [build('digits', split=split) for split in ('train', 'dev', 'test')]
+    assert [len(part) for part in parts] == [1257, 180, 360]
+    scans = [np.asarray(image).tobytes() for part in parts for image, _ in part.source]
+    original = load_digits().images
+    assert len(set(scans)) == len(np.unique(original.reshape(len(original), -1), axis=0))
+    counts = np.bincount([target for _, target in parts[2].source])
+    assert counts.min() >= 34 and counts.max() <= 37

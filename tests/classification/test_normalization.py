@@ -93,16 +93,17 @@ def test_training_validation_and_tests_are_fed_as_the_weights_were(config, weigh
     assert fed(tested, 'test') == fed(runner, 'test')
     model = load_trained(load_config(config), last, 'cpu')
     same(Normalization.of(model.model.pretrained_cfg), NORMALIZATION)
-    image = tmp_path / 'images/a.png'
-    image.parent.mkdir()
-    Image.new('RGB', (48, 48), (100, 100, 100)).save(image)
+    file = tmp_path / 'images/a.png'
+    file.parent.mkdir()
+    Image.new('RGB', (48, 48), (100, 100, 100)).save(file)
     dataset = load_config(config).test_dataloader.dataset
-    for source in (model.source(dataset), model.source(dataset, str(image.parent))):
+    for source in (model.source(dataset), model.source(dataset, str(file.parent))):
         same(source.normalization, NORMALIZATION)
-        pixels = source.normalization.pixels(source.samples[0].image[None])
+        image = source.read(source.found[0]).image
+        pixels = source.normalization.pixels(image[None])
         assert pixels.min() >= 0 and pixels.max() <= 1
     expected = (100 / 255 - torch.tensor(NORMALIZATION.mean)) / torch.tensor(NORMALIZATION.std)
-    torch.testing.assert_close(source.samples[0].image[:, 0, 0], expected)
+    torch.testing.assert_close(image[:, 0, 0], expected)
 
 
 @pytest.mark.parametrize('stated', [False, True])

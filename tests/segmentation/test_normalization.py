@@ -101,7 +101,7 @@ def test_a_survey_sees_what_the_model_is_fed(stated):
     (scene,) = DATASETS.build(dataset)
     batch = dict(inputs=[scene['inputs']], data_samples=[scene['data_samples']])
     middle = model.data_preprocessor(batch, False)['inputs'][0][:, 16:48, 16:48]
-    assert torch.equal(source.samples[0].image, middle)
+    assert torch.equal(source.read(source.found[0]).image, middle)
     pixels = source.normalization.pixels(middle[None])[0]
     expected = scene['inputs'].flip(0)[:, 16:48, 16:48] / 255
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)

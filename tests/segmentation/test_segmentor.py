@@ -278,3 +278,13 @@ def test_ranks_train_one_model(ranks, method):
         assert 'blocks.1.mlp/vq_loss' in first['losses']
         names.append('backbone.model.blocks.1.mlp.quantizer.codebook.embed')
     assert not any(torch.equal(first['state'][name], start[name]) for name in names)
+
+
+@pytest.mark.parametrize('head', ['mask', 'linear'])
+def test_slide_equals_whole_on_an_image_of_crop_size(head: str) -> None:
+    model = tiny_segmentor(**({'decode_head': LINEAR} if head == 'linear' else {})).eval()
+    images = torch.randn(2, 3, 32, 32)
+    metas = [dict(img_shape=(32, 32), ori_shape=(32, 32)) for _ in images]
+    whole = model.inference(images, metas)
+    model.test_cfg.update(mode='slide', crop_size=(32, 32), stride=(24, 24))
+    torch.testing.assert_close(model.inference(images, metas), whole)

@@ -40,7 +40,6 @@ def analyze(argv: Sequence[str] | None = None) -> None:
     add('--out', type=Path, default=Path('work_dirs/analysis'), help=text)
     add('--device', help='where to run (default: a GPU if there is one)')
     add_config_options(parser)
-    add('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _analyze)
 
 
@@ -86,8 +85,7 @@ def _analyze(args: argparse.Namespace) -> None:
     first = {file: title for title, file in reversed(runs.items()) if file.is_file()}
     history = {title: read_history(file) for file, title in first.items()}
     # of two, one is the start and one the end
-    of_one_run = len(states) > 2 and states[0]
-    converged = convergence(states, surveys[0].layers) if of_one_run else None
+    converged = convergence(states, surveys[0].layers) if len(states) > 2 and states[0] else None
     print(write_report(surveys, args.out, history, changes, converged)[0])
 
 

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .measures import mean_similarity
 from .pictures import (
@@ -35,7 +36,7 @@ COLUMNS = 6  # examples in a row: more would be too small
 NAMED = 32  # codes; more numbers would lie on each other
 
 History = Sequence[dict[str, Any]]  # lines of `routing.jsonl`
-Lines = dict[str, tuple[list[float], list[float]]]  # x and y by name
+Lines = dict[str, tuple[Sequence[float], Sequence[float]]]  # x and y by name
 
 
 @styled
@@ -48,18 +49,16 @@ def load_maps(survey: Survey) -> list[Picture]:
     }
     if not loads:
         return []
-    widest = max(len(load) for load in loads.values())
-    values = torch.full((len(loads), widest), torch.nan)
-    for row, load in zip(values, loads.values(), strict=True):
-        row[: len(load)] = 100 * load
-    figure = Figure(figsize=(WIDTH, 0.5 * len(loads) + 1.6), layout='constrained')
+    widest = max(map(len, loads.values()))
+    values = 100 * pad_sequence([*loads.values()], batch_first=True, padding_value=torch.nan)
+    figure = Figure(figsize=(WIDTH, 0.5 * len(loads) + 1.6))
     axes = figure.subplots()
     # the same for all models, and brightest where an expert does the work of four
     heat_map(axes, values, (0, min(400 / widest, 100)), '.0f')
     axes.set_yticks(range(len(loads)), loads)
     axes.set(xlabel='expert', title=f'Load in %; an even load is {100 / widest:.3g} %')
-    most = percent(max(load.max().item() for load in loads.values()))
-    return [Picture('Load per expert and layer', f'The largest load is {most}.', figure)]
+    alt = f'The largest load is {percent(max(load.max().item() for load in loads.values()))}.'
+    return [Picture('Load per expert and layer', alt, figure)]
 
 
 @styled
@@ -77,7 +76,7 @@ def class_maps(survey: Survey) -> list[Picture]:
         apart = torch.where(seen, (shares - load).abs().sum(1), -1)
         rows = apart.argsort(descending=True, stable=True)[:CLASSES].sort().values
         rows = rows[seen[rows]]
-        figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8), layout='constrained')
+        figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8))
         axes = figure.subplots()
         heat_map(axes, 100 * shares[rows], (0, 100 * shares.max().item()), '.0f')
         axes.set_yticks(range(len(rows)), [classes[i] for i in rows.tolist()])
@@ -95,7 +94,7 @@ def similarity_maps(survey: Survey) -> list[Picture]:
     """Cosine similarity of the experts, a panel per kind."""
     found = []
     for name, layer in survey.layers.items():
-        figure = Figure(figsize=(WIDTH, 4.2), layout='constrained')
+        figure = Figure(figsize=(WIDTH, 4.2))
         said, grid = [], figure.subplots(1, len(layer.similarity))
         for axes, (kind, cosine) in zip(grid, layer.similarity.items(), strict=True):
             digits = 2 if len(cosine) <= 5 else 1
@@ -182,10 +181,10 @@ def code_maps(survey: Survey) -> list[Picture]:
         spread, axes_ = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
         plane, shares = axes_[:, -2:].flip(1), spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
         colours = expert_colours(layer.num_experts)
-        figure = Figure(figsize=(WIDTH, 7), layout='constrained')
+        figure = Figure(figsize=(WIDTH, 7))
         axes = figure.subplots()
-        x, y = ((tokens - mean) @ plane).t().numpy()
         of_tokens = colours[codebook.indices % layer.num_experts].numpy()
+        x, y = ((tokens - mean) @ plane).t().numpy()
         axes.scatter(x, y, c=of_tokens, s=9, alpha=0.35, linewidths=0)
         of_codes = colours[torch.arange(len(codes)) % layer.num_experts]
         places: Any = (codes - mean) @ plane  # (M, 2)
@@ -245,16 +244,15 @@ def convergence_curves(convergence: Mapping[str, Any]) -> list[Picture]:
     for name, measured in convergence.items():
         layer, _, part = name.rpartition('.')
         left = measured['distance']
-        layers[layer][part] = [float(i + 1) for i in range(len(left))], left
+        layers[layer][part] = [*range(1, len(left) + 1)], left
     return [_curves('Way that is left to the last checkpoint', 'checkpoint', layers)]
 
 
 @styled
 def _curves(title: str, xlabel: str, layers: Mapping[str, Lines], log: bool = False) -> Picture:
-    columns, lines_of_panels = min(len(layers), 2), -(-len(layers) // 2)
-    size = WIDTH, 3 * lines_of_panels + 1.6
-    figure = Figure(figsize=size, layout='constrained')
-    grid = figure.subplots(lines_of_panels, columns, squeeze=False, sharex=True, sharey=True)
+    columns, rows = min(len(layers), 2), -(-len(layers) // 2)
+    figure = Figure(figsize=(WIDTH, 3 * rows + 1.6))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for number, axes in enumerate(grid.flat):
         axes.set_visible(number < len(layers))
         axes.grid(alpha=0.3)
@@ -269,13 +267,12 @@ def _curves(title: str, xlabel: str, layers: Mapping[str, Lines], log: bool = Fa
     if log:
         grid[0, 0].set(yscale='log', ylabel='|new - old| / |new|')
     else:
-        grid[0, 0].set(ylabel='share')
-        grid[0, 0].set_ylim(bottom=0)
+        grid[0, 0].set(ylim=(0, None), ylabel='share')
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     if len(handles) <= LEGEND:
-        below: Any = {'loc': 'outside lower center', 'ncols': 4, 'frameon': False}
-        figure.legend(handles=list(handles.values()), **below)
+        below = [*handles.values()]
+        figure.legend(handles=below, loc='outside lower center', ncols=4, frameon=False)
     figure.suptitle(title)
-    most = max(y[0] for lines in layers.values() for _, y in lines.values())
-    last = max(y[-1] for lines in layers.values() for _, y in lines.values())
+    ends = ((y[0], y[-1]) for lines in layers.values() for _, y in lines.values())
+    most, last = map(max, zip(*ends, strict=True))
     return Picture(title, f'The largest goes from {most:.2g} to {last:.2g}.', figure)

@@ -24,10 +24,7 @@ def entropy(counts: Tensor) -> float:
 
 def load_entropy(load: Tensor) -> float:
     """H(load) / log E of counts or shares (E,): 1 if even, or of one expert; 0 if one takes all."""
-    num_experts = load.numel()
-    if num_experts == 1:
-        return 1.0
-    return entropy(load) / math.log(num_experts)
+    return entropy(load) / math.log(load.numel()) if load.numel() > 1 else 1.0
 
 
 def load_variation(load: Tensor) -> float:
@@ -79,10 +76,9 @@ def weight_similarity(experts: Experts) -> Tensor:
 @torch.no_grad()
 def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
     """Every expert's answer (E, T, D) to every token (T, D), wherever it is sent."""
-    num_experts, num_tokens = experts.num_experts, len(tokens)
-    tokens = tokens.to(next(experts.parameters()))
-    ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
-    return experts(tokens.repeat(num_experts, 1), ends).view(num_experts, num_tokens, -1)
+    number, tokens = experts.num_experts, tokens.to(next(experts.parameters()))
+    ends = torch.arange(1, number + 1, device=tokens.device, dtype=torch.int32) * len(tokens)
+    return experts(tokens.repeat(number, 1), ends).view(number, len(tokens), -1)
 
 
 def output_similarity(outputs: Tensor) -> Tensor:
@@ -93,11 +89,8 @@ def output_similarity(outputs: Tensor) -> Tensor:
 
 def mean_similarity(similarity: Tensor) -> float:
     """Mean over pairs of different experts of (E, E) similarities; 1 of a single expert."""
-    num_experts = len(similarity)
-    if num_experts == 1:
-        return 1.0
-    others = ~torch.eye(num_experts, dtype=torch.bool, device=similarity.device)
-    return similarity[others].mean().item()
+    others = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return similarity[others].mean().item() if len(similarity) > 1 else 1.0
 
 
 def changed_share(before: Tensor, after: Tensor) -> float:

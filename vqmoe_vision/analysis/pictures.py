@@ -24,6 +24,7 @@ ANNOTATED = 16  # more columns leave no room for numbers in the cells
 STYLE: Any = {  # matplotlib's own type differs between its versions
     'font.size': 14,
     'axes.titlesize': 15,
+    'figure.constrained_layout.use': True,
     'figure.facecolor': 'white',
 }
 
@@ -71,12 +72,10 @@ def heat_map(
     axes.set_xticks(range(0, columns, -(-columns // ANNOTATED)))
     if columns > ANNOTATED or rows > 2 * ANNOTATED:
         return
-    readable: Any = {'ha': 'center', 'va': 'center', 'fontsize': 11 if columns > 10 else 12}
-    readable['path_effects'] = [withStroke(linewidth=2.5, foreground='white')]  # on any colour
-    for row, line in enumerate(values.tolist()):
-        for column, value in enumerate(line):
-            if value == value:  # no nan
-                axes.text(column, row, f'{value:{form}}', **readable)
+    stroke, size = withStroke(linewidth=2.5, foreground='white'), 11 if columns > 10 else 12
+    for row, column in values.isnan().logical_not().nonzero().tolist():
+        text = axes.text(column, row, f'{values[row, column]:{form}}', ha='center', va='center')
+        text.set(fontsize=size, path_effects=[stroke])  # on any colour
 
 
 # How far the brightest pixel of a patch is lightened. A dark pixel keeps the colour of the legend.
@@ -169,8 +168,8 @@ def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
     """Adds a legend below a figure."""
     figure.legend(
         handles=[
-            Patch(color=tuple(colour.tolist()), label=name)
-            for name, colour in zip(names, colours, strict=True)
+            Patch(color=tuple(colour), label=name)
+            for name, colour in zip(names, colours.tolist(), strict=True)
         ],
         loc='outside lower center',
         # an entry is a patch and its name, 0.13 inches per letter and 0.7 around

@@ -92,8 +92,8 @@ def decided(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def on_patches(model: Transformer, images: Tensor, of_tokens: Tensor) -> Tensor:
     """What is known of every token (B, N, ...) at its patch (B, rows, columns, ...)."""
     height, width = images.shape[-2:]
-    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-    return of_tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))
+    grid = model.patch_embed.dynamic_feat_size((height, width))
+    return of_tokens[:, model.num_prefix_tokens :].unflatten(1, grid)
 
 
 def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> LayerRecord:

@@ -96,9 +96,10 @@ def write_report(
         and {'checkpoints': [s.title for s in of_one_run], 'parts': convergence},
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'report.html').write_text(page)
-    (out / 'numbers.json').write_text(json.dumps(numbers, indent=1))
-    return [out / 'report.html', out / 'numbers.json']
+    files = {out / 'report.html': page, out / 'numbers.json': json.dumps(numbers, indent=1)}
+    for file, text in files.items():
+        file.write_text(text)
+    return [*files]
 
 
 def _table(

@@ -131,15 +131,11 @@ def _in_256_steps(pixels: Tensor) -> Tensor:
     return (pixels * 255).round() / 255
 
 
-def corruptions(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
-    """Every common corruption at every severity."""
-    return [corruption(name, s) for name in CORRUPTIONS for s in severities]
-
-
 def all_shifts(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
     """Mirrored, moved by a patch, with noise that is hardly seen, and every corruption."""
     # half of the weakest noise of ImageNet-C
-    return [flip(), crop(), noise(0.04), *corruptions(severities)]
+    corrupted = (corruption(name, s) for name in CORRUPTIONS for s in severities)
+    return [flip(), crop(), noise(0.04), *corrupted]
 
 
 def corruption(name: str, severity: int) -> Shift:
@@ -237,7 +233,7 @@ def convergence(
     found = {}  # 'blocks.1.mlp.router': a number for each checkpoint, oldest first
     for part, names in parts.items():
         values = [[s[n].detach().float().cpu().flatten() for n in names] for s in checkpoints]
-        trajectory = torch.stack([torch.cat(of_state) for of_state in values])
+        trajectory = torch.stack([*map(torch.cat, values)])
         found[part] = {
             'similarity': measures.similarity_to_last(trajectory).tolist(),
             'distance': measures.distance_to_last(trajectory).tolist(),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import Config
 from torch import Tensor
-from torch.utils.data import Subset
 
 from vqmoe_vision.engine.model import scope_of
 from vqmoe_vision.models.normalization import Normalization
@@ -27,49 +26,34 @@ class Sample(NamedTuple):
     label: Tensor | None  # (), or (H, W) with 255 for none
 
 
-class _Samples(Sequence):
-    def __init__(self, found: Sequence, read: Callable[[Any], Sample]) -> None:
-        self.found, self.read = found, read
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def __getitem__(self, index: Any) -> Sample:
-        return self.read(self.found[index])
-
-
 @dataclass(frozen=True)
 class Source:
     """Images that are read when they are asked for."""
 
-    samples: Sequence[Sample]
-    names: Sequence[str]
-    classes: list[str] | None
+    found: Sequence  # entries of a data set, or files, which have no classes
+    read: Callable[[Any], Sample]
     normalization: Normalization
-
-    @classmethod
-    def of(
-        cls,
-        found: Sequence,
-        read: Callable[[Any], Sample],
-        normalization: Normalization,
-        classes: list[str] | None = None,
-    ) -> 'Source':
-        """What is read of the entries of a data set, or of files, which have no classes."""
-        named = [f'image {i}' for i in range(len(found))] if classes else [f.name for f in found]
-        return cls(_Samples(found, read), named, classes, normalization)
+    classes: list[str] | None = None
+    chosen: Sequence[int] = ()  # of what was found; all if there is none
 
     def drawn(self, count: int) -> 'Source':
         """At most `count`, drawn the same every time: the first files would be of one class."""
         own = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(len(self.samples), generator=own)[:count].tolist()
-        samples: Any = Subset(self.samples, chosen)  # type: ignore[arg-type]  # needs no Dataset
-        return replace(self, samples=samples, names=[self.names[i] for i in chosen])
+        return replace(self, chosen=torch.randperm(len(self.found), generator=own)[:count].tolist())
+
+    @property
+    def _places(self) -> Sequence[int]:
+        return self.chosen or range(len(self.found))
+
+    @property
+    def names(self) -> list[str]:
+        """What the images are called."""
+        return [f'image {i}' if self.classes else self.found[i].name for i in self._places]
 
     def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Neighbours of one size together, as `survey` takes them."""
-        for start in range(0, len(self.samples), batch_size):
-            found = (self.samples[i] for i in range(len(self.samples))[start : start + batch_size])
+        for start in range(0, len(self._places), batch_size):
+            found = (self.read(self.found[i]) for i in self._places[start : start + batch_size])
             for _, group in groupby(found, key=lambda sample: sample.image.shape):
                 images, labels = zip(*group, strict=True)
                 batch = torch.stack(images)
@@ -84,8 +68,7 @@ def images_of(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 def source_of(model: Any, config: Config, count: int, folder: str | None = None) -> Source:
     """Images of a config's test, at most `count` and always the same."""
     with scope_of(config):
-        source: Source = model.source(config.test_dataloader.dataset, folder)
-    return source.drawn(count)
+        return model.source(config.test_dataloader.dataset, folder).drawn(count)
 
 
 def image_files(folder: str | Path) -> list[Path]:

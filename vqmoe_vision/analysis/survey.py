@@ -4,6 +4,7 @@ Legend: B images, N tokens per image, T tokens, D width, E experts, K experts pe
 M codes, P slots per expert, S sampled tokens.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -289,13 +290,13 @@ class LayerTally:
         if self.codebook:  # errors are relative to the tokens that came with its codes
             distance, energy = self.squared_distance, self.before.trace().item()  # `sum |x|^2`
             spread = energy - (self.total.square().sum() / self.count).item()  # around their mean
-            for name, value in {
+            of_codes = {
                 'code_perplexity': measures.usage_perplexity(self.usage),
                 'dead_codes': float(measures.num_dead(self.usage)),
                 'quantization_error': measures.quantization_error(distance, energy),
                 'quantization_error_around_mean': measures.quantization_error(distance, spread),
-            }.items():
-                numbers[f'{self.codebook}/{name}'] = value
+            }
+            numbers |= {f'{self.codebook}/{name}': value for name, value in of_codes.items()}
             codebook, own = self._codebook()
             usage = (self.usage / self.usage.sum()).float()
             codes = Codes(own, usage, codebook.compared(self.tokens), self.indices)
@@ -391,8 +392,8 @@ def _classes_of_tokens(
     check(not wrong.any(), 'labels', labels[wrong][:1].tolist(), f'classes from 0 to {most}')
     if of_image:
         height, width = images.shape[-2:]
-        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-        return labels[:, None].expand(-1, model.num_prefix_tokens + rows * columns)
+        grid = model.patch_embed.dynamic_feat_size((height, width))
+        return labels[:, None].expand(-1, model.num_prefix_tokens + math.prod(grid))
     ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
     # padding is shifted so that what it adds, zeros, is the class of pixels that have none
     of_patch = image_patches(model, ignored + 1).flatten(3).mode(dim=-1).values - 1
@@ -404,8 +405,8 @@ def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
     """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
     (height, width), (h, w) = pixels.shape[-2:], model.patch_embed.patch_size
     padded = F.pad(pixels, (0, -width % w, 0, -height % h))
-    cut = padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))  # (B, C, rows, h, columns, w)
-    return cut.permute(0, 2, 4, 1, 3, 5)
+    # (B, C, rows, h, columns, w)
+    return padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h)).permute(0, 2, 4, 1, 3, 5)
 
 
 def _example(

@@ -6,6 +6,7 @@ Importing this package registers everything that `configs/classification` names.
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
 from . import datasets, transforms
-from .classifier import Accuracy, Classifier
+from .classifier import Classifier
+from .evaluation import Accuracy
 
 __all__ = ['Accuracy', 'Classifier', 'datasets', 'transforms']

@@ -5,7 +5,7 @@ what is reported looks at test, once. Of the training images a long tail may be 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +35,7 @@ def _check_split(split: str, dev_size: int) -> None:
 
 def split_indices(targets: Any, split: str, dev_size: int, imbalance: float = 1) -> list[int]:
     """Which of the training images belong to a split; always the same, classes in proportion."""
-    train: Any = np.arange(len(targets))
+    train = np.arange(len(targets))
     if split != 'trainval' and (split, dev_size) != ('train', 0):
         from sklearn.model_selection import train_test_split  # here for the reason of `digit_scans`
 
@@ -101,7 +101,7 @@ class ImageClassification(Dataset):
         if counts is not None:
             self.metainfo['train_counts'] = counts
         self._config = transform
-        self.transform: Callable = TRANSFORMS.build(transform)
+        self.transform = TRANSFORMS.build(transform)
 
     def normalize_as(self, weights: Normalization, field: str, owner: str) -> None:
         """Normalises images as the weights want it, if the config of the transform allows it."""
@@ -154,7 +154,7 @@ def class_folder(
     if dev_size != 0:
         _check_split(split, dev_size)
         folder = root / _folder_of(split, root)
-    source: Any = _image_folder(folder)
+    source = _image_folder(folder)
     classes, part = source.classes, None
     trained = source if folder == train or imbalance == 1 else _image_folder(train)
     counts = _train_counts(trained.targets, dev_size, imbalance)
@@ -214,8 +214,7 @@ def digits(split: str, transform: dict, imbalance: float = 1) -> ImageClassifica
         ValueError: There is no such split, or no such imbalance.
     """
     scans, targets = digit_scans(split)
-    trained = targets if imbalance == 1 else digit_scans('train')[1]
-    counts = _train_counts(trained, 0, imbalance)
+    counts = _train_counts(targets if imbalance == 1 else digit_scans('train')[1], 0, imbalance)
     if split == 'train':
         chosen = long_tail(targets, imbalance)
         scans, targets = scans[chosen], targets[chosen]

@@ -95,7 +95,7 @@ def _numbers(
     from_scratch: dict[str, Numbers] | None, mean: Numbers | None, std: Numbers | None
 ) -> dict[str, Numbers]:
     """What a transform normalises with at first; empty where nobody says it."""
-    own: dict = {'mean': mean, 'std': std}
+    own = {'mean': mean, 'std': std}
     for field, pair in (('transform', own), ('transform.from_scratch', from_scratch or {})):
         stated = {name: value for name, value in pair.items() if value is not None}
         for name, value in stated.items():
@@ -134,7 +134,7 @@ def normalized_as(
     config: dict, weights: Normalization | None, field: str, owner: str = 'the weights'
 ) -> Callable:
     """A transform that normalises images as the weights want it."""
-    transform: Callable = TRANSFORMS.build(config)
+    transform = TRANSFORMS.build(config)
     found = normalization_of(transform)
     if weights is None or found is None:
         return transform

@@ -175,12 +175,11 @@ def _check(args: argparse.Namespace) -> None:
         try:
             finding = repeat(one, usable[one.place])
             work.store.add(one, checked=finding)
-            said = None if finding['equal'] else f'{one.name} is stale: {finding["finding"]}'
+            if not finding['equal']:
+                raise ValueError(f'{one.name} is stale: {finding["finding"]}')
         except ValueError as error:
-            said = str(error)
-        if said is not None:
             failed.append(one.name)
-            tqdm.write(said)
+            tqdm.write(str(error))
     print(f'the first losses of {len(runs) - len(failed)} of {len(runs)} rows came out again')
     if failed:
         raise ValueError(f'{len(failed)} rows did not come out again: {", ".join(failed)}')
@@ -189,12 +188,8 @@ def _check(args: argparse.Namespace) -> None:
 def _control(args: argparse.Namespace) -> None:
     separations = args.separation or control.SEPARATIONS[args.quick]
     seeds = args.seeds or control.SEEDS[args.quick]
-    check(
-        all(0 < s < math.inf for s in separations),
-        '--separation',
-        separations,
-        'above 0 and finite',
-    )
+    apart = all(0 < s < math.inf for s in separations)
+    check(apart, '--separation', separations, 'above 0 and finite')
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
     rows, out = control.find_rows(args.methods), args.out or Path('work_dirs/control/control.json')
     make_folder(out.parent)  # before the work

@@ -265,7 +265,7 @@ def plot_control(scores: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws accuracy and information over separation; what is no usual form is grey."""
     frame = pd.DataFrame(scores).astype({'information': float})
     means = frame.groupby(['row', 'separation'])[['accuracy', 'information']].mean()
-    figure = Figure(figsize=(8.6, 12), layout='constrained')
+    figure = Figure(figsize=(8.6, 12))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     rows, places = all_rows(), defaultdict[str, Any](count)
     lines = '-', '--', ':', '-.', (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4))

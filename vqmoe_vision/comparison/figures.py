@@ -56,8 +56,8 @@ def plot_differences(
         axes.grid(alpha=0.3)
         for place, row in enumerate(rows):
             if found := differences.get(row):
-                points = list(found.each.values())
-                axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
+                points = [*found.each.values()], [place] * found.pairs
+                axes.plot(*points, 'o', color='C0', alpha=0.6)
             if found and found.freedom > 1:  # the interval of two alone hides everything else
                 ends = [[found.mean - found.low], [found.high - found.mean]]
                 axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)
@@ -79,11 +79,10 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     styles = curve_styles(comparison)
     finished = {row for row, _ in usable}
     others = [row for row in comparison.rows if row in finished and row not in styles]
-    scales = {
+    for axes, scale in {
         over_iterations: lambda content: 1,
         over_compute: lambda c: c['macs'] * c['images'] / c['iterations'] / 1e12,
-    }
-    for axes, scale in scales.items():
+    }.items():
         axes.grid(alpha=0.3)
         for row in (*others, *styles):
             curves = [  # a resumed run may have recorded a step twice

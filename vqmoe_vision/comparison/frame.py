@@ -210,7 +210,7 @@ def of_layers(
 ) -> list[list[float]]:
     """A statistic of each layer as mean over seeds, in the order of layers, for each row."""
     of = values[(values['split'] == split) & values['name'].str.endswith(f'/{name}')]
-    found: dict[str, list[float]] = {row: [] for row in rows}
+    found = {row: list[float]() for row in rows}
     of = of.assign(length=of['name'].str.len())  # blocks.2 before blocks.10
     for (row, _, _), each in of.groupby(['row', 'length', 'name'])['value']:
         if row in found:

@@ -333,7 +333,7 @@ def canonical(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> dic
     found = {n: value for n, value in flat(counting).items() if not re.fullmatch(given, n)}
     found |= flat({'moe': moe})
     plain = {n: _plain(value, sources) for n, value in found.items() if value not in ({}, [])}
-    return {n: v for n, v in plain.items() if not (n in _ADDED and v == _ADDED[n])}
+    return {n: v for n, v in plain.items() if (n, v) not in _ADDED.items()}
 
 
 def _plain(value: Any, sources: Mapping[str, str]) -> Any:

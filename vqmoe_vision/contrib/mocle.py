@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..models.compat import Network, StateDict, misfit, part_of
+from ..models.compat import Network, StateDict, below, misfit, part_of, without
 from ..models.fitting import Report, Size, transfer
 from ..models.normalization import Normalization
 from ..models.weights import network_of
@@ -96,13 +96,6 @@ def frozen(network: Any) -> Any:
 
 __all__ = ['fit_reader', 'load_features']
 
-_UNFITTED = (
-    'training a model that reads images by a frozen network, and was not fitted to the training '
-    'set: what it decides by is random; call load_features(model, ...), unless the model starts '
-    'from a dense one, and then fit_reader(model, batches) of vqmoe_vision.contrib.mocle'
-)
-# Images that clusters are fitted to, drawn from the training set with a fixed seed.
-_MOST_IMAGES, _BATCH_SIZE = 16384, 64
 # What a data set is prepared by: of classification, and of mmseg.
 _PREPARATIONS = ('transform', 'pipeline')
 _NO_CHOICE = {'num_experts': 2}  # where options have no effect
@@ -119,7 +112,7 @@ class MoCLEConfig(MoeConfig):
     """
 
     # both weights of a token sum to 1
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
+    EXACT_UPCYCLING: ClassVar[dict[str, dict]] = {'any': {}}
 
     num_clusters: int = option(64, 8, bounds='[1, inf)', of_weights=False, idle=_NO_CHOICE)
     temperature: float = option(0.05, 1.0, bounds='(0, inf)', idle=_NO_CHOICE)
@@ -146,7 +139,7 @@ class Clusters(ImageReader):
             network.reset_classifier(0)
             network.set_grad_checkpointing(False)
             network.attn_pool = None  # type: ignore[assignment]  # as timm where there is none
-        self.network: Any = frozen(network).eval()
+        self.network = frozen(network).eval()
         device, shape = factory.get('device'), (config.num_clusters, self.network.num_features)
         self.register_buffer('fitted', torch.empty((), dtype=torch.bool, device=device))
         self.register_buffer('sizes', torch.tensor(self.network.sizes, device=device))
@@ -178,13 +171,18 @@ class Clusters(ImageReader):
         with full_precision(images):
             if images.shape[-2:] != size:
                 images = F.interpolate(images.float(), size, mode='bilinear', antialias=True)
-            found: Tensor = self.network(images.to(next(self.network.buffers(), images).dtype))
+            found = self.network(images.to(next(self.network.buffers(), images).dtype))
         return found.float()
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Cluster of each image, (B,) int64."""
         if self.training and self._fit_due and torch.is_grad_enabled():
-            warn_once(_UNFITTED)
+            warn_once(
+                'training a model that reads images by a frozen network, and was not fitted to the '
+                'training set: what it decides by is random; call load_features(model, ...), '
+                'unless the model starts from a dense one, and then fit_reader(model, batches) of '
+                'vqmoe_vision.contrib.mocle'
+            )
         features = self.features(images)
         with full_precision(features):
             return nearest_code(features, self.centroids.float())
@@ -202,8 +200,7 @@ class Clusters(ImageReader):
 
     def expected(self, state_dict: Mapping[str, Tensor]) -> StateDict:
         """As `ImageReader`, with the network in the size of the state dict."""
-        network = self._network_for(state_dict).state_dict()
-        return self.state_dict() | {NETWORK + name: value for name, value in network.items()}
+        return self.state_dict() | self._network_for(state_dict).state_dict(prefix=NETWORK)
 
     def _network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
         sizes, own = self._sizes_in(state_dict.get('sizes')), self.network
@@ -211,7 +208,7 @@ class Clusters(ImageReader):
 
     def _sizes_in(self, given: Tensor | None) -> tuple[int, ...]:
         """Sizes of the network as a state dict says them, whose numbers may have been rounded."""
-        own: tuple[int, ...] = self.network.sizes
+        own = self.network.sizes
         # of fewer digits than the numbers have, as a cast leaves them
         if given is None or given.is_meta or given.equal(given.new_tensor(own)):
             return own
@@ -234,8 +231,8 @@ class Clusters(ImageReader):
         self, own: StateDict, others: StateDict, path: str, image_sizes: Sequence[Size]
     ) -> tuple[StateDict, Report]:
         """As `ImageReader`: as a checkpoint has it, or with the weights of a dense one."""
-        result = {READER + k: v for k, v in own.items() if not k.startswith(NETWORK)}
-        expected = {READER + k: v for k, v in self.state_dict().items()}
+        result = below(READER, without(own, NETWORK))
+        expected = self.state_dict(prefix=READER)
         shared = {k: v for k, v in expected.items() if k in result}
         if problem := misfit(shared, {k: v for k, v in result.items() if k in shared}):
             raise ValueError(f'checkpoint {path!r} is of another size: {problem}')
@@ -244,8 +241,8 @@ class Clusters(ImageReader):
             weights, network = part_of(own, NETWORK) or others, self._network_for(own)
             # that of a checkpoint takes the sizes of the file
             fitted, read = transfer(network, weights, path, () if own else image_sizes, whole=True)
-            result |= {READER + NETWORK + k: v for k, v in fitted.items()}
-        resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
+            result |= below(READER + NETWORK, fitted)
+        resized = below(READER + NETWORK, read.resized)
         copied = {} if own else {READER + NETWORK + k: k for k in read.loaded}
         remarks = ('images are read by a frozen copy of it',) if copied else ()
         return result, Report.of(result, expected, resized, copied, remarks=remarks)
@@ -286,8 +283,9 @@ class Clusters(ImageReader):
             'by whose features images are clustered; or start from one by checkpoint'
         )
         check(not self.lacks_weights, 'features', None, allowed)
-        source = unwrapped(runner).source(_unaugmented(runner.cfg)).drawn(_MOST_IMAGES)
-        counts = fit_reader(self, map(images_of, source.batches(_BATCH_SIZE)))
+        # as many images at most, drawn from the training set with a fixed seed
+        source = unwrapped(runner).source(_unaugmented(runner.cfg)).drawn(16384)
+        counts = fit_reader(self, map(images_of, source.batches(64)))
         # of the first process: others may round otherwise
         for buffer in self.buffers():
             broadcast(buffer)
@@ -345,7 +343,7 @@ def load_features(
     check(isinstance(state_dict, Mapping), 'state_dict', state_dict, 'tensors by their names')
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
-    own: Any = reader.network
+    own = reader.network
     state, report = transfer(own, state_dict, path, image_sizes, network=network, whole=True)
     own.load_state_dict(state, strict=False)
     reader.void()

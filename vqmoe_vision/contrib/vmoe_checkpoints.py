@@ -25,7 +25,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from ..models.compat import StateDict, misfit, refuse_values, shorten
+from ..models.compat import StateDict, misfit, refuse_values, shorten, without
 from ..models.create import create_model
 from ..models.export import preprocessing_of, save
 from ..models.fitting import replaced
@@ -79,15 +79,14 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
     """
     tree = _read_tree(checkpoint)
     if not head:
-        others = ('head/', _REPRESENTATION)
-        tree = {name: value for name, value in tree.items() if not name.startswith(others)}
+        tree = without(tree, ('head/', _REPRESENTATION))
     name, arguments = arguments_of(tree, checkpoint)
     for option in arguments.keys() & options.keys():
         allowed = f'{arguments[option]!r}, which checkpoint {checkpoint!r} has'
         check(options[option] == arguments[option], option, options[option], allowed)
     channels, size = arguments['in_chans'], to_2tuple(arguments['img_size'])
     # of their evaluation: before fine-tuning, which changes the size, and after it
-    cropped: dict[str, Any] = {'crop_pct': 0.875, 'crop_mode': 'center'}
+    cropped = {'crop_pct': 0.875, 'crop_mode': 'center'}
     overlay = {
         'input_size': (channels, *size),
         'mean': (0.5,) * channels,
@@ -96,7 +95,7 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
         **(cropped if size == (224, 224) else {'crop_pct': 1.0, 'crop_mode': 'squash'}),
     }
     arguments = {'top_k': 2, **options, **arguments}  # as all released models
-    model: Any = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
+    model = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
     state, expected = in_our_names(tree), model.state_dict()
     if problem := misfit(expected, state):
         raise ValueError(f'checkpoint {checkpoint!r} does not fit with {options}: {problem}')
@@ -105,7 +104,7 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> Any:
     return model.eval()
 
 
-def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]:
+def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict]:
     """The entry point of a tree and the keyword arguments that it says."""
     for name, dimensions in ((_STEM, 4), (_POSITIONS, 3), (_QUERY, 3)):
         found = tuple(tree[name].shape) if name in tree else ()
@@ -220,7 +219,7 @@ def _index(content: Any) -> tuple[int, list[tuple[str, _Leaf]]]:
     return count, list(_flat(tree))
 
 
-def _flat(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, _Leaf]]:
+def _flat(tree: dict, prefix: str = '') -> Iterator[tuple[str, _Leaf]]:
     for key in sorted(tree):
         value, name = tree[key], f'{prefix}{key}'
         if isinstance(value, dict):
@@ -269,7 +268,6 @@ def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     add('--without-head', action='store_true', help='leave out the classifier, for the features')
     text = 'what no file says, for example top_k=2 eval_capacity_factor=1.5 (default: top_k=2)'
     add_config_options(parser, text)
-    add('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _convert)
 
 
@@ -277,7 +275,7 @@ def _convert(args: argparse.Namespace) -> None:
     from ..engine.publish import free_folder, written_whole
 
     target = free_folder(args.out)
-    model: Any = load_vmoe(args.checkpoint, head=not args.without_head, **args.cfg_options)
+    model = load_vmoe(args.checkpoint, head=not args.without_head, **args.cfg_options)
     config, method = model.pretrained_cfg, model.moe_config
     with written_whole(target) as folder:
         arguments = save(model, folder, preprocessing_of(config))

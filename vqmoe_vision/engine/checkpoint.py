@@ -160,7 +160,7 @@ def read_state(path: str) -> StateDict:
     if lacks_tensors(state):
         content = _load(file)
         kept = {name: content[name] for name in ('state_dict', PARTS) if name in content}
-        return _in_one_piece(kept or content, file)['state_dict']
+        state = _in_one_piece(kept or content, file)['state_dict']
     return state
 
 
@@ -220,9 +220,8 @@ def _in_one_piece(content: Any, file: str) -> Any:
             reader.read_data(planner.create_local_plan(), planner).wait()
             del content[PARTS]
             content = tree_map_with_path(lambda p, value: tensors.pop(dotted(p), value), content)
-    for state in [content, *content.values()] if isinstance(content, dict) else []:
-        if not isinstance(state, dict):
-            continue
+    inside = [content, *content.values()] if isinstance(content, dict) else []
+    for state in (each for each in inside if isinstance(each, dict)):
         refuse_without_values(state, file)
         if lacks_tensors(state):
             raise ValueError(
@@ -258,13 +257,8 @@ def _named_as_expected(content: dict) -> dict:
     for name in _WEIGHTS:
         if isinstance(content.get(name), dict):
             others = {other: value for other, value in content.items() if other not in _WEIGHTS}
-            return {**others, 'state_dict': content[name]}
+            return others | {'state_dict': content[name]}
     return content
-
-
-@as_data()
-def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    return torch.load(file, map_location, weights_only=True)
 
 
 def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
@@ -302,4 +296,4 @@ for _prefix, _loader in list(CheckpointLoader._schemes.items()):
     CheckpointLoader.register_scheme(_prefix, _own, force=True)
     setattr(upstream, _loader.__name__, _own)  # where it is called by its name
 if hasattr(upstream, '_safe_torch_load'):  # of onedl, which runs code that torch refuses
-    upstream._safe_torch_load = _load_as_data
+    upstream._safe_torch_load = as_data()(torch.load)

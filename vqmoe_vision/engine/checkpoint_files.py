@@ -108,8 +108,8 @@ def identify(folder: Path, resumed: bool, stated: Any) -> str:
     file = folder / RUN_FILE
     if not resumed:
         stated = file.read_text(errors='replace') if file.is_file() else None
-    known = re.fullmatch('[0-9a-f]{32}', stated) if isinstance(stated, str) else None
-    run = known[0] if known else uuid4().hex
+    known = isinstance(stated, str) and re.fullmatch('[0-9a-f]{32}', stated)
+    run = stated if known else uuid4().hex
     write_atomically(file, run.encode())
     return run
 
@@ -128,8 +128,8 @@ def remove_partial(folder: Path, run: str) -> None:
 
 def remove_unnamed(folder: Path, run: str) -> None:
     """Removes a run's folders of parts that no checkpoint beside them names."""
-    found = {path.name: path for path in folder.glob('*.sharded') if run_of(path) == run}
-    found = {name: path for name, path in found.items() if owner_of(name)}
+    made = (path for path in folder.glob('*.sharded') if run_of(path) == run)
+    found = {path.name: path for path in made if owner_of(path.name)}
     for file in folder.iterdir() if found else ():
         # a checkpoint under whatever name: torch's are zip archives
         if not file.is_file() or (file.suffix != '.pth' and not zipfile.is_zipfile(file)):
@@ -148,8 +148,7 @@ def remove_unnamed(folder: Path, run: str) -> None:
 
 def delete(folder: Path, names: Iterable[str], run: str) -> None:
     """Deletes checkpoints of a run in its work dir, and nothing else whatever the names say."""
-    paths = [folder / Path(name).name for name in names]
-    for path in paths:
+    for path in [folder / Path(name).name for name in names]:
         own = False
         if path.suffix == '.pth':
             with suppress(Exception):  # what is of others, or damaged, can fail in any way
@@ -207,18 +206,16 @@ def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[st
     found, wrong = [], []
     for path in candidates(folder):
         try:
-            content: Any = read_content(str(path), verify=False)
+            content = read_content(str(path), verify=False)
         except ValueError as error:
             wrong.append(str(error))
             continue
         parts = content if isinstance(content, dict) else {}
-        whole = all(isinstance(parts.get(name), dict) for name in _NEEDED)
-        meta = parts['meta'] if whole else {}
+        meta = parts['meta'] if all(isinstance(parts.get(name), dict) for name in _NEEDED) else {}
         if not all(type(meta.get(name)) is int for name in ('epoch', 'iter')):
             needed = f'{list(_NEEDED)}, the epoch and the iteration'
             wrong.append(f'{str(path)!r} is no checkpoint of a run, which has {needed}')
         else:  # its file knows better than the folder of a copy when it was written
             saved_at = meta.get('saved_at', path.stat().st_mtime)
-            is_time = isinstance(saved_at, float)
-            found.append(((saved_at if is_time else 0.0, meta['iter']), path))
+            found.append(((saved_at if isinstance(saved_at, float) else 0.0, meta['iter']), path))
     return found, wrong

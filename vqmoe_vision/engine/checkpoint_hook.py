@@ -85,8 +85,7 @@ class AtomicCheckpointHook(CheckpointHook):
             check(valid, f'default_hooks.checkpoint.{name}', value, allowed)
         template = options.get('filename_tmpl') or '{}.pth'
         allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
-        named = re.fullmatch(_TEMPLATE, str(template))
-        check(named is not None, 'filename_tmpl', template, allowed)
+        check(bool(re.fullmatch(_TEMPLATE, str(template))), 'filename_tmpl', template, allowed)
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
         self._saved_iter, self._saved_at = -1, 0.0
@@ -96,8 +95,8 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_run(self, runner: Runner) -> None:
         """Chooses the checkpoint of a run that resumes, for mmengine follows the pointer alone."""
         folder = Path(runner.work_dir)
-        begun = candidates(folder) or (folder / POINTER).is_file()
-        if begun and runner._resume and runner._load_from is None:
+        asked = runner._resume and runner._load_from is None
+        if asked and (candidates(folder) or (folder / POINTER).is_file()):
             runner._load_from = str(newest_checkpoint(folder, runner.logger.warning))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -106,9 +105,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if not runner._resume:
             return
         restore_accumulated(runner, checkpoint)
-        info = checkpoint['message_hub']['runtime_info']
-        for key in filter(_names_file, info):
-            info[key] = str(Path(runner.work_dir, Path(str(info[key])).name))
+        _files_in(runner.work_dir, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
         """Removes what a kill has left, and makes up for a validation that was cut off."""
@@ -127,9 +124,8 @@ class AtomicCheckpointHook(CheckpointHook):
         spread = runner.cfg.get('parallel') is not None
         self._signals = StopSignals(partial(self._save_now, runner), timeout_of(runner.cfg), spread)
         self._training = True
-        for loop in (runner.train_loop, runner.val_loop):
-            if loop is not None:
-                keep_workers(loop.dataloader)
+        for loop in filter(None, (runner.train_loop, runner.val_loop)):
+            keep_workers(loop.dataloader)
         if validation_was_cut_off(runner):
             told = 'Validating first: the checkpoint does not say that it was validated'
             runner.logger.info(told)
@@ -198,9 +194,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._saved_at = max(time.time(), nextafter(self._saved_at, inf))
         checkpoint['meta']['saved_at'] = self._saved_at
         keep_accumulated(runner, checkpoint)
-        info = checkpoint['message_hub']['runtime_info']
-        for key in filter(_names_file, info):
-            info[key] = Path(str(info[key])).name
+        _files_in('', checkpoint)
 
     def _save_now(self, runner: Runner, iteration: int) -> None:
         """Saves a run that is told to stop, whatever the interval."""
@@ -214,7 +208,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 self._outdated.append(name)  # once the run that goes on from it has saved
                 self._save(runner, name, meta)
             else:
-                step = runner.epoch if self.by_epoch else iteration
+                step = meta['epoch' if self.by_epoch else 'iter']
                 self._save_checkpoint_with_step(runner, step, meta)
         runner.visualizer.close()
 
@@ -262,9 +256,12 @@ class AtomicCheckpointHook(CheckpointHook):
         self._outdated[:] = [name for name in self._outdated if name not in names]
 
 
-def _names_file(key: str) -> bool:
-    """Whether a field of mmengine's message hub is the path of a checkpoint."""
-    return key.startswith(('best_ckpt', 'last_ckpt'))
+def _files_in(folder: str, checkpoint: dict) -> None:
+    """Puts the checkpoints that mmengine's message hub names into a folder."""
+    info = checkpoint['message_hub']['runtime_info']
+    for key in info:
+        if key.startswith(('best_ckpt', 'last_ckpt')):
+            info[key] = str(Path(folder, Path(str(info[key])).name))
 
 
 _ending: Finalize | None = None

@@ -74,12 +74,11 @@ def train(argv: Sequence[str] | None = None) -> None:
 def test(argv: Sequence[str] | None = None) -> None:
     """Tests a checkpoint of the model of a config."""
     parser = _parser('Test a checkpoint.')
-    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
-    parser.add_argument('--out', type=Path, help='JSON file to write the metrics to')
-    parser.add_argument('--show-dir', help='folder to write predictions over their images to')
-    parser.add_argument(
-        '--tta', action='store_true', help="augment the test as the config's tta_pipeline says"
-    )
+    add = parser.add_argument
+    add('checkpoint', help=CHECKPOINT_HELP)
+    add('--out', type=Path, help='JSON file to write the metrics to')
+    add('--show-dir', help='folder to write predictions over their images to')
+    add('--tta', action='store_true', help="augment the test as the config's tta_pipeline says")
     run(parser, argv, _test)
 
 
@@ -117,18 +116,14 @@ def augment_test(config: Config) -> None:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument(
-        '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
-    )
+    add = parser.add_argument
+    add('config', help=CONFIG_HELP)
+    add('--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)")
     add_config_options(parser)
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
+    add('--launcher', choices=LAUNCHERS, default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    parser.add_argument(
-        '--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log'
-    )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    add('--local_rank', '--local-rank', type=int, default=0)
+    add('--log', choices=('bar', 'plain'), help='a bar, as on a terminal, or all lines of the log')
     return parser
 
 
@@ -182,8 +177,7 @@ def _test(args: argparse.Namespace) -> None:
         told = take_ours(config)
         join(args.launcher, config)
         check_configs(config)
-        writes = args.out is not None and get_rank() == 0
-        if writes:  # before the work
+        if writes := args.out is not None and get_rank() == 0:  # before the work
             check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
             if not args.out.exists():  # as /dev/stdout does
                 make_folder(args.out.parent)
@@ -238,7 +232,7 @@ class ToolRunner(Runner):
 def _runner_of(config: Config, loads: bool, tests: bool = False) -> Runner:
     """The runner of a config, whose model gets the weights of its run and reads no others."""
     name, methods = config.get('runner_type', 'Runner'), dict[str, Any]()
-    kind: Any = RUNNERS.get(name)
+    kind = RUNNERS.get(name)
     known = isinstance(kind, type) and issubclass(kind, Runner)
     check(known, 'runner_type', name, 'Runner, or a class of the registry that is made of it')
     if loads:
@@ -266,6 +260,7 @@ def run(
     action: Callable[[argparse.Namespace], None],
 ) -> None:
     """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only."""
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = '--debug' in arguments
     options: dict[str, Any] = {}
@@ -288,8 +283,8 @@ def run(
             _end_if_nobody_reads()
         if debug:
             raise
-        where, cause = error.args if isinstance(error, RankError) else (None, error)
-        where = '' if where is None else f'rank {where}: '
+        rank, cause = error.args if isinstance(error, RankError) else (None, error)
+        where = '' if rank is None else f'rank {rank}: '
         sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
 
 

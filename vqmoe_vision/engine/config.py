@@ -8,7 +8,7 @@ import ast
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,11 @@ def find_config(path: str) -> str:
     return config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
 
 
-def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
+def innermost(dataset: ConfigDict) -> list[ConfigDict]:
     """The data sets of a config that are no wrappers of others, in order."""
     found = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
-    if not any(isinstance(inner, dict) for inner in found):
-        yield dataset
-    for inner in found:
-        if isinstance(inner, dict):
-            yield from innermost(inner)
+    inside = [each for each in found if isinstance(each, dict)]
+    return [each for inner in inside for each in innermost(inner)] if inside else [dataset]
 
 
 _mmengine_base_path = Config._get_cfg_path
@@ -99,18 +96,17 @@ class _CfgOptions(argparse.Action):
     """As mmengine's `DictAction`, which takes no dictionaries."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        given = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, {**given, **parse_options(values)})
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **parse_options(values)})
 
 
 def add_config_options(
     parser: argparse.ArgumentParser,
-    purpose: str = 'change fields of the config, for example train_cfg.max_epochs=5 '
-    'model.moe.top_k=1',
+    text: str = 'change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
 ) -> None:
     """Adds `--cfg-options` to a parser."""
-    form: dict[str, Any] = {'nargs': '+', 'metavar': 'NAME=VALUE', 'default': {}}
-    parser.add_argument('--cfg-options', action=_CfgOptions, help=purpose, **form)
+    parser.add_argument(
+        '--cfg-options', action=_CfgOptions, nargs='+', metavar='NAME=VALUE', default={}, help=text
+    )
 
 
 def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +165,8 @@ def flat(value: Any, name: str = '') -> dict[str, Any]:
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         return {name: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= flat(inner, f'{name}.{key}' if name else str(key))
-    return found
+    named = ((f'{name}.{key}' if name else str(key), inner) for key, inner in value.items())
+    return {field: each for own, inner in named for field, each in flat(inner, own).items()}
 
 
 def take_ours(config: Config) -> str:
@@ -185,20 +179,19 @@ def take_ours(config: Config) -> str:
         imports = list((config.get('custom_imports') or {}).get('imports') or [])
         if _SEGMENTATION not in imports:
             config.custom_imports = dict(imports=[*imports, _SEGMENTATION])
-    hooks = config.get('default_hooks') or {}
-    config.default_hooks = {**{n: dict(type=kind) for n, kind in _ADDED.items()}, **hooks}
+    added = {name: dict(type=kind) for name, kind in _ADDED.items()}
+    config.default_hooks = {**added, **(config.get('default_hooks') or {})}
     loop = config.get('train_cfg') or {}
     if loop.get('by_epoch') and 'type' not in loop:
         del loop['by_epoch']
         loop['type'] = 'EpochBasedTrainLoop'
-    for field in _FIELDS:
-        if config.get(field) is not None:
-            own = names | (_SAMPLERS if field == 'train_dataloader' else {})
-            with DATASETS.switch_scope_and_registry(config.get('default_scope')) as datasets:
-                config[field] = renamed(config[field], own, found, datasets)
+    for field in filter(config.get, _FIELDS):
+        own = names | (_SAMPLERS if field == 'train_dataloader' else {})
+        with DATASETS.switch_scope_and_registry(config.get('default_scope')) as datasets:
+            config[field] = renamed(config[field], own, found, datasets)
     own_hooks = config.get('custom_hooks') or []
     every = [*own_hooks, *filter(None, config.default_hooks.values())]
-    if found and not any(hook.get('type') == 'ReseedHook' for hook in every):
+    if found and 'ReseedHook' not in [hook.get('type') for hook in every]:
         config.custom_hooks = [*own_hooks, dict(type='ReseedHook')]
     told = ', '.join(f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found))
     return f'so that this run goes on to the bit, it has {told}, and ReseedHook' if told else ''

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product, zip_longest
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class MoeStateHook(Hook):
         """Reports the routing since the last validation; a run by iterations is a single epoch."""
         self._report(runner, 'train_epoch')
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Moves codebooks and the like, once a step of the optimizer, however many its batches."""
         if runner.optim_wrapper.should_update():
             update_state(unwrapped(runner).routed_model)
@@ -181,10 +182,8 @@ class CheckpointFitHook(Hook):
 
     @staticmethod
     def _normalize(runner: Runner, splits: Sequence[str]) -> None:
-        named = [f'{split}_dataloader' for split in splits]
-        unwrapped(runner).normalize_inputs(
-            {f'{name}.dataset': getattr(runner, name).dataset for name in named}
-        )
+        fields = [f'{split}_dataloader.dataset' for split in splits]
+        unwrapped(runner).normalize_inputs({name: attrgetter(name)(runner) for name in fields})
 
 
 @HOOKS.register_module()
@@ -210,10 +209,8 @@ class ClassCountHook(Hook):
         self._compare(runner, 'train', seen)
         held_out = seen
         if runner.val_loop is not None:
-            held_out, metainfo = (
-                self._check(runner, 'val'),
-                runner.train_dataloader.dataset.metainfo,
-            )
+            held_out = self._check(runner, 'val')
+            metainfo = runner.train_dataloader.dataset.metainfo
             check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
         differing = sorted(set(seen) ^ set(held_out))[:5] or 'another order'
         allowed = 'those of train_dataloader.dataset'
@@ -305,10 +302,10 @@ def _parts(dataset: Any) -> Iterator[TrainingPart]:
 
 def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
     """Compares names of classes, by which a label is a class, with those of a checkpoint."""
-    trained: Any = stated_in(content).get('classes')
-    known = isinstance(trained, list | tuple)
-    pairs = zip_longest(map(str, trained), map(str, classes)) if known else ()
-    for index, (before, now) in enumerate(pairs):
+    trained = stated_in(content).get('classes')
+    if not isinstance(trained, list | tuple):
+        return
+    for index, (before, now) in enumerate(zip_longest(map(str, trained), map(str, classes))):
         if before != now:
             raise ValueError(
                 f'the checkpoint was trained with other classes: its class {index} is {before!r}, '

@@ -93,8 +93,7 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     rest, test = parted(np.arange(len(targets)), 360)
     train, dev = parted(rest, 180)
     chosen = {'train': train, 'dev': dev, 'test': test}[split]
-    scans = np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return scans, targets[chosen]
+    return np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), targets[chosen]
 
 
 class TrainingPart(NamedTuple):

@@ -5,6 +5,7 @@ checkpoints say it to whoever loads them.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,13 +24,7 @@ from torch.utils.data import DataLoader
 
 from vqmoe_vision.models.compat import StateDict, compare, misfit_of, network_of_run, part_of
 from vqmoe_vision.models.create import share_start, without_weights
-from vqmoe_vision.models.layers import Transformer
-from vqmoe_vision.models.normalization import (
-    KEY,
-    Normalization,
-    of_buffer,
-    stated_normalization,
-)
+from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer, stated_normalization
 from vqmoe_vision.models.weights import check_one_source, describe, network_of, source_of
 from vqmoe_vision.moe import Collected, collect_losses, restart
 from vqmoe_vision.moe.collect import moe_layers, summarize
@@ -71,12 +66,14 @@ class RoutingStatistics:
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """Sums in their shapes and 0-dim counts of this rank by name, on the CPU."""
-        found: dict[str, dict[str, torch.Tensor]] = {'sums': {}, 'counts': {}}
+        sums: Any = Counter()
+        counts: Any = Counter()
         for layout, (values, finite) in self._totals.items():
-            sums = values.cpu().split([shape.numel() for _, shape in layout])
-            for (name, shape), value, count in zip(layout, sums, finite.cpu(), strict=True):
-                _add(found, name, value.view(shape), count)
-        return found
+            names, shapes = zip(*layout, strict=True)
+            parts = values.cpu().split([shape.numel() for shape in shapes])
+            sums.update(dict(zip(names, map(torch.Tensor.view, parts, shapes), strict=True)))
+            counts.update(dict(zip(names, finite.cpu(), strict=True)))
+        return {'sums': dict(sums), 'counts': dict(counts)}
 
     def load_state_dict(
         self, state: dict[str, dict[str, torch.Tensor]], device: torch.device
@@ -100,22 +97,16 @@ class RoutingStatistics:
 
         Every rank has to ask. Ranks may have seen different statistics, or none.
         """
-        found: dict[str, dict[str, torch.Tensor]] = {'sums': {}, 'counts': {}}
+        sums: Any = Counter()
+        counts: Any = Counter()
         for of_rank in all_gather_object(self.state_dict()):
-            for name, value in of_rank['sums'].items():
-                _add(found, name, value, of_rank['counts'][name])
-        return {n: value / found['counts'][n].clamp(min=1) for n, value in found['sums'].items()}
+            sums.update(of_rank['sums'])
+            counts.update(of_rank['counts'])
+        return {name: value / counts[name].clamp(min=1) for name, value in sums.items()}
 
     def summary(self) -> dict[str, float]:
         """The averages as numbers: `<layer>/load_max` and so on, see `moe.collect.summarize`."""
         return summarize(self.means())
-
-
-def _add(
-    found: dict[str, dict[str, torch.Tensor]], name: str, value: torch.Tensor, count: torch.Tensor
-) -> None:
-    for kind, one in (('sums', value), ('counts', count)):
-        found[kind][name] = found[kind].get(name, 0.0) + one
 
 
 _UNMOVED = (
@@ -230,7 +221,7 @@ class MoeTrainingMixin:
         State stays as it is: `MoeStateHook` moves it after the optimizer's step. The losses lose
         their graph at the end of the block.
         """
-        training: bool = self.training  # type: ignore[attr-defined]
+        training = self.training  # type: ignore[attr-defined]
         if (  # a loop of one's own, without a runner, may move it
             training
             and not self.state_is_moved
@@ -264,9 +255,10 @@ def weights_normalization(
             found = read_normalization(checkpoint) if checkpoint else _of_timms(model, arguments)
     elif found is None:
         return None
-    known = f'images are normalised with {in_words(found)}' if found is not None else ''
-    unknown = 'how images were normalised for it is not known, they are as the config says'
-    print_log(f'{source}: {known or unknown}', logger='current')
+    told = 'how images were normalised for it is not known, they are as the config says'
+    if found is not None:
+        told = f'images are normalised with {in_words(found)}'
+    print_log(f'{source}: {told}', logger='current')
     return found
 
 
@@ -373,7 +365,6 @@ def start_model(
         path = arguments.get('checkpoint_path') or source_of(model.pretrained_cfg)
         log_notes(report.lines(), path)
     if checkpoint is not None:
-        assert isinstance(model, Transformer)
         start_from(model, checkpoint)
     for note in restart(model):
         print_log(note, logger='current')

@@ -3,7 +3,7 @@
 import fnmatch
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,10 +131,14 @@ class TimmOptimWrapperConstructor:
 def undecayed_parameters(model: nn.Module) -> set[str]:
     """Full names of the parameters that some submodule lists in its `no_weight_decay()`."""
     names = [name for name, _ in model.named_parameters()]
-    modules = {p: m for p, m in model.named_modules() if hasattr(m, 'no_weight_decay')}
-    lists = {prefix: module.no_weight_decay() for prefix, module in modules.items()}
-    patterns = [f'{p}.{name}' if p else name for p, each in lists.items() for name in each]
-    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    modules: Iterable[Any] = model.named_modules()
+    return {
+        name
+        for prefix, module in modules
+        if hasattr(module, 'no_weight_decay')
+        for pattern in module.no_weight_decay()
+        for name in fnmatch.filter(names, f'{prefix}.{pattern}'.lstrip('.'))
+    }
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -163,10 +163,11 @@ def check_batch(config: Config, options: Iterable[str]) -> None:
 def check_configs(config: Config) -> None:
     """Compares the configs of all processes."""
     # in each process a set is in another order, and a function at another address
-    found = flat(config.to_dict())
-    sets = {n: sorted(map(repr, v)) for n, v in found.items() if isinstance(v, set | frozenset)}
-    values = {**found, **sets}
-    _check_alike('configs', {n: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for n, v in values.items()})
+    found = {
+        name: sorted(map(repr, value)) if isinstance(value, set | frozenset) else value
+        for name, value in flat(config.to_dict()).items()
+    }
+    _check_alike('configs', {n: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for n, v in found.items()})
 
 
 def check_datasets(runner: Runner, splits: tuple[str, ...]) -> None:

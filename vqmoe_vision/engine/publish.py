@@ -56,24 +56,23 @@ def publish(argv: Sequence[str] | None = None) -> None:
         'checkpoint with its weights, its config and its classes, without optimizer, schedulers '
         'and log.'
     )
-    parser.add_argument('source', help='work dir of tools/train.py, or a checkpoint of it')
-    parser.add_argument(
+    add = parser.add_argument
+    add('source', help='work dir of tools/train.py, or a checkpoint of it')
+    add(
         'out',
         help='of a work dir: folder to write; of a checkpoint: NAME.pth, which is written as '
         'NAME-<8 digits of sha256>.pth',
     )
-    parser.add_argument(
+    add(
         '--checkpoint', metavar='FILE', help='of the work dir (default: the best, or else the last)'
     )
-    parser.add_argument('--license', metavar='ID', help="the hub's name, such as apache-2.0")
-    parser.add_argument('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    add('--license', metavar='ID', help="the hub's name, such as apache-2.0")
+    add('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
     run(parser, argv, lambda args: print(f'wrote {_publish(args)}'))
 
 
 def _publish(args: argparse.Namespace) -> Path:
-    folder = Path(args.source).is_dir()
-    there = folder or Path(args.source).exists()
+    folder, there = Path(args.source).is_dir(), Path(args.source).exists()
     check(there, 'source', args.source, 'a work dir, or a checkpoint, that exists')
     allowed = 'a folder of a work dir, and a file that ends in .pth of a checkpoint'
     check(folder != args.out.endswith('.pth'), 'out', args.out, allowed)
@@ -122,10 +121,9 @@ def publish_folder(
     content = read_content(str(file), verify=False)
     meta = _meta(content, str(file))
     tested = read_numbers(numbers, model, file) if numbers else {}
-    logged = (content.get('message_hub') or {}).get('log_scalars') or {}
     best = {  # of the validation after which it was written
         name.removeprefix('val/'): float(value.current())
-        for name, value in logged.items()
+        for name, value in ((content.get('message_hub') or {}).get('log_scalars') or {}).items()
         if file.name.startswith(BEST) and name.startswith('val/') and not name.endswith('time')
     }
     layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
@@ -218,14 +216,13 @@ def _write_card(
     """Writes `README.md`: usage, data, command, numbers and licence."""
     method = getattr(model, 'method', None)
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
-    metadata = ModelCardData(
-        library_name='timm',
-        pipeline_tag=task,
-        tags=[task, 'timm', *(['mixture-of-experts', method] if method else [])],
-        license=license_id,
-    )
     ModelCard.from_template(
-        metadata,
+        ModelCardData(
+            library_name='timm',
+            pipeline_tag=task,
+            tags=[task, 'timm', *(['mixture-of-experts', method] if method else [])],
+            license=license_id,
+        ),
         template_path=str(_TEMPLATE),
         classes=model.num_classes,
         method=method,
@@ -260,19 +257,15 @@ def upcycle(argv: Sequence[str] | None = None) -> None:
         description='Make a model with experts of a dense vision transformer, and write it as a '
         'folder that timm reads, with a report of every tensor.'
     )
-    parser.add_argument(
-        'source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights'
-    )
-    parser.add_argument('model', help='name of a model with experts, such as vit_small_vqmoe')
-    parser.add_argument('out', help='folder to write, which does not exist yet or is empty')
-    parser.add_argument(
-        '--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)'
-    )
+    add = parser.add_argument
+    add('source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights')
+    add('model', help='name of a model with experts, such as vit_small_vqmoe')
+    add('out', help='folder to write, which does not exist yet or is empty')
+    add('--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)')
     add_config_options(
         parser,
         'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
     )
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _upcycle)
 
 
@@ -330,34 +323,34 @@ def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None
     parser = argparse.ArgumentParser(
         description='Write a model as a file of ONNX or of torch.export, and compare the two.'
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         'source',
         help='config, or work dir of tools/train.py, or name of a timm model, or local-dir:FOLDER '
         'of tools/publish.py',
     )
-    parser.add_argument(
+    add(
         'checkpoint',
         nargs='?',
         help='weights of the config or the name (default: its own); of a work dir the best or last',
     )
-    parser.add_argument('out', help='file to write: NAME.onnx or NAME.pt2')
-    parser.add_argument(
+    add('out', help='file to write: NAME.onnx or NAME.pt2')
+    add(
         '--size',
         type=int,
         nargs=2,
         metavar=('H', 'W'),
         help='of the images of a segmentor, in pixels (default: its window)',
     )
-    parser.add_argument('--batch', type=int, help='images per call (default: any number)')
-    parser.add_argument('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
-    parser.add_argument(
+    add('--batch', type=int, help='images per call (default: any number)')
+    add('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
+    add(
         '--int8',
         action='store_const',
         const=int8,
         help='linear layers in int8, those of the experts included',
     )
     add_config_options(parser)
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _export)
 
 

@@ -86,16 +86,14 @@ class RunRecordHook(Hook):
             for name, value in begun[part].items():
                 allowed = f'{value!r}, as when the run began that is resumed; or a new work dir'
                 same = now[part].get(name) == value or name == 'upcycling'  # experts are made
-                field = f'{part.removesuffix("_options")}.{name}'
-                check(same, field, now[part].get(name), allowed)
+                check(same, f'{part.removesuffix("_options")}.{name}', now[part].get(name), allowed)
         if not begun:
             begun |= now
             if not self._resumed:  # or it began without this hook: today's may be others
-                weights = starting_weights(runner.cfg.model, runner._load_from)
-                begun['starting_weights'] = weights
+                begun['starting_weights'] = starting_weights(runner.cfg.model, runner._load_from)
         size, work = count_params(unwrapped(runner)), complexity(unwrapped(runner).routed_model)
         self._size = dict(zip(('params', 'active_params', 'macs'), (*size, work.macs), strict=True))
-        self._start = time.perf_counter(), time.process_time()
+        self._start = _clocks()
         if (at := commit()) not in self._kept['commits']:
             self._kept['commits'].append(at)
 
@@ -107,13 +105,13 @@ class RunRecordHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Writes `data.json`: which data the test sees."""
-        _write(runner, 'data.json', _data(runner, ('test',)))
+        _write(runner, 'data.json', json.dumps(_data(runner, ('test',))))
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Writes `correct.json`: which test images are right, of a metric that says so."""
         for metric in runner.test_loop.evaluator.metrics:
             if bits := getattr(metric, 'correct', ''):
-                _write(runner, 'correct.json', {'correct': bits})
+                _write(runner, 'correct.json', json.dumps({'correct': bits}))
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Says how far the run is, a hundred times."""
@@ -122,9 +120,8 @@ class RunRecordHook(Hook):
             read_now(runner)
             self.after_train(runner)
             raise SystemExit(0)  # the loop over an epoch knows no other end
-        if done % max(runner.max_iters // 100, 1) == 0 and is_main_process():
-            text = f'{done} {runner.max_iters}\n'
-            write_atomically(Path(runner.work_dir) / 'progress', text.encode())
+        if done % max(runner.max_iters // 100, 1) == 0:
+            _write(runner, 'progress', f'{done} {runner.max_iters}\n')
 
     def after_train(self, runner: Runner) -> None:
         """Writes the record."""
@@ -151,17 +148,21 @@ class RunRecordHook(Hook):
             ],
             'held_out': self._kept['held_out'],
         }
-        _write(runner, 'run.json', record)
+        _write(runner, 'run.json', json.dumps(record))
 
     def _spent(self) -> dict[str, float]:
-        now = {'minutes': time.perf_counter(), 'cpu_minutes': time.process_time()}
-        began = zip(now.items(), self._start, strict=True)
-        return {name: self._kept[name] + (at - start) / 60 for (name, at), start in began}
+        return {
+            name: self._kept[name] + (at - self._start[name]) / 60 for name, at in _clocks().items()
+        }
 
 
-def _write(runner: Runner, name: str, content: dict[str, Any]) -> None:
+def _clocks() -> dict[str, float]:
+    return {'minutes': time.perf_counter(), 'cpu_minutes': time.process_time()}
+
+
+def _write(runner: Runner, name: str, text: str) -> None:
     if is_main_process():
-        write_atomically(Path(runner.work_dir) / name, json.dumps(content).encode())
+        write_atomically(Path(runner.work_dir) / name, text.encode())
 
 
 def _data(runner: Runner, splits: tuple[str, ...]) -> dict[str, Any]:
@@ -329,13 +330,13 @@ class RoutingHistoryHook(Hook):
             kept = [json.dumps(line) + '\n' for line in lines if line['iteration'] <= runner.iter]
             write_atomically(path, ''.join(kept).encode())
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Writes a line when one is due."""
         done = runner.iter + 1
         if done % max(runner.max_iters // self.records, 1):
             return
         statistics = unwrapped(runner).recorded_statistics
-        layers: dict[str, dict[str, Any]] = {name: {} for name in self._layers}
+        layers = {name: dict[str, Any]() for name in self._layers}
         for name, share in statistics.means().items():
             layer, _, kind = name.rpartition('/')
             if share.ndim:
@@ -382,6 +383,8 @@ def _picked(weights: Tensor) -> Tensor:
 
 def _change(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
     """|new - old| / |new| by part; zero weights that have not moved give 0."""
-    moved = {n: (new - before[n].to(new.device)).norm() for n, new in now.items()}
-    shares = {n: m / now[n].norm().clamp(min=1e-12) for n, m in moved.items()}
+    shares = {
+        name: (new - before[name].to(new.device)).norm() / new.norm().clamp(min=1e-12)
+        for name, new in now.items()
+    }
     return {name: float(f'{share.item():.4g}') for name, share in shares.items()}

@@ -126,7 +126,7 @@ class ShardingHook(Hook):
         shard_model(runner.model, self.expert_processes, self.param_dtype, timeout_of(runner.cfg))
         _exchange(wrapper.optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:  # inside of what keeps the norm from whoever would read it
-            keeper: Any = wrapper.clip_func
+            keeper = wrapper.clip_func
             if hasattr(keeper, 'clip'):
                 keeper.clip = clip_grad_norm
             else:
@@ -260,7 +260,7 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     try:
         save(tensors, storage_writer=writer, planner=planner)
         own = {path.name: checksum(path) for path in partial.glob(f'shard-{rank + 1:05}-*')}
-        by_rank: list[dict[str, tuple[int, int]]] = all_gather_object(own)
+        by_rank = all_gather_object(own)
         if is_main_process():
             _check_seen(partial, by_rank)
             sync_folder(partial)

@@ -36,9 +36,8 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
         return
     # MoE layers come before the task's loss and in the order of the network: the first is the
     # nearest to the cause. Finite parts can still overflow in the sum.
-    losses = ((name, value) for name, value in values.items() if name != 'loss' and 'loss' in name)
-    bad = (one for one in losses if not math.isfinite(one[1]))
-    name, value = next(bad, ('loss', values['loss']))
+    losses = [item for item in values.items() if 'loss' in item[0] and not math.isfinite(item[1])]
+    name, value = min(losses, key=lambda item: item[0] == 'loss')  # the first of equals
     told = f'{name.removesuffix("_loss")} became {value} at iteration {iteration}'
     raise NonFiniteError(f'{told}; training has stopped')
 
@@ -53,13 +52,12 @@ def check_weights(
     model: nn.Module, iteration: int, state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Stops at a parameter or buffer that is not finite."""
-    by_design: frozenset[str] = getattr(model, _INFINITE, frozenset())
-    finite: dict[str, torch.Tensor] = {}
-    for name, value in (model.state_dict() if state is None else state).items():
-        if name in by_design:
-            continue
-        own = value.to_local() if isinstance(value, DTensor) else value
-        finite[name] = torch.isfinite(own).all()
+    by_design = getattr(model, _INFINITE, ())
+    finite = {
+        name: torch.isfinite(value.to_local() if isinstance(value, DTensor) else value).all()
+        for name, value in (model.state_dict() if state is None else state).items()
+        if name not in by_design
+    }
     if torch.stack([*finite.values()]).all():  # one wait, and not one for each tensor
         return
     name = next(name for name, sound in finite.items() if not sound)
@@ -121,15 +119,15 @@ class StepValuesHook(RuntimeInfoHook):
         if 'pin_memory' not in runner.cfg.get('train_dataloader', {}):
             runner.train_dataloader.pin_memory = torch.cuda.is_available()
         self._unread = ()
-        wrapper: Any = runner.optim_wrapper
+        wrapper = runner.optim_wrapper
         if wrapper.clip_grad_kwargs:
             former = wrapper.clip_func
             clip = former.clip if isinstance(former, _UnreadNorm) else former  # a second training
             wrapper.clip_func = _UnreadNorm(clip, partial(self._add, runner, wrapper.grad_name))
 
     def _add(self, runner: Runner, name: str, value: Tensor) -> None:
-        at_once = value.device.type in READ_AT_ONCE
-        kept = value.item() if at_once else value.detach()  # or the graph of each step would stay
+        # detached, or the graph of each step would stay
+        kept = value.item() if value.device.type in READ_AT_ONCE else value.detach()
         self._unread = (*self._unread, (runner.iter + 1, name, kept))
         scalars = runner.message_hub.log_scalars
         if _TRAIN + name not in scalars:  # logs have them in the order of coming
@@ -139,10 +137,8 @@ class StepValuesHook(RuntimeInfoHook):
     def _read(self, runner: Runner) -> None:
         """Looks at all of them, and hands them to mmengine."""
         unread, self._unread = self._unread, ()
-        tensors = [value for *_, value in unread if isinstance(value, Tensor)]
-        # with one wait
-        read = torch.stack([tensor.reshape(()) for tensor in tensors]).tolist() if tensors else []
-        numbers = iter(read)
+        tensors = [value.reshape(()) for *_, value in unread if isinstance(value, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])  # with one wait
         for iteration, values in groupby(unread, key=itemgetter(0)):
             found = {n: next(numbers) if isinstance(v, Tensor) else v for _, n, v in values}
             for name, number in found.items():
@@ -161,9 +157,10 @@ class StepValuesHook(RuntimeInfoHook):
                 self._add(runner, name, value)
             else:
                 runner.message_hub.update_scalar(_TRAIN + name, value)
-        waits = bool(self._unread) and isinstance(self._unread[-1][2], Tensor)  # to read is to wait
+        # to read is to wait
         if (
-            not waits
+            not self._unread
+            or not isinstance(self._unread[-1][2], Tensor)
             or runner.iter + 1 - self._unread[0][0] >= LONGEST - 1
             or any(
                 saves_after_iteration(hook, runner)

@@ -21,7 +21,7 @@ def of_terminal(logger: logging.Logger) -> list[logging.Handler]:
 
 
 @contextmanager
-def shown(runner: Runner, choice: str | None, told: str) -> Iterator[None]:
+def shown(runner: Runner, choice: str | None, told: str = '') -> Iterator[None]:
     """Shows what is told, and a run of `ToolRunner`: by a bar, or by the lines of the log."""
     bars = choice == 'bar' or (choice is None and sys.stdout.isatty())
     with tqdm(file=sys.stdout, dynamic_ncols=True, disable=not bars or runner.rank > 0) as bar:
@@ -73,8 +73,7 @@ class TerminalHook(Hook):
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Moves the bar; the loss is the newest that somebody has read from the device."""
         losses = runner.message_hub.log_scalars.get('train/loss')
-        known = losses is not None and len(losses.data[0])
-        loss = f'loss {losses.current():.4f}' if known else ''
+        loss = f'loss {losses.current():.4f}' if losses is not None and len(losses.data[0]) else ''
         self._bar.set_postfix_str('  '.join(filter(None, [loss, self._score])), refresh=False)
         self._bar.update()
 

@@ -44,8 +44,6 @@ _ROTARY = {
 }
 # What timm's `Eva` and files of DINOv3's authors have, where there are no absolute positions.
 _OF_ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
-# Perception Encoders have both kinds of positions, and no other names than these of a ViT.
-_OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Network:
         return cls(name, facts, _pooling(model), model.moe_config if sparse else None, tuple(size))
 
 
-def state_network(model: Any) -> dict[str, Any]:
+def state_network(model: Any) -> dict:
     """What `network_of_run` reads again, in plain values."""
     own = Network.of(model)
     size = list(own.img_size) or None
@@ -80,7 +78,7 @@ def state_network(model: Any) -> dict[str, Any]:
     return {'method': model.method, 'options': options, **stated}
 
 
-def stated_in(content: Any) -> dict[str, Any]:
+def stated_in(content: Any) -> dict:
     """What a checkpoint of this package says of its run; {} of others, which are asked nothing."""
     meta = content.get('meta') if isinstance(content, dict) else None
     stated = meta.get(STATED) if isinstance(meta, dict) else None
@@ -175,11 +173,11 @@ def _facts(network: Any) -> dict[str, str]:
     if not isinstance(network, Transformer):
         return facts
     block = network.blocks[0]
-    parts: dict[str, Any] = {}  # the first of each name
+    parts: dict = {}  # the first of each name
     for path, module in block.named_modules():
         parts.setdefault(path.rpartition('.')[2], module)
     with_heads = (module for module in block.modules() if hasattr(module, 'num_heads'))
-    attention: Any = next(with_heads, parts.get('attn', block))
+    attention = next(with_heads, parts.get('attn', block))
     norm = next((parts[name] for name in ('norm1', 'in_norm', 'norm') if name in parts), None)
     mlp = parts.get('mlp')
     act = getattr(getattr(mlp, 'experts', mlp), 'act', None) if mlp else parts.get('mlp_act')
@@ -221,7 +219,8 @@ def refuse_rotary(state: StateDict, model: Transformer, path: str) -> tuple[str,
         'it has norm_pre and attn_pool, as an Eva such as Perception Encoder, whose positions are '
         'rotary too; names do not tell it from a VisionTransformer'
     )
-    return (doubt,) if state.keys() >= _OF_PE else ()
+    # Perception Encoders have both kinds of positions, and no other names than these of a ViT
+    return (doubt,) if state.keys() >= {'norm_pre.weight', 'attn_pool.latent'} else ()
 
 
 def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
@@ -272,8 +271,7 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
     for name, reader in model.named_modules():
         if isinstance(reader, ImageReader):
             own = reader.expected(part_of(state, f'{name}.'))
-            expected = {k: v for k, v in expected.items() if not k.startswith(f'{name}.')}
-            expected |= {f'{name}.{key}': value for key, value in own.items()}
+            expected = without(expected, f'{name}.') | below(f'{name}.', own)
     return misfit(expected, state)
 
 
@@ -291,9 +289,7 @@ def misfit(expected: StateDict, state: StateDict) -> str:
     return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
 
 
-def refuse_without_values(
-    state: Mapping[str, Any], path: str, expected: Iterable[str] = ()
-) -> None:
+def refuse_without_values(state: Mapping, path: str, expected: Iterable[str] = ()) -> None:
     """Refuse what no parameter can take: of names of a model no tensors, sparse ones, of meta."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -317,6 +313,16 @@ def is_out_of_memory(error: Exception) -> bool:
 def part_of(state: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     """What has names under a prefix, by the rest of its names."""
     return {k[len(prefix) :]: value for k, value in state.items() if k.startswith(prefix)}
+
+
+def without(state: Mapping[str, Tensor], prefixes: str | tuple[str, ...]) -> StateDict:
+    """What has names under none of some prefixes."""
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+
+
+def below(prefix: str, state: Mapping[str, Value]) -> dict[str, Value]:
+    """The same under a prefix."""
+    return {prefix + name: value for name, value in state.items()}
 
 
 def layer_of(name: str) -> str:

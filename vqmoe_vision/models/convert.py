@@ -25,10 +25,7 @@ from .upcycle import Upcycling, read_upcycling
 from .vit_moe import build
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.
-_SPARSE: dict[type[nn.Module], Any] = {
-    VisionTransformer: MoeVisionTransformer,
-    Eva: MoeEva,
-}
+_SPARSE: dict[type[nn.Module], Any] = {VisionTransformer: MoeVisionTransformer, Eva: MoeEva}
 __all__: list[str] = []  # register_model adds the entry point
 
 
@@ -56,7 +53,7 @@ def convert_to_moe(
     method: str,
     *,
     moe_layers: str | Sequence[int] = MOE_LAYERS,
-    upcycling: Upcycling | dict[str, Any] | None = None,
+    upcycling: Upcycling | dict | None = None,
     **options: Any,
 ) -> Report:
     """Make a dense vision transformer a sparse one in place, with experts made of its MLPs.
@@ -147,7 +144,7 @@ def to_discrete(model: nn.Module) -> nn.Module:
         kind = type(layer).__name__
         check(layer.has_discrete, 'layer', kind, 'one that has a discrete branch to keep')
     # nothing is refused from here on
-    changed: dict[str, Any] = {}
+    changed: dict = {}
     for layer in layers:
         changed |= layer.to_discrete()
     for module in model.modules():

@@ -46,7 +46,7 @@ STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
 
 
 def create_model(
-    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+    model_name: str, moe: dict | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> nn.Module:
     """`timm.create_model` for a config: experts for any host, and weights that fit or are refused.
 
@@ -68,7 +68,7 @@ def create_model(
     check(get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, 'that of the host')
     given = dict(moe or {})
     if given or (dense and moe is not None):
-        own: Any = given.pop('method', method)
+        own: Any = given.get('method', method)
         check_method(own, 'moe.method')
         check(method in (None, own), 'moe.method', own, f'{method}, as the name of the model says')
         options = {'method', *moe_options(own)}
@@ -77,11 +77,10 @@ def create_model(
             check(name in options, f'moe.{name}', value, allowed)
             allowed = f'moe.{name}={value!r} is set, change it'
             check(name not in kwargs, name, kwargs.get(name), allowed)
+        given.pop('method', None)
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'vit_moe')):
         check_vit_arguments(kwargs)
     if dense and moe is not None:
-        allowed = f'left out, moe.method={own!r} is set'
-        check('method' not in kwargs, 'method', kwargs.get('method'), allowed)
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
         kwargs = {'host': model_name, 'method': own, **given, **_from_pretrained(kwargs)}
         model = timm.create_model(MOE_HOST, **kwargs)
@@ -94,7 +93,7 @@ def create_model(
     return model
 
 
-def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
+def _create(model_name: str, kwargs: dict) -> nn.Module:
     """A model by its own entry point; a dense vision transformer is never half loaded."""
     fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
     if fitted and kwargs.get('pretrained') and not kwargs.get('features_only'):
@@ -112,7 +111,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _from_pretrained(kwargs: dict) -> dict:
     """A checkpoint of the host as weights that are fitted; timm would want it to have experts."""
     others = dict(kwargs)
     if path := others.pop('checkpoint_path', None):
@@ -121,7 +120,7 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
     return others
 
 
-def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
+def _wider(model_name: str, extra_mlps: int, kwargs: dict) -> float:
     """The `mlp_ratio` that spreads `extra_mlps` over all blocks."""
     check(isinstance(extra_mlps, int) and extra_mlps > 0, 'extra_mlps', extra_mlps, 'at least 0')
     with torch.device('meta'):  # for depth and ratio only
@@ -152,7 +151,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
 
 
 def create_to_start(
-    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+    model_name: str, moe: dict | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> Any:
     """As `create_model`, of a model whose weights may come later."""
     own = method_of(model_name) is not None
@@ -172,7 +171,7 @@ def check_upcycled(model: nn.Module) -> None:
         refuse_unused(read_upcycling(model.upcycling), 'checkpoint=FILE or pretrained=True')
 
 
-def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
+def without_weights(arguments: dict) -> dict:
     """Arguments of a model all of whose weights come later: those that these name are not read."""
     result = {name: GIVEN.get(name, value) for name, value in arguments.items()}
     named = arguments
@@ -191,7 +190,7 @@ def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**result, **({'pretrained_cfg_overlay': found} if found else {})}
 
 
-def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
+def options_in_full(model: Mapping) -> dict:
     """What the MoE layers of a config's model would be built with today."""
     moe, name = model.get('moe') or {}, model.get('model_name')
     own = method_of(name) if isinstance(name, str) else None
@@ -201,7 +200,7 @@ def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     if method not in METHODS:
         return {}
     known = METHODS[method].config.option_names()
-    options: dict[str, Any] = {n: v for n, v in given.items() if n in known}
+    options: dict = {n: v for n, v in given.items() if n in known}
     try:
         config = METHODS[method].config.from_options(**options)
         options = {n: v for n, v in asdict(config).items() if n not in config.unused()}

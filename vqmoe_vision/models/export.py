@@ -30,18 +30,13 @@ from .moe_vit import SparseModel
 from .weights import CONFIG, DIGEST, OF_TIMM, digest_of
 
 SUFFIXES = ('.onnx', '.pt2')
-# From the oldest that torch's exporter writes to the newest that its oldest release here does.
-OPSETS = (18, 23)
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 INPUT = 'images'
 _NAMESPACES = ('aten', 'prims', 'export', 'higher_order')  # of torch's operators
 
 
 # A model without a last norm: of timm's `VisionTransformer`, and of its `Eva`.
-_NO_NORM = (
-    {'final_norm': False},
-    {'use_post_transformer_norm': False, 'use_fc_norm': False},
-)
+_NO_NORM = ({'final_norm': False}, {'use_post_transformer_norm': False, 'use_fc_norm': False})
 # Of timm's `pretrained_cfg` how images are prepared.
 _PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 # What belongs to the network; the rest is about the weights of others.
@@ -55,7 +50,7 @@ class Exportable:
     network: nn.Module  # of images (B, C, H, W) float32
     input_size: tuple[int, int, int]  # C, H, W
     outputs: tuple[str, ...] = ('logits',)
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: 'nn.Module | Exportable') -> 'Exportable':
@@ -68,7 +63,7 @@ class Exportable:
         check(bool(config), 'model', type(model).__name__, 'an Exportable, which has input_size')
         input_size = get_model_input_config(model)['input_size']
         channels = input_size[0]
-        about: dict[str, Any] = {'channels': 'RGB'} if channels == 3 else {}
+        about: dict = {'channels': 'RGB'} if channels == 3 else {}
         # timm's default is one of three channels, whatever the model has
         values = {name: list(config.get(name) or []) for name in ('mean', 'std')}
         about |= {name: value for name, value in values.items() if len(value) == channels}
@@ -143,7 +138,7 @@ def export_onnx(
 ) -> Path:
     """Writes a model as an ONNX file, by torch's exporter."""
     target = target_of(path, '.onnx')
-    first, last = OPSETS
+    first, last = 18, 23  # from torch's exporter's oldest to the newest of its oldest release here
     valid = opset is None or (type(opset) is int and first <= opset <= last)
     check(valid, 'opset', opset, f"{first} to {last}, or None for torch's default")
     require_packages()
@@ -169,11 +164,7 @@ def export_onnx(
     return target
 
 
-def save_program(
-    model: nn.Module | Exportable,
-    path: str | Path,
-    batch: int | None = None,
-) -> Path:
+def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | None = None) -> Path:
     """Writes the program of a model, which `torch.export.load` reads without this package."""
     target = target_of(path, '.pt2')
     exportable = Exportable.of(model)
@@ -184,7 +175,7 @@ def save_program(
     return target
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations() -> dict[Callable, Callable]:
     """Operators of our models that torch's exporter cannot write as ONNX by itself."""
     from onnxscript import opset18 as op
 
@@ -296,7 +287,7 @@ def differences(
     return found
 
 
-def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing_of(config: Mapping) -> dict:
     """How images are prepared, of timm's `pretrained_cfg`, as `save` takes it."""
     return {name: config[name] for name in _PREPROCESSING if config.get(name) is not None}
 
@@ -304,10 +295,10 @@ def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def save(
     model: Any,
     folder: Path,
-    preprocessing: dict[str, Any],
+    preprocessing: dict,
     label_names: Sequence[str] = (),
     license_id: str | None = None,
-) -> dict[str, Any]:
+) -> dict:
     """Writes `model.safetensors` and `config.json` with its digest, and reads them back."""
     described = {name: model.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
     model.pretrained_cfg = model.default_cfg = {**described, **preprocessing, 'license': license_id}
@@ -320,9 +311,9 @@ def save(
     return described['model_args']
 
 
-def _changed(model: Any) -> dict[str, Any]:
+def _changed(model: Any) -> dict:
     """Arguments that build a model as it is now, in the place of those that timm has recorded."""
-    args: dict[str, Any] = {}
+    args: dict = {}
     if isinstance(model, Transformer):
         if len(model.blocks) < len(model.feature_info):
             args['depth'] = depth = len(model.blocks)

@@ -20,6 +20,7 @@ from .compat import (
     NORMS,
     Network,
     StateDict,
+    below,
     compare,
     is_out_of_memory,
     misfit,
@@ -30,15 +31,13 @@ from .compat import (
     refuse_values,
     refuse_without_values,
     shorten,
+    without,
 )
 from .layers import Transformer
 from .normalization import KEY, Normalization, of_buffer
 from .upcycle import Upcycling, upcycle
 
 Size = tuple[int, ...]
-# Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
-# in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
-_PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
 _STEM = 'patch_embed.proj.weight'
 _TOKENS = ('cls_token', 'reg_token', 'dist_token')
 # timm's name for DINOv2's and DINOv3's
@@ -151,8 +150,7 @@ def transfer(
     reader = image_reader(model)
     shown = part_of(state, READER) if reader is not None else {}
     if reader is not None:
-        expected = {k: v for k, v in expected.items() if not k.startswith(READER)}
-        state = {k: v for k, v in state.items() if not k.startswith(READER)}
+        expected, state = without(expected, READER), without(state, READER)
     result, report = _fit(model, state, expected, path, sizes, upcycling, network, whole)
     report = Report(outside=outside, remarks=others, warnings=others).joined(report)
     if reader is not None:
@@ -225,7 +223,9 @@ def in_names_of_timm(
     state_dict: StateDict, expected: StateDict, path: str
 ) -> tuple[StateDict, tuple[str, ...]]:
     """Without the prefix of a run, and by timm's names; and what else there is in the run."""
-    for prefix in _PREFIXES:
+    # of a segmentation run, of a classification run (or of a backbone alone), of a run of mmseg's
+    # own backbone, of rstrudel/segmenter, of timm
+    for prefix in ('backbone.model.', 'model.', 'backbone.', 'encoder.', ''):
         state = part_of(state_dict, prefix)
         if is_of_mmseg(state):
             state = from_mmseg(state)
@@ -323,14 +323,13 @@ def _resized_positions(
         )
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
-    patch = state[_STEM].shape[-2:]
+    patch, number = state[_STEM].shape[-2:], positions.shape[1]
     for height, width in image_sizes:
         grid = (height // patch[0], width // patch[1])
-        if math.prod(grid) == positions.shape[1]:
+        if math.prod(grid) == number:
             new_size = list(model.patch_embed.grid_size)
             resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
             return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
-    number = positions.shape[1]
     if number == math.prod(model.patch_embed.grid_size):
         return {}  # as many as the model has, which is all that is known
     # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
@@ -359,8 +358,7 @@ def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
         part = part_of(state, prefix)
         experts = {k: v for k, v in layer.state_dict().items() if k.startswith('experts.')}
         if all(k in part and part[k].shape == v.shape for k, v in experts.items()):
-            fitted = {prefix + k: v for k, v in layer.fit_state(part).items()}
-            state = {k: v for k, v in state.items() if not k.startswith(prefix)} | fitted
+            state = without(state, prefix) | below(prefix, layer.fit_state(part))
     return state
 
 
@@ -380,7 +378,7 @@ def _upcycled(
             )
         if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
-            made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
+            made |= below(f'{prefix}experts.', experts)
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
     check(bool(made) or how == Upcycling(), 'upcycling', how, f'None, no dense MLP in {path!r}')
     return made, sources

@@ -25,7 +25,6 @@ from ..moe.raw_patches import (
     RawPatchBlock,
     RawPatchEmbed,
     RawPatches,
-    hand_over,
 )
 from .upcycle import Upcycling, upcycle
 
@@ -40,7 +39,7 @@ MOE_HOST = 'moe_host'
 # Which blocks hold an MoE layer unless a model is told otherwise.
 MOE_LAYERS = 'every2'
 # Parts of an MLP that experts have, and what each may be: a class of its own may compute otherwise.
-_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+_PARTS = {
     'fc1': (nn.Linear,),
     'fc2': (nn.Linear,),
     'norm': (nn.Identity,),
@@ -97,7 +96,9 @@ def put_layers(
     if raw_patches is not None:
         # stem and blocks of the same weights also hand over raw patches
         model.patch_embed.__class__ = RawPatchEmbed
-        hand_over(model.patch_embed, raw_patches)
+        model.patch_embed.raw_patches = raw_patches
+        if isinstance(raw_patches.read, nn.Module):  # which becomes a part of the stem
+            model.patch_embed.reader = raw_patches.read
         for block in model.blocks:
             block.raw_patches, block.__class__ = raw_patches, RawPatchBlock
             block.grad_checkpointing = model.grad_checkpointing
@@ -209,8 +210,7 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
 
 def check_method(method: Any, field: str = 'method') -> None:
     """Refuse a method that there is not."""
-    known = isinstance(method, str) and method in METHODS
-    check(known, field, method, f'one of {", ".join(METHODS)}')
+    check(method in [*METHODS], field, method, f'one of {", ".join(METHODS)}')
 
 
 def moe_options(method: str) -> set[str]:

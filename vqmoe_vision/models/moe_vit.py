@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..moe import moe_layers
 from ..moe.config import MoeConfig, check, check_type
 from ..moe.experts import Experts
 from ..moe.layer import MoeLayer
@@ -34,12 +35,12 @@ class SparseModel:
         self.weights_report: Any = None  # a `Report`, of what was loaded
 
     @property
-    def _model_args(self) -> dict[str, Any]:
+    def _model_args(self) -> dict:
         """What timm's `create_model` was given, which it saves beside weights."""
         return self.__dict__.get('_given', {})
 
     @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
+    def _model_args(self, args: dict) -> None:
         # a model that is built again for its saved weights does not start from others, and has no
         # option of a form that it was before
         left_out = {*BEGINNING, *self.moe_config.unused()}
@@ -47,7 +48,7 @@ class SparseModel:
 
     def no_weight_decay(self: Any) -> set[str]:
         """Names of parameters that should not use weight decay."""
-        names: set[str] = super().no_weight_decay()  # type: ignore[misc]
+        names = super().no_weight_decay()  # type: ignore[misc]
         for prefix, module in self.named_modules():
             if module is not self and hasattr(module, 'no_weight_decay'):
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
@@ -95,7 +96,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         *,
         method: str,
         moe_layers: str | Sequence[int] = MOE_LAYERS,
-        upcycling: Upcycling | dict[str, Any] | None = None,
+        upcycling: Upcycling | dict | None = None,
         **kwargs: Any,
     ) -> None:
         how = None if upcycling is None else read_upcycling(upcycling)
@@ -141,7 +142,7 @@ class MoeEva(SparseModel, Eva):
     """timm's `Eva`, of which DINOv3's models are, with MoE layers; `convert_to_moe` makes it."""
 
 
-def check_vit_arguments(kwargs: dict[str, Any]) -> None:
+def check_vit_arguments(kwargs: dict) -> None:
     """Refuse what timm's `VisionTransformer` would take in silence, and compute nonsense with."""
     for name, value in kwargs.items():
         if name not in _TYPES or value is None:
@@ -163,9 +164,9 @@ def check_vit_arguments(kwargs: dict[str, Any]) -> None:
     check(int(width * ratio) >= 1, 'mlp_ratio', ratio, 'wide enough for one hidden feature')
 
 
-def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:
+def check_patches(model: nn.Module, kwargs: dict) -> None:
     """Refuse a size whose last pixels timm would cut off."""
-    embed: Any = getattr(model, 'patch_embed', None)
+    embed = getattr(model, 'patch_embed', None)
     size, patch = getattr(embed, 'img_size', None), getattr(embed, 'patch_size', None)
     if size is not None and patch is not None:
         padded = kwargs.get('dynamic_img_pad') and kwargs.get('dynamic_img_size')
@@ -214,7 +215,7 @@ def complexity(model: Transformer) -> Complexity:
     """
     kind = type(model).__name__
     check(isinstance(model, Transformer), 'model', kind, 'a timm VisionTransformer or Eva')
-    stem: Any = model.patch_embed
+    stem = model.patch_embed
     height, width = stem.img_size
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype
     images = torch.empty(shape, dtype=dtype, device='meta')
@@ -231,7 +232,7 @@ def count_params(model: nn.Module) -> tuple[int, int]:
     """Parameters of a model, and those that one token uses."""
     params = sum(p.numel() for p in model.parameters())
     active = params
-    for layer in [module for module in model.modules() if isinstance(module, MoeLayer)]:
+    for layer in moe_layers(model).values():
         idle = max(layer.experts.num_experts - layer.experts_per_token, 0)
         active -= round(idle * layer.experts.params_per_expert())
     return params, active

@@ -33,7 +33,7 @@ class Normalization:
 
     @classmethod
     def of(
-        cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3, prefix: str = ''
+        cls, values: Mapping, scale: float = 1.0, channels: int = 3, prefix: str = ''
     ) -> 'Normalization':
         """That of 'mean' and 'std', a number per channel or one for all; `scale` is white."""
         mean, std = (
@@ -72,7 +72,7 @@ class Normalization:
 
 
 def stated_normalization(
-    config: Mapping[str, Any], prefix: str, scale: float = 1.0, channels: int = 3
+    config: Mapping, prefix: str, scale: float = 1.0, channels: int = 3
 ) -> Normalization | None:
     """What somebody states, who has to state both numbers: half of a pair has no other half."""
     given = [name for name in ('mean', 'std') if name in config]
@@ -83,7 +83,7 @@ def stated_normalization(
     return Normalization.of(config, scale, channels, prefix)
 
 
-def check_normalization(config: Mapping[str, Any], prefix: str) -> None:
+def check_normalization(config: Mapping, prefix: str) -> None:
     """Refuse a configuration of timm that no images can be prepared by."""
     size = config.get('input_size')
     valid = size is None or (isinstance(size, list | tuple) and len(size) == 3)

@@ -15,14 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from ..moe import MoeLayer
+from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.distributed import place_experts
 from ..moe.experts import Experts
 from ..moe.raw_patches import image_reader
-
-# of timm and of mmseg's heads: what a network has many of, one after the other
-_BLOCK_LISTS = ('blocks', 'layers')
 
 
 def shard_model(
@@ -47,7 +44,7 @@ def shard_model(
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average)
-    options: dict[str, Any] = {
+    options: dict = {
         'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         'ignored_params': whole,
         'shard_placement_fn': partial(_place, processes),
@@ -70,7 +67,7 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
     # not by init_device_mesh, whose new groups have torch's own timeout
     wait = None if timeout is None else timedelta(seconds=timeout)
     places = torch.arange(shape[0] * shape[1]).view(shape)
-    own: list[Any] = []
+    own: list = []
     # all processes take part in making each group
     for rows in (places.T, places):
         made = {tuple(ranks): dist.new_group(ranks, wait) for ranks in rows.tolist()}
@@ -92,9 +89,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     apart = set() if reader is None else set(reader.modules())
     for name, module in model.named_modules():
         inside = [block for block in module.children() if block not in apart]
+        # of timm and of mmseg's heads: what a network has many of, one after the other;
         # mmcv calls the different parts of a feed-forward network layers as well
         alike = len({type(block) for block in inside}) == 1
-        if name.rpartition('.')[2] in _BLOCK_LISTS and alike:
+        if name.rpartition('.')[2] in ('blocks', 'layers') and alike:
             blocks += inside
     return blocks[::-1]
 
@@ -103,7 +101,7 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     """What decides in MoE layers, and scalars, which FSDP2 does not take: each process has all."""
     # updates of codebooks and stages read and write them between steps, in their own dtype
     whole = {p for p in model.parameters() if p.ndim == 0}
-    for layer in [m for m in model.modules() if isinstance(m, MoeLayer)]:
+    for layer in moe_layers(model).values():
         norms = [norm for norm in layer.modules() if isinstance(norm, nn.LayerNorm)]
         spread = {p for part in (layer.experts, *norms) for p in part.parameters()}
         whole |= set(layer.parameters()) - spread

@@ -21,10 +21,10 @@ class TrainsExperts:
 
     trainable_module: nn.Module
 
-    def forward(self: Any, input: Tensor, target: Tensor) -> dict[str, Any]:
+    def forward(self: Any, input: Tensor, target: Tensor) -> dict:
         """What timm's task returns, its loss with the auxiliary losses of the same pass."""
         with collect_losses(self.trainable_module, update_state=False) as collected:
-            result: dict[str, Any] = super().forward(input, target)  # type: ignore[misc]
+            result = super().forward(input, target)  # type: ignore[misc]
             auxiliary = collected.total()
         return {**result, 'loss': result['loss'] + auxiliary, 'auxiliary_loss': auxiliary.detach()}
 

@@ -8,7 +8,7 @@ Legend: E experts, D width, H hidden width of an expert, F hidden width of the d
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Upcycling:
         check(0 <= self.drop <= 1, 'upcycling.drop', self.drop, 'from 0 to 1')
 
 
-def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
+def read_upcycling(value: Upcycling | dict | None) -> Upcycling:
     """The options that a user gave, in any form."""
     if isinstance(value, Upcycling):
         return value

@@ -33,7 +33,7 @@ from .weights import Described, load_weights, overlay_for, place_of, source_of
 
 __all__ = ['SIZES']  # register_model adds each entry point
 
-_CFG: dict[str, Any] = {
+_CFG: dict = {
     'url': '',
     'num_classes': 1000,
     'input_size': (3, 224, 224),
@@ -46,7 +46,7 @@ _CFG: dict[str, Any] = {
     'first_conv': 'patch_embed.proj',
     'classifier': 'head',
 }
-SIZES: dict[str, dict[str, int]] = {
+SIZES = {
     'tiny': {'patch_size': 16, 'embed_dim': 192, 'depth': 12, 'num_heads': 3},
     'small': {'patch_size': 16, 'embed_dim': 384, 'depth': 12, 'num_heads': 6},
     'base': {'patch_size': 16, 'embed_dim': 768, 'depth': 12, 'num_heads': 12},
@@ -58,7 +58,7 @@ CIFAR10_CLASSES = (
     *('airplane', 'automobile', 'bird', 'cat', 'deer'),
     *('dog', 'frog', 'horse', 'ship', 'truck'),
 )
-_TEST: dict[str, Any] = {
+_TEST = {
     'img_size': 32,
     'patch_size': 4,
     'embed_dim': 96,
@@ -71,7 +71,7 @@ _TEST: dict[str, Any] = {
 DENSE = 'test_vit_dense'
 
 
-def _cifar10(name: str) -> dict[str, Any]:
+def _cifar10(name: str) -> dict:
     return {
         **{key: value for key, value in _CFG.items() if key != 'url'},
         'file': str(Path(__file__).parent / f'weights/{name}.safetensors'),
@@ -94,7 +94,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _entry_point(name: str, method: str, sizes: dict[str, Any]) -> None:
+def _entry_point(name: str, method: str, sizes: dict) -> None:
     """Registers a function with timm, which knows them by their names."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
@@ -175,7 +175,7 @@ def build(
 class Source:
     """What a call states of weights, and what timm knows by the name of a model."""
 
-    def __init__(self, name: str, kwargs: dict[str, Any], saved_as: str = '') -> None:
+    def __init__(self, name: str, kwargs: dict, saved_as: str = '') -> None:
         stated = kwargs.get('pretrained_cfg')
         stated = stated.to_dict() if isinstance(stated, PretrainedCfg) else stated or ''
         check(isinstance(stated, str | dict), 'pretrained_cfg', stated, 'a dictionary, or a tag')

@@ -53,8 +53,6 @@ _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
 # timm's description beside them, in which `publish` leaves the digest of the first one.
 CONFIG, DIGEST = 'config.json', 'weights_sha256'
-# Names of the parts that other libraries split large weights into, with an index beside them.
-_PART = re.compile(r'-\d+-of-(?!0*1\.)\d+\.')
 # What a file has in the place of a tensor that lies in a folder beside it.
 IN_PARTS = 'in the folder beside this file'
 # Of a configuration what says where weights are, and of which model; the format is that of a place.
@@ -70,7 +68,7 @@ _ALLOWED = (
 # What mmengine calls the class of its log.
 _LOG = 'mmengine.logging.history_buffer.HistoryBuffer'
 _NUMBERS = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
-_KNOWN: list[Any] = [
+_KNOWN: list = [
     argparse.Namespace,  # timm's train.py and the authors of MAE and DeiT leave arguments
     np.ndarray,
     np.dtype,
@@ -89,7 +87,7 @@ class _NoLog:
         """Keeps nothing."""
 
 
-def beside_weights(log: type) -> list[Any]:
+def beside_weights(log: type) -> list:
     """All that may be beside weights, for torch's list of what it may read."""
 
     def name_of(owner: object, name: str) -> None:
@@ -164,7 +162,8 @@ def check_file(path: str) -> None:
     """Refuse a file that is not there, or whose checksums do not match; torch ignores them."""
     if not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
-    if _PART.search(Path(path).name):
+    # as other libraries split large weights, with an index beside them
+    if re.search(r'-\d+-of-(?!0*1\.)\d+\.', Path(path).name):
         raise ValueError(f'checkpoint {path!r} is one of several parts: write them as one file')
     try:
         if not zipfile.is_zipfile(path):
@@ -190,7 +189,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def lacks_tensors(state: Mapping[str, Any]) -> bool:
+def lacks_tensors(state: Mapping) -> bool:
     """Whether a file has words in the place of some tensors."""
     return any(isinstance(value, str) and value == IN_PARTS for value in state.values())
 
@@ -199,12 +198,12 @@ def lacks_tensors(state: Mapping[str, Any]) -> bool:
 class Described:
     """What timm's configuration says of weights beside their tensors."""
 
-    config: dict[str, Any] = field(default_factory=dict)  # of `pretrained_cfg`, without a place
+    config: dict = field(default_factory=dict)  # of `pretrained_cfg`, without a place
     name: str = ''
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> 'Described':
+    def of(cls, config: dict, name: str, arguments: Any = None) -> 'Described':
         """Of what timm's functions return, without what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in _NOT_OF_WEIGHTS}
         return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
@@ -254,7 +253,7 @@ def network_of(source: str) -> Network | None:
         )
 
 
-def check_one_source(arguments: Mapping[str, Any]) -> None:
+def check_one_source(arguments: Mapping) -> None:
     """Refuses weights from two places: one would replace the other, and the report tell of one."""
     for first, second in pairwise(name for name in GIVEN if arguments.get(name)):
         check(False, first, arguments[first], f'{GIVEN[first]} with {second}={arguments[second]!r}')
@@ -263,13 +262,13 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
     check(not place, 'pretrained_cfg_overlay', place, f'no place of weights, with {path!r}')
 
 
-def source_of(config: Mapping[str, Any]) -> str:
+def source_of(config: Mapping) -> str:
     """What weights of a pretrained configuration are called in messages; empty if it has none."""
     name = next((name for name in _SOURCES if config.get(name)), '')
     return name if name == 'state_dict' else str(config.get(name, ''))
 
 
-def place_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def place_of(config: Mapping) -> dict:
     """Where the weights of a configuration are, and nothing of where others would be."""
     found = {name: config[name] for name in _PLACES if config.get(name)}
     # the format of what the address leads to; the hub has timm's own
@@ -278,7 +277,7 @@ def place_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_source(
     source: str | PathLike[str], cache_dir: str | Path | None = None, field: str = 'upcycle'
-) -> tuple[dict[str, Any], Described]:
+) -> tuple[dict, Described]:
     """Where timm finds the weights of a dense model, and what is known of them."""
     check(isinstance(source, str | PathLike) and source != '', field, source, _ALLOWED)
     name = str(source)
@@ -305,11 +304,11 @@ def find_source(
 
 def overlay_for(
     upcycle: str | PathLike[str] | None,
-    config: dict[str, Any],
-    overlay: dict[str, Any],
+    config: dict,
+    overlay: dict,
     own: Described,
     cache_dir: str | Path | None = None,
-) -> tuple[dict[str, Any], Described]:
+) -> tuple[dict, Described]:
     """Timm's `pretrained_cfg_overlay` for the weights that a model begins with, and their source.
 
     What a call states counts first, then what stands beside the weights, then `config`, of whose
@@ -320,7 +319,7 @@ def overlay_for(
     check(not offset, 'pretrained_cfg.label_offset', offset, '0, a head is that of its classes')
     source = source_of(overlay) or source_of(stated)
     described = describe(source)
-    place: dict[str, Any] = {}
+    place: dict = {}
     if upcycle is not None:
         place, named = find_source(upcycle, cache_dir)
         if not source_of(overlay):
@@ -343,9 +342,9 @@ def read_weights(model: Any, cache_dir: str | Path | None = None) -> StateDict:
     check(bool(source), 'pretrained', True, f'False, no weights of {config["architecture"]}')
     if config.get('file'):
         config |= {'source': None, 'file': weights_in(config['file'])}
-    found: dict[str, Any] = {}
+    found: dict = {}
 
-    def keep(state: dict[str, Any], model: nn.Module) -> StateDict:
+    def keep(state: dict, model: nn.Module) -> StateDict:
         found.update(state)
         return model.state_dict()
 

@@ -68,7 +68,7 @@ class Collected:
         values = averaged_over_ranks([(loss, number) for _, _, loss, number in new])
         for (place, name, *_), value in zip(new, values, strict=True):
             self._averaged[place].append((f'{place}{name}', value))
-        found: dict[str, list[Tensor]] = defaultdict(list)
+        found = defaultdict(list)
         for place in reported:
             for name, value in self._averaged[place]:
                 found[name].append(value)
@@ -79,7 +79,7 @@ class Collected:
         """Statistics, 'blocks.1.mlp/load' to tensor, averaged over forward passes."""
         if self._closed is not None:
             return self._closed[1]
-        found: dict[str, list[Tensor]] = defaultdict(list)
+        found = defaultdict(list)
         for layer_name, layer in self._layers.items():
             for name, value in layer.recorder.stats:
                 found[f'{layer_name}/{name}'].append(value)
@@ -106,9 +106,10 @@ def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, MoeLayer):
-            parts = [part for part in name.split('.') if part not in ('module', '_orig_mod')]
-            assert '.'.join(parts) not in found, 'two MoE layers with one name'
-            found['.'.join(parts)] = module
+            wrappers = 'module', '_orig_mod'
+            name = '.'.join(part for part in name.split('.') if part not in wrappers)
+            assert name not in found, 'two MoE layers with one name'
+            found[name] = module
     return found
 
 

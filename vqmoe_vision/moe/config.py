@@ -13,7 +13,7 @@ from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Named = dict[str, dict[str, Any]]
+Named = dict[str, dict]
 Config = TypeVar('Config', bound='MoeConfig')
 
 
@@ -37,7 +37,7 @@ def option(
     *trials: Any,
     bounds: str = '',
     of_weights: bool = True,
-    idle: dict[str, Any] | None = None,
+    idle: dict | None = None,
     balances: bool = False,
 ) -> Any:
     """A field of options, and what is to be known of it.
@@ -119,9 +119,8 @@ class MoeConfig:
             preset: As there.
             **options: As there.
         """
-        known = preset is None or (isinstance(preset, str) and preset in cls.PRESETS)
-        check(known, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
-        return cls(**{**(cls.PRESETS[preset] if preset else {}), **options})
+        check(preset in (None, *cls.PRESETS), 'preset', preset, f'one of {sorted(cls.PRESETS)}')
+        return cls(**cls.PRESETS.get(preset or '', {}) | options)
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
         """As `check`, of the value of a field.

@@ -129,7 +129,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, tokens)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         rows, starts = ctx.saved_tensors
         return F.embedding_bag(rows, grads[0], starts, mode='sum'), None, None, None
 
@@ -148,7 +148,7 @@ class _Combine(torch.autograd.Function):
         return F.embedding_bag(rows, answers, starts, mode='sum', per_sample_weights=weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         answers, weights, tokens, rows = ctx.saved_tensors
         by_row = grads[0].index_select(0, tokens)
         grad_weights = torch.linalg.vecdot(by_row, answers)[rows]

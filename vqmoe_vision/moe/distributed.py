@@ -55,6 +55,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def place_experts(model: nn.Module, mesh: Any) -> None:
     """Leave to each process of a mesh of one dimension its experts of every layer, in place."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     # all processes hold the same model before, and call it as often as each other after
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
     for name, experts in layers:
@@ -63,17 +65,11 @@ def place_experts(model: nn.Module, mesh: Any) -> None:
     for _, experts in layers:
         for linear in experts.modules():
             if isinstance(linear, StackedLinear):
-                _distribute(linear, mesh)
+                for name, whole in list(linear.named_parameters()):
+                    own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+                    setattr(linear, name, nn.Parameter(own, whole.requires_grad))
+                linear.own = lambda whole: _MeanOverProcesses.apply(whole.to_local(), mesh.size())
         experts.exchange = Exchange(mesh.get_group(), mesh.size())
-
-
-def _distribute(linear: StackedLinear, mesh: Any) -> None:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    for name, whole in list(linear.named_parameters()):
-        own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
-        setattr(linear, name, nn.Parameter(own, whole.requires_grad))
-    linear.own = lambda whole: _MeanOverProcesses.apply(whole.to_local(), mesh.size())
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -83,7 +79,7 @@ class _MeanOverProcesses(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         # of the mean of all losses, as data-parallel training has it for other parameters
         return grads[0] / ctx.size, None
 
@@ -104,8 +100,14 @@ class Exchange:
         dist.all_to_all_single(arriving, counts, group=self.group)
         sent, received = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2).tolist()
         arrived = _Travel.apply(rows[: sum(sent)], sent, received, self.group)
-        answers = _compute_mixed(compute, arrived, arriving.view(self.size, -1))
-        back: Tensor = _Travel.apply(answers, received, sent, self.group)
+        # they stand by process and then by expert
+        num_experts = len(counts) // self.size
+        experts = torch.arange(num_experts, device=rows.device).repeat(self.size)
+        experts = experts.repeat_interleave(arriving, output_size=len(arrived))
+        plan = make_plan(experts, num_experts, rows.dtype)
+        answers = compute(arrived.index_select(0, plan.order), plan.offsets)
+        answers = answers.index_select(0, plan.inverse)
+        back = _Travel.apply(answers, received, sent, self.group)
         return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))  # past the last end
 
 
@@ -121,7 +123,7 @@ class _Travel(torch.autograd.Function):
         return _send(rows, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         return _send(grads[0], *ctx.way_back), None, None, None
 
 
@@ -129,14 +131,3 @@ def _send(rows: Tensor, sent: list[int], received: list[int], group: dist.Proces
     arrived = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
     return arrived
-
-
-def _compute_mixed(
-    compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor
-) -> Tensor:
-    """Run experts on rows that stand by process and then by expert; counts (M, L)."""
-    num_experts = counts.shape[1]
-    experts = torch.arange(num_experts, device=rows.device).repeat(len(counts))
-    experts = experts.repeat_interleave(counts.flatten(), output_size=len(rows))
-    plan = make_plan(experts, num_experts, rows.dtype)
-    return compute(rows.index_select(0, plan.order), plan.offsets).index_select(0, plan.inverse)

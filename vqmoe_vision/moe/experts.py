@@ -23,7 +23,7 @@ class StackedLinear(nn.Module):
     """E linear layers, applied to consecutive groups of rows."""
 
     stacks_experts = True  # what `per_expert` looks for
-    own: Callable[[Any], Tensor] | None = None  # takes this process's part
+    own: Callable[[Any], Tensor] = staticmethod(lambda whole: whole)  # takes this process's part
     draw: Callable[[nn.Linear], None] | None = None  # initialises one layer
 
     def __init__(
@@ -67,11 +67,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Apply layer e to rows offsets[e - 1]:offsets[e]; rows past the last end give zero."""
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if self.own is not None:
-            weight, bias = self.own(weight), None if bias is None else self.own(bias)
-        return grouped_linear(rows, weight, bias, offsets)
+        bias = None if self.bias is None else self.own(self.bias)
+        return grouped_linear(rows, self.own(self.weight), bias, offsets)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
         """Apply one layer to rows (R, in), maybe none, in operators that every runtime has."""
@@ -158,7 +155,6 @@ class Experts(nn.Module):
 
     def separate(self) -> None:
         """Hold copies in `nn.Linear`s, `fc1.EXPERT.weight`, in place of stacked weights."""
-        for name in ('fc1', 'fc2'):
-            layer = getattr(self, name)
+        for name, layer in list(self.named_children()):
             if isinstance(layer, StackedLinear):
                 setattr(self, name, SeparateLinear(layer))

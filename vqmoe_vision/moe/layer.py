@@ -33,7 +33,6 @@ _said: set[str] = set()
 # What a pass decided for every token, by name; a module that decided has the name it has in the
 # layer. Then come the tokens (B, N, D) that the layer was given, and its answer.
 Decisions = dict[str, Routing | Quantized | Tensor]
-Watcher = Callable[[Decisions, Tensor, Tensor], None]
 
 
 @torch.compiler.assume_constant_result  # a compiled model says it as it is compiled
@@ -48,7 +47,8 @@ class Recorder:
     """Keeps what a layer reports while a `collect_losses` block is open, and sums of a step."""
 
     def __init__(self) -> None:
-        self.watcher: Watcher | None = None  # of what is decided for every token
+        # of what is decided for every token
+        self.watcher: Callable[[Decisions, Tensor, Tensor], None] | None = None
         self.sums: Tensor | None = None  # over passes, which state learns from
         self.stop()
 
@@ -58,7 +58,7 @@ class Recorder:
         self.losses: list[tuple[str, Loss, int]] = []  # the last is the number of tokens
         self.stats: list[tuple[str, Tensor]] = []
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict:
         return vars(type(self)())  # copies and pickles of a model start closed and empty
 
 
@@ -134,12 +134,12 @@ class MoeLayer(nn.Module):
         return type(self).apply_update is not MoeLayer.apply_update
 
     @property
-    def observed(self) -> dict[str, Any]:
+    def observed(self) -> dict:
         """What passes have left for the next `apply_update`, for a checkpoint; {} if nothing."""
         return {} if self.recorder.sums is None else {'counts': self.recorder.sums}
 
     @observed.setter
-    def observed(self, kept: dict[str, Any]) -> None:
+    def observed(self, kept: dict) -> None:
         sums = kept.get('counts')
         self.recorder.sums = None if sums is None else sums.to(next(self.parameters()).device)
 
@@ -160,7 +160,7 @@ class MoeLayer(nn.Module):
         """Where the layer finds the images that it decides by; None if it sees tokens alone."""
         return None
 
-    def options_in_size(self, num_tokens: int) -> dict[str, Any]:
+    def options_in_size(self, num_tokens: int) -> dict:
         """Options that it left to the number of tokens, for a model of another number of them."""
         return {}
 
@@ -181,7 +181,7 @@ class MoeLayer(nn.Module):
         """Whether there is a discrete branch, which `to_discrete` keeps alone."""
         return False
 
-    def to_discrete(self) -> dict[str, Any]:
+    def to_discrete(self) -> dict:
         """Keep the discrete branch alone; returns the options that are now others."""
         raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
 
@@ -252,13 +252,12 @@ class RoutedMlp(MoeLayer):
         """Route, run, report; (B, N, D) -> (B, N, D)."""
         tokens = x.flatten(0, 1)
         routing = self.router(x if self.router.per_image else tokens)
-        out = run_experts(self.experts, tokens, routing)
+        out = run_experts(self.experts, tokens, routing).view(x.shape)
         num_tokens = tokens.shape[0]  # not `len`, which a trace warns of
         stats = self.statistics(routing, num_tokens) if self.listens else {}
         self.record(routing.losses, stats, num_tokens)
         if self.training and self.listens:
             self.observe(routing)
-        out = out.view(x.shape)
         self.show({'router': routing}, x, out)
         return out
 
@@ -288,7 +287,7 @@ class RoutedMlp(MoeLayer):
         if routing.kept is not None:
             stats['unrouted'] = 1 - token_mean(routing.kept.any(dim=-1).float())
         if routing.tokens is not None:
-            served = torch.zeros(num_tokens, device=routing.tokens.device, dtype=torch.float32)
+            served = routing.tokens.new_zeros(num_tokens, dtype=torch.float32)
             served[routing.tokens] = 1
             stats['unrouted'] = 1 - token_mean(served)
         return {**stats, **routing.stats}

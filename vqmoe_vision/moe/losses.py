@@ -47,6 +47,15 @@ class BalanceLoss:
 Loss = Tensor | BalanceLoss
 
 
+def weighted(router: Any, **terms: Callable[[], Loss]) -> dict[str, Loss]:
+    """Losses of a router in training, times their weights in its options."""
+    # those of weight zero are not even computed: they may be undefined, as the load without noise
+    weights = {name: getattr(router.config, f'{name}_weight') for name in terms}
+    chosen = [name for name in terms if router.training and weights[name] > 0]
+    found = {name: weights[name] * terms[name]() for name in chosen}
+    return balanced(found, router.config.global_balance)
+
+
 def balanced(losses: dict[str, Loss], over_all: bool) -> dict[str, Loss]:
     """Losses by name, of this process's tokens alone unless they balance `over_all` processes."""
     return losses if over_all else {**values_of(losses)}
@@ -87,12 +96,10 @@ def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
 def load_balance(probs: Tensor, indices: Tensor) -> BalanceLoss:
     """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4)."""
     # f, the shares of assignments, has no gradient; P is the mean probability
-    load = expert_load(indices, probs.shape[-1])
-    return BalanceLoss(torch.stack([load, token_mean(probs)]), _scaled_product)
-
-
-def _scaled_product(means: Tensor) -> Tensor:
-    return means.shape[1] * (means[0] * means[1]).sum()
+    return BalanceLoss(
+        torch.stack([expert_load(indices, probs.shape[-1]), token_mean(probs)]),
+        lambda m: m.shape[1] * (m[0] * m[1]).sum(),
+    )
 
 
 def token_mean(values: Tensor) -> Tensor:
@@ -136,15 +143,10 @@ def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
     """Balance loss of StableMoE (arXiv 2204.08396, equation 5) over tokens; gates are (T, K)."""
     # not index_add, whose sums on a GPU may differ from one run to the next
     by_expert = gates.new_zeros(indices.shape[0], num_experts).scatter(1, indices, gates)
-    load = expert_load(indices, num_experts)
-    return BalanceLoss(torch.stack([load, token_mean(by_expert)]), _excess_product)
-
-
-def _excess_product(means: Tensor) -> Tensor:
+    means = torch.stack([expert_load(indices, num_experts), token_mean(by_expert)])
     # sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i with n = T K / E. Counts have no gradient: an
     # overloaded expert is pushed to smaller gates, an idle one to larger.
-    load, gates = means.unbind()
-    return ((load * load.shape[0] - 1) * gates).sum()
+    return BalanceLoss(means, lambda m: ((m[0] * num_experts - 1) * m[1]).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +160,15 @@ class LossFreeRouter(ExactBuffers, TopKRouter):
     """Base of routers whose choice has a bias, (E,) float32, if its rate is above 0."""
 
     exact_buffers = ('choice_bias',)
+    config: Any
     choice_bias: Tensor
 
-    def __init__(self, num_experts: int, rate: float, device: Any = None) -> None:
+    def __init__(self, config: Any, device: Any = None, **_: Any) -> None:
         super().__init__()
-        self.bias_update_rate, self.has_state = rate, rate > 0
+        self.config, self.has_state = config, config.bias_update_rate > 0
         if self.has_state:
-            self.register_buffer('choice_bias', torch.empty(num_experts, device=device).float())
+            bias = torch.empty(config.num_experts, device=device).float()
+            self.register_buffer('choice_bias', bias)
 
     def init_weights(self) -> None:
         """No bias; a subclass draws its weights too."""
@@ -183,5 +187,6 @@ class LossFreeRouter(ExactBuffers, TopKRouter):
 
     def update(self, observed: Tensor) -> bool:
         """Move the bias towards experts with less than the mean."""
-        self.choice_bias += self.bias_update_rate * (observed.float().mean() - observed).sign()
+        rate = self.config.bias_update_rate
+        self.choice_bias += rate * (observed.float().mean() - observed).sign()
         return True

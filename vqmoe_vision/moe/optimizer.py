@@ -76,8 +76,7 @@ def _refuse_lookahead(optimizer: Optimizer) -> None:
 
 def _untaught(inner: Optimizer, model: nn.Module) -> list[nn.Parameter]:
     """Parameters that have the experts as their first dimension, without those with views."""
-    hooks = inner._optimizer_step_pre_hooks.values()
-    views = [getattr(hook, '__self__', None) for hook in hooks]
+    views = [getattr(hook, '__self__', None) for hook in inner._optimizer_step_pre_hooks.values()]
     taught = {p for each in views if isinstance(each, _ExpertViews) for p in each.views}
     modules = (m for m in model.modules() if getattr(m, 'stacks_experts', False))
     found = (p for module in modules for p in module.parameters(recurse=False))
@@ -92,7 +91,7 @@ class _ExpertViews:
         self.owners = {views[0]: p for p, views in self.views.items()}
         self.others = {view for views in self.views.values() for view in views[1:]}
 
-    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Split, but not for a closure, whose gradients would be those of whole parameters."""
         closure = [*args[1:], kwargs.get('closure')][0]  # the optimizer itself comes first
         check(closure is None, 'closure', closure, 'None: call it before the step')

@@ -27,18 +27,12 @@ ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 # Where what reads images by a network stands in a model, and the network in that.
 READER, NETWORK = 'patch_embed.reader.', 'network.'
 
-_CHANGED = (
-    'gradient checkpointing repeats a MoE layer that would answer otherwise now: call backward() '
-    'inside the collect_losses block; for a method that decides by the raw image use '
-    'model.set_grad_checkpointing(), which keeps the images of a pass'
-)
-
 
 class RawPatches:
     """Raw patches of a pass's images, from a model's stem to its layers: data, never a graph."""
 
     def __init__(self, read: ReadPatches | None = None, kept: bool = False) -> None:
-        self.read = read
+        self.read: Any = read
         self.kept = kept  # whether checkpointed blocks keep those of their pass
         self.value: Tensor | None = None  # (B, L, F), or what else a method makes of B images
         self.shown = 0  # batches, but for those of a compiled stem
@@ -64,7 +58,6 @@ class RawPatches:
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
         """Read the patches of the images that the model looks at now."""
-        assert self.read is not None
         value, before = self.read(images, grid_size), self.value
         if in_recomputation() and before is not None and torch.equal(value, before):
             return  # whoever checkpoints a whole model repeats its stem too
@@ -73,10 +66,10 @@ class RawPatches:
             self.shown += 1
             self._thread = threading.get_ident()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict:
         return {'read': self.read, 'kept': self.kept}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict) -> None:
         RawPatches.__init__(self, **state)
 
 
@@ -106,13 +99,6 @@ class ImageReader(nn.Module):
 def image_reader(model: nn.Module) -> ImageReader | None:
     """What reads images by a network in a model; None if nothing does."""
     return next((part for part in model.modules() if isinstance(part, ImageReader)), None)
-
-
-def hand_over(stem: nn.Module, raw_patches: RawPatches) -> None:
-    """Let a stem show images to the layers; what reads them becomes a part of it."""
-    stem.raw_patches = raw_patches  # type: ignore[assignment]  # no module
-    if isinstance(raw_patches.read, nn.Module):
-        stem.reader = raw_patches.read
 
 
 @register_notrace_module
@@ -210,7 +196,11 @@ class RecomputationGuard:
 
     def _check(self) -> None:
         if self._repeated_in == self._outdated_in:
-            raise RuntimeError(_CHANGED)
+            raise RuntimeError(
+                'gradient checkpointing repeats a MoE layer that would answer otherwise now: call '
+                'backward() inside the collect_losses block; for a method that decides by the raw '
+                'image use model.set_grad_checkpointing(), which keeps the images of a pass'
+            )
 
 
 def refuse_reentrant(gradient: Tensor) -> None:

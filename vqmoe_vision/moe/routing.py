@@ -21,7 +21,7 @@ class Routing:
 
     indices: Tensor  # (T, K) or (A,) int64 in [0, E), expert of each assignment
     weights: Tensor  # as `indices`, float32, of each answer in the sum
-    losses: dict[str, Any] = field(default_factory=dict)  # `Loss`, weighted; none in eval mode
+    losses: dict = field(default_factory=dict)  # `Loss`, weighted; none in eval mode
     stats: dict[str, Tensor] = field(default_factory=dict)  # detached
     kept: Tensor | None = None  # (T, K) bool, False if a capacity dropped it
     tokens: Tensor | None = None  # (A,) int64 in [0, T), where tokens have any number

@@ -104,7 +104,8 @@ class TimmViT(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps; (B, 3, H, W) -> (B, width, ceil(H / patch), ceil(W / patch)) each."""
-        maps: Any = self.model.forward_intermediates(
-            x, indices=self.out_indices, norm=self.norm, intermediates_only=True
+        return tuple(
+            self.model.forward_intermediates(
+                x, indices=self.out_indices, norm=self.norm, intermediates_only=True
+            )
         )
-        return tuple(maps)

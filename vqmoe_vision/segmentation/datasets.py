@@ -6,12 +6,7 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
-from mmseg.datasets import (
-    ADE20KDataset,
-    BaseSegDataset,
-    CityscapesDataset,
-    PascalContextDataset59,
-)
+from mmseg.datasets import ADE20KDataset, BaseSegDataset, CityscapesDataset, PascalContextDataset59
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.config import STOCK_LOADING, renamed
@@ -97,11 +92,7 @@ class CheckedDataset(BaseSegDataset):
     source = 'docs/own-data.md says how to lay out a data set'
 
     def __init__(
-        self,
-        metainfo: dict | None = None,
-        part: str = 'all',
-        dev_size: int = 0,
-        **kwargs: Any,
+        self, metainfo: dict | None = None, part: str = 'all', dev_size: int = 0, **kwargs: Any
     ) -> None:
         metainfo = coloured(type(self), metainfo)
         if 'data_prefix' in kwargs:

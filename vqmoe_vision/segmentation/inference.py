@@ -92,7 +92,7 @@ class Predictor:
         fits = isinstance(kind, type) and issubclass(kind, BaseSegDataset)
         check(fits, f'{config}: {field}.type', first.type, "a data set of mmseg's kind")
         metainfo = complete_metainfo(kind, first.get('metainfo'))
-        self.classes: tuple[str, ...] = tuple(metainfo['classes'])
+        self.classes = tuple(metainfo['classes'])
         self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
         steps, *different = (
             [step for step in each.get('pipeline', ()) if step.type not in LOADING]
@@ -123,7 +123,7 @@ class Predictor:
         return Prediction(name, labels, mixed.round().astype(np.uint8), self.classes)
 
 
-def _list_images(images: Any) -> list[Any]:
+def _list_images(images: Any) -> list:
     """The files and arrays that `predict` was asked for."""
     if not isinstance(images, str | Path):
         return [images] if isinstance(images, np.ndarray) else list(images)
@@ -164,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours, 0 to 1')
     add_config_options(parser)
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _predict)
 
 

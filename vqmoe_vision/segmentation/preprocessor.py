@@ -97,9 +97,8 @@ def survey_source(
     dataset: ConfigDict, preprocessor: Any, crop_size: tuple[int, int], folder: str | None = None
 ) -> Source:
     """What a survey of a segmentor looks at: the middle of each image, in the trained size."""
-    known = normalization_of(preprocessor)
+    known: Any = normalization_of(preprocessor)
     check(known is not None, f'{_FIELD}.type', type(preprocessor).__name__, "mmengine's kind")
-    assert known is not None
 
     def middle(pixels: Tensor) -> Tensor:
         (rows, columns), (height, width) = pixels.shape[-2:], crop_size
@@ -121,6 +120,6 @@ def survey_source(
 
     if folder is not None:
         steps = Compose([step for step in dataset.pipeline if step.type not in LOADING_LABELS])
-        return Source.of(image_files(folder), lambda f: read(steps({'img_path': str(f)})), known)
+        return Source(image_files(folder), lambda f: read(steps({'img_path': str(f)})), known)
     built = DATASETS.build(dataset)
-    return Source.of(built, read, known, list(built.metainfo['classes']))
+    return Source(built, read, known, list(built.metainfo['classes']))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
-from vqmoe_vision.models.compat import StateDict, part_of
+from vqmoe_vision.models.compat import StateDict, below, part_of, without
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.fitting import from_mmseg, is_of_mmseg, replaced
 from vqmoe_vision.models.normalization import Normalization
@@ -156,13 +156,13 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             if 'patch_embed.projection.bias' not in backbone:
                 whose += '; the stem has no bias there, and one of zeros here'
         elif 'patch_embed.proj.weight' in encoder:
-            network = {k: v for k, v in encoder.items() if not k.startswith('head.')}
-            theirs, whose = 'encoder.', "rstrudel/segmenter; left out is the encoder's own head"
+            network, theirs = without(encoder, 'head.'), 'encoder.'
+            whose = "rstrudel/segmenter; left out is the encoder's own head"
         else:
             return state
         print_log(f'checkpoint: the names are those of {whose}', logger='current')
-        renamed = {f'backbone.model.{name}': value for name, value in network.items()}
-        for name, value in state.items():
+        renamed = below('backbone.model.', network)
+        for name, value in without(state, theirs).items():
             if name.startswith('decoder.'):
                 # projections are linear layers in mmseg's head, and its linear head a convolution
                 if name in ('decoder.proj_patch', 'decoder.proj_classes'):
@@ -170,8 +170,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
                 elif name == 'decoder.head.weight':
                     value = value[:, :, None, None]
                 name = replaced(name, _DECODER)
-            if not name.startswith(theirs):
-                renamed[name] = value
+            renamed[name] = value
         return renamed
 
     @property

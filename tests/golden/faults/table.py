@@ -24,8 +24,8 @@ class Fault(NamedTuple):
 TABLE = r"""
 balance-has-no-gradient [moe] The balance loss is in the log and in the total, and balances nothing.
 vqmoe_vision/moe/losses.py: moe/test_routing.py moe/methods/test_smoe.py
-- return BalanceLoss(torch.stack([load, token_mean(probs)]), _scaled_product)
-+ return BalanceLoss(torch.stack([load, token_mean(probs.detach())]), _scaled_product)
+- torch.stack([expert_load(indices, probs.shape[-1]), token_mean(probs)])
++ torch.stack([expert_load(indices, probs.shape[-1]), token_mean(probs.detach())])
 
 capacity-off-by-one [moe] An expert takes one token more than its capacity.
 vqmoe_vision/moe/routing.py: moe/test_routing.py moe/methods/test_smoe.py
@@ -148,7 +148,7 @@ vqmoe_vision/classification/transforms.py: classification/test_normalization.py
 + transforms.RandomCrop(input_size),
 
 head-called-tail [classification] Accuracies of frequent and of rare classes have exchanged their names.
-vqmoe_vision/classification/classifier.py: classification/test_datasets.py
+vqmoe_vision/classification/evaluation.py: classification/test_datasets.py
 - key=lambda label: -counts[label])
 + key=lambda label: counts[label])
 

@@ -83,8 +83,12 @@ class UsageCodebook(ExactBuffers, Codebook):
     def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
         average.lerp_(value.to(average.dtype), (learns * (1 - self.ema_decay)).to(average.dtype))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict:
         return {**self.__dict__, 'pending': None}
+
+
+def _replace(kept: Tensor, where: Tensor, values: Tensor) -> None:
+    kept.copy_(torch.where(where, values.to(kept.dtype), kept))
 
 
 class EmaCodebook(UsageCodebook):
@@ -143,8 +147,7 @@ class EmaCodebook(UsageCodebook):
         self._average(self.token_sums, usage.token_sums / num_tokens, learns)
         total, epsilon = self.usage.sum(), 1e-5 / num_tokens
         smoothed = (self.usage + epsilon) / (total + self.num_codes * epsilon) * total
-        moved = (self.token_sums / smoothed[:, None]).to(self.embed.dtype)
-        self.embed.copy_(torch.where(learns, moved, self.embed))
+        _replace(self.embed, learns, self.token_sums / smoothed[:, None])
         if self.dead_code_threshold > 0:
             self._replace_dead(usage, learns)
 
@@ -156,11 +159,11 @@ class EmaCodebook(UsageCodebook):
 
     def _put(self, where: Tensor, codes: Tensor) -> None:
         """Begin anew with these codes (M, D) at even usage, where (M,) or () is true."""
-        self.embed.copy_(torch.where(where[..., None], codes.to(self.embed.dtype), self.embed))
+        _replace(self.embed, where[..., None], codes)
         # even usage: not dead before it had a chance
         self.usage.masked_fill_(where, 1 / self.num_codes)
         sums = codes.to(self.token_sums.dtype) / self.num_codes
-        self.token_sums.copy_(torch.where(where[..., None], sums, self.token_sums))
+        _replace(self.token_sums, where[..., None], sums)
 
 
 class CVQCodebook(UsageCodebook):
@@ -177,8 +180,7 @@ class CVQCodebook(UsageCodebook):
         before = self.codes()
         probabilities = anchor_probabilities(before, usage.tokens, usage.usable)
         anchors = usage.tokens.index_select(0, random_choice(probabilities, self.updates))
-        moved = before.lerp(anchors, rate[:, None].float()).to(self.embed.dtype)
-        self.embed.copy_(torch.where(learns, moved, self.embed))
+        _replace(self.embed, learns, before.lerp(anchors, rate[:, None].float()))
 
 
 CODEBOOKS: dict[str, type[Codebook]] = {

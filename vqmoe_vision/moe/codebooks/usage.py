@@ -103,8 +103,7 @@ def code_usage(
     x = x.masked_fill(~usable[:, None], 0)
     if cosine:
         x = F.normalize(x, dim=1, eps=NORM_EPS)
-    counts = torch.zeros(num_codes, device=x.device, dtype=torch.float32)
-    counts = counts.index_add(0, indices, usable.float())
+    counts = x.new_zeros(num_codes).index_add(0, indices, usable.to(x.dtype))
     sums = x.new_zeros(num_codes, x.shape[1]).index_add(0, indices, x)
     rows = joint_rows(x.shape[0], tokens_per_sample, x.device)
     # 31 random bits, new for each update and pass, before the row: no two draws are equal
@@ -130,9 +129,16 @@ def kmeans(
     """Codes (M, D) of a sample (S, D) by k-means++ and Lloyd, of length one if `cosine`."""
     usable = torch.ones_like(sample[:, 0], dtype=torch.bool) if usable is None else usable
     codes = _spread(sample, num_codes, usable)
+    numbers = torch.arange(num_codes, device=sample.device)
     with full_precision(sample):
-        for _ in range(KMEANS_ITERATIONS):
-            codes = _means(sample, codes, cosine, usable)
+        for _ in range(KMEANS_ITERATIONS):  # to the mean of those that are nearest to each code
+            own = (nearest_code(sample, codes)[:, None] == numbers) & usable[:, None]
+            members = own.to(sample.dtype)
+            counts = members.sum(dim=0)[:, None]
+            means = members.t() @ sample / counts.clamp(min=1)
+            if cosine:
+                means = F.normalize(means, dim=1, eps=NORM_EPS)
+            codes = torch.where(counts > 0, means, codes)  # a code without members stays
     return codes
 
 
@@ -151,17 +157,6 @@ def _spread(sample: Tensor, num_codes: int, usable: Tensor) -> Tensor:
     return torch.cat(chosen)
 
 
-def _means(sample: Tensor, codes: Tensor, cosine: bool, usable: Tensor) -> Tensor:
-    """An iteration of Lloyd: the mean of those that are nearest to each code."""
-    numbers = torch.arange(len(codes), device=sample.device)
-    members = ((nearest_code(sample, codes)[:, None] == numbers) & usable[:, None]).to(sample.dtype)
-    counts = members.sum(dim=0)[:, None]
-    means = members.t() @ sample / counts.clamp(min=1)
-    if cosine:
-        means = F.normalize(means, dim=1, eps=NORM_EPS)
-    return torch.where(counts > 0, means, codes)  # a code without members stays
-
-
 def anchor_probabilities(codes: Tensor, sample: Tensor, usable: Tensor) -> Tensor:
     """How likely CVQ draws a token as a code's anchor, (M, S): softmax(-distance^2)."""
     distances = torch.cdist(codes, sample).square()
@@ -172,8 +167,7 @@ def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
     """Uniform int64 in [0, 2^32) for rows in [0, 2^32) of any shape; counters name the stream."""
     # the order of counters matters, and 32 bits of each; the first may be a 0-dim int64 tensor
     first = [counter for counter in counters[:1] if isinstance(counter, Tensor)]
-    numbers: Tensor = _random_integers(rows, first, list(counters[len(first) :]))
-    return numbers
+    return _random_integers(rows, first, list(counters[len(first) :]))
 
 
 def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
@@ -189,14 +183,13 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
 def _numbers(rows: Tensor, first: list[Tensor], others: list[int]) -> Tensor:
     # as many counters as there are: zeros would stay zero, and be one stream however many they are;
     # mixed, or one counter would be mixed as rows are, and row and counter could change places
-    stream: Tensor | int = _mix_(len(first) + len(others))
+    stream = _mix_(len(first) + len(others))
     for tensor in first:
         stream = _mix_(tensor + stream)
     for counter in others:
         stream = _mix_(stream + counter)
     # rows are mixed before too: else two streams that are near would be one, shifted by a few rows
-    numbers: Tensor = _mix_(_mix_(rows.clone()).add_(stream))
-    return numbers
+    return _mix_(_mix_(rows.clone()).add_(stream))
 
 
 def _mix_(value: Any) -> Any:

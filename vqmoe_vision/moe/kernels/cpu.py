@@ -182,9 +182,7 @@ def _even_runs(ends: list[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]
         expert, row = expert + count, row + count * size
 
 
-@grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
+grouped_linear.register_fake(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]))
 
 
 @register_flop_formula(torch.ops.vqmoe_vision.grouped_linear)
@@ -200,7 +198,7 @@ def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, weight and bias; of frozen ones an empty tensor."""
-    grads = _empty_grads(x, weight, wanted)
+    grads = _empty_grads(grad, x, weight, offsets, wanted)
     grad_x, grad_weight, grad_bias = grads
     ends = offsets.tolist()
     for experts, rows, size in _even_runs(ends):
@@ -216,17 +214,13 @@ def _grouped_linear_backward(
     return grads
 
 
-def _empty_grads(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+@_grouped_linear_backward.register_fake
+def _empty_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, weight.shape[:2])
     made = [x.new_empty(s if w else (0,)) for s, w in zip(shapes, wanted, strict=True)]
     return made[0], made[1], made[2]
-
-
-@_grouped_linear_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_grads(x, weight, wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

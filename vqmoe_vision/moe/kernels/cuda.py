@@ -54,26 +54,20 @@ def _product(
 def _torchs(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
     # without rows `contiguous()` keeps the strides of an expanded tensor, which it refuses
     if a.numel() == 0:
-        return a.new_zeros(_shape(a, b, offsets, turn_a, turn_b))
+        return _zeros(a, b, offsets, turn_a, turn_b)
     return F.grouped_mm(a.mT if turn_a else a, b.mT if turn_b else b, offs=offsets)
 
 
 # Inductor chooses strides for what it hands to torch's operator, and asks only that one of them is
 # 1: with 9 rows it stores transposed ones in rows of 18 bytes, which that operator refuses. What it
 # hands to an operator of ours is as it was written.
-@torch.library.custom_op('vqmoe_vision::grouped_product', mutates_args=())
-def _opaque(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
-    return _torchs(a, b, offsets, turn_a, turn_b)
+_opaque = torch.library.custom_op('vqmoe_vision::grouped_product', _torchs, mutates_args=())
 
 
 @_opaque.register_fake
-def _(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
-    return a.new_empty(_shape(a, b, offsets, turn_a, turn_b))
-
-
-def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> list[int]:
-    rows, columns = a.shape[-1 if turn_a else -2], b.shape[-2 if turn_b else -1]
-    return [rows, columns] if b.ndim == 3 else [offsets.shape[0], rows, columns]
+def _zeros(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    shape = a.shape[-1 if turn_a else -2], b.shape[-2 if turn_b else -1]
+    return a.new_zeros(shape if b.ndim == 3 else (offsets.shape[0], *shape))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -91,9 +85,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out.masked_fill_(past, 0)
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, weight, offsets, past = ctx.saved_tensors
         grad = grads[0].contiguous()  # of a sum it is one expanded number
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]

@@ -35,8 +35,7 @@ class Method:
         make: Any = self.parts
         if isinstance(make, type) and issubclass(make, Router):
             return RoutedMlp(make(in_features, config, host, **factory), experts)
-        layer: MoeLayer = make(in_features, config, experts, host, **factory)
-        return layer
+        return make(in_features, config, experts, host, **factory)
 
     @property
     def needs_features(self) -> bool:

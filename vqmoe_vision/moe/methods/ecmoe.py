@@ -35,9 +35,7 @@ class ExpertChoiceConfig(MoeConfig):
 
     # Weights of a token sum to 1 over all experts: every expert has to take every token, which
     # costs them all.
-    EXACT_UPCYCLING: ClassVar[Named] = {
-        'all': {'num_experts': 2, 'capacity_factor': 2.0},
-    }
+    EXACT_UPCYCLING: ClassVar[Named] = {'all': {'num_experts': 2, 'capacity_factor': 2.0}}
 
     capacity_factor: float = option(2.0, 1.0, bounds='(0, inf)')
 

@@ -36,10 +36,7 @@ class HashConfig(TopKConfig):
     # K equal answers are averaged
     EXACT_UPCYCLING: ClassVar[Named] = {'any': {}}
 
-    @property
-    def learns_routing(self) -> bool:
-        """Never: a hash is drawn once."""
-        return False
+    learns_routing = False  # a hash is drawn once
 
 
 class HashRouter(TopKRouter):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
-from ..losses import Loss, LossFreeConfig, LossFreeRouter
+from ..losses import LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
 from ..routing import Routing, full_precision, init_lecun_normal, renormalized, within_capacity
 
@@ -75,9 +75,7 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # the K largest of a softmax sum to less than 1
-    EXACT_UPCYCLING: ClassVar[Named] = {
-        'renormalize': {'renormalize': True},
-    }
+    EXACT_UPCYCLING: ClassVar[Named] = {'renormalize': {'renormalize': True}}
 
     top_k: int = option(2, 1)
     renormalize: bool = option(False)
@@ -127,8 +125,7 @@ class SMoERouter(LossFreeRouter):
     def __init__(
         self, in_features: int, config: SMoEConfig, host: Host | None = None, **factory: Any
     ) -> None:
-        super().__init__(config.num_experts, config.bias_update_rate, factory.get('device'))
-        self.config = config
+        super().__init__(config, **factory)
         self.has_losses = any(getattr(config, name) > 0 for name in LOSS_WEIGHTS)
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         bias = torch.empty(config.num_experts, **factory)
@@ -149,14 +146,13 @@ class SMoERouter(LossFreeRouter):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         config = self.config
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if not config.train_router:
-            # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
         with full_precision(x):
-            bias = None if bias is None else bias.float()
-            noisy = logits = F.linear(x.float(), weight.float(), bias)
+            # detached: a fine-tuning may freeze and unfreeze a model as a whole
+            own: Any = [
+                p if p is None else (p if config.train_router else p.detach()).float()
+                for p in (self.weight, self.bias)
+            ]
+            noisy = logits = F.linear(x.float(), *own)
             if self.training and config.router_noise > 0:
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
@@ -166,31 +162,20 @@ class SMoERouter(LossFreeRouter):
             kept = self._within_capacity(indices, weights)
             if config.renormalize:
                 weights = renormalized(weights)
-            terms = self._losses(logits, noisy, probs, indices) if self.training else {}
+            terms = losses.weighted(
+                self,
+                importance=lambda: losses.importance(
+                    probs if noisy is logits else logits.softmax(dim=-1)  # without noise the same
+                ),
+                load=lambda: losses.load(logits, noisy, self.noise_std(), config.top_k),
+                balance=lambda: losses.load_balance(probs, indices),
+                z=lambda: losses.router_z(logits),
+            )
         return Routing(indices, weights, terms, kept=kept)
 
     def noise_std(self) -> float:
         """Standard deviation of the noise in logits."""
         return self.config.router_noise / self.config.num_experts
-
-    def _losses(
-        self, logits: Tensor, noisy: Tensor, probs: Tensor, indices: Tensor
-    ) -> dict[str, Loss]:
-        config = self.config
-        terms: dict[str, Loss] = {}
-        # a term of weight zero is left out, it may be undefined (load without noise)
-        if config.importance_weight > 0:
-            # without noise it is the same softmax
-            clean = probs if noisy is logits else logits.softmax(dim=-1)
-            terms['importance'] = config.importance_weight * losses.importance(clean)
-        if config.load_weight > 0:
-            load = losses.load(logits, noisy, self.noise_std(), config.top_k)
-            terms['load'] = config.load_weight * load
-        if config.balance_weight > 0:
-            terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
-        if config.z_weight > 0:
-            terms['z'] = config.z_weight * losses.router_z(logits)
-        return losses.balanced(terms, config.global_balance)
 
     def _within_capacity(self, indices: Tensor, weights: Tensor) -> Tensor | None:
         config = self.config

@@ -89,12 +89,7 @@ class SoftMoEMlp(MoeLayer):
     needs_collecting = False
 
     def __init__(
-        self,
-        in_features: int,
-        config: SoftMoEConfig,
-        experts: Experts,
-        host: Host,
-        **factory: Any,
+        self, in_features: int, config: SoftMoEConfig, experts: Experts, host: Host, **factory: Any
     ) -> None:
         super().__init__()
         self.config, self.num_prefix_tokens = config, host.num_prefix_tokens
@@ -137,8 +132,7 @@ class SoftMoEMlp(MoeLayer):
             if self.token_norm is not None:
                 x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
             # float64 too is mixed in float32
-            product = dtype if dtype.itemsize < 4 else torch.float32
-            logits = self.mixing_logits(x, product)
+            logits = self.mixing_logits(x, dtype if dtype.itemsize < 4 else torch.float32)
             dispatch, combine = (logits.softmax(dim, dtype=torch.float32) for dim in (1, 2))
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
         # by expert: (B, S, D) -> (E, B, P, D) -> (E, B * P, D)
@@ -154,7 +148,7 @@ class SoftMoEMlp(MoeLayer):
         """All: every expert answers for every image."""
         return self.experts.num_experts
 
-    def options_in_size(self, num_tokens: int) -> dict[str, Any]:
+    def options_in_size(self, num_tokens: int) -> dict:
         """The slots that it has, said as its options say them."""
         if self.config.slots_per_expert is not None:
             return {}

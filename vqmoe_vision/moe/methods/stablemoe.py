@@ -69,9 +69,7 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
     }
 
     # the sigmoid of two stages begins a little above a half
-    EXACT_UPCYCLING: ClassVar[Named] = {
-        'one-stage': {'two_stage': False, 'top_k': 2},
-    }
+    EXACT_UPCYCLING: ClassVar[Named] = {'one-stage': {'two_stage': False, 'top_k': 2}}
 
     stage1_steps: int | None = option(None, 1, bounds='[1, inf)', of_weights=False, idle=_ONE_STAGE)
     stage1_fraction: float = option(

@@ -205,7 +205,6 @@ class ContinuousRouter(Router):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         config = self.config
-        terms: dict[str, Loss] = {}
         # detached: a fine-tuning may freeze and unfreeze a model as a whole
         weight = self.weight if config.train_router else self.weight.detach()
         with full_precision(x):
@@ -214,11 +213,10 @@ class ContinuousRouter(Router):
             # by logit: small probabilities underflow to equals
             indices = top_k_experts(logits, 1)[1]
             weights = config.routed_scaling_factor * probs.gather(1, indices)
-            if self.training and self.has_losses:
-                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
+            terms = losses.weighted(self, balance=lambda: losses.load_balance(probs, indices))
         if not config.train_router:
             weights = torch.ones_like(weights)
-        return Routing(indices, weights, losses.balanced(terms, config.global_balance))
+        return Routing(indices, weights, terms)
 
 
 class Quantizer(nn.Module):
@@ -321,7 +319,7 @@ class VQMoEMlp(MoeLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """Both branches in one dispatch; (B, N, D) -> (B, N, D)."""
-        tokens = x.flatten(0, 1)
+        config, tokens = self.config, x.flatten(0, 1)
         precise = tokens.float()  # once for all that decides in float32
         branches: list[Branch] = []
         terms: dict[str, Loss] = {}
@@ -337,7 +335,10 @@ class VQMoEMlp(MoeLayer):
             experts = quantized.indices % self.experts.num_experts
             branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
             if self.training:
-                terms |= self._code_losses(self.quantizer.codebook, precise, quantized)
+                terms['vq'] = config.vq_weight * quantized.loss
+                if config.diversity_weight > 0:
+                    probs = self.quantizer.codebook.soft_assignment(precise)
+                    terms['diversity'] = config.diversity_weight * losses.diversity(probs)
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
@@ -350,19 +351,9 @@ class VQMoEMlp(MoeLayer):
             if self.listens:
                 stats['agreement'] = token_mean((chosen[:, 0] == chosen[:, 1]).float())
                 stats['gate_continuous'] = token_mean(gates[:, 0].detach())
-        self.record(terms, stats, tokens.shape[0])
+        self.record(losses.balanced(terms, config.global_balance), stats, tokens.shape[0])
         self.show(decisions, x, out)
         return out
-
-    def _code_losses(
-        self, codebook: Codebook, tokens: Tensor, quantized: Quantized
-    ) -> dict[str, Loss]:
-        config = self.config
-        terms: dict[str, Loss] = {'vq': config.vq_weight * quantized.loss}
-        if config.diversity_weight > 0:
-            probs = codebook.soft_assignment(tokens)
-            terms['diversity'] = config.diversity_weight * losses.diversity(probs)
-        return losses.balanced(terms, config.global_balance)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x), (T, 2) float32 of continuous and discrete; None in other forms."""
@@ -388,13 +379,13 @@ class VQMoEMlp(MoeLayer):
         return self.quantizer is not None and self.quantizer.codebook.moves()
 
     @property
-    def observed(self) -> dict[str, Any]:
+    def observed(self) -> dict:
         """The codebook's."""
         pending = None if self.quantizer is None else self.quantizer.codebook.pending
         return {} if pending is None else dict(vars(pending))
 
     @observed.setter
-    def observed(self, kept: dict[str, Any]) -> None:
+    def observed(self, kept: dict) -> None:
         if self.quantizer is not None:
             device = next(self.parameters()).device
             moved: Any = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}
@@ -414,11 +405,11 @@ class VQMoEMlp(MoeLayer):
         """Unless it has the continuous form."""
         return self.quantizer is not None
 
-    def to_discrete(self) -> dict[str, Any]:
+    def to_discrete(self) -> dict:
         """Form 'discrete' (5), equal to the full form (4) with g(x)_d = 1: router and gate go."""
         if not self.has_discrete:
             return super().to_discrete()
-        changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
+        changed: dict = {} if self.config.form == 'discrete' else {'form': 'discrete'}
         self.config = replace(self.config, **changed)
         self.router = self.gate = None
         return changed

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
-from ..losses import Loss, LossFreeConfig, LossFreeRouter
+from ..losses import LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
 from ..routing import Routing, full_precision, init_orthogonal, renormalized
 
-EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
 _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
 
@@ -66,9 +65,7 @@ class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # a gate alone is below 1, and one that is made 1 teaches the router nothing
-    EXACT_UPCYCLING: ClassVar[Named] = {
-        'renormalize': {'renormalize': True, 'top_k': 2},
-    }
+    EXACT_UPCYCLING: ClassVar[Named] = {'renormalize': {'renormalize': True, 'top_k': 2}}
 
     gate: Literal['softmax', 'sigmoid'] = option('softmax', 'sigmoid')
     router_dim: int | None = option(None, bounds='[2, inf)')
@@ -94,8 +91,7 @@ class XMoERouter(LossFreeRouter):
     def __init__(
         self, in_features: int, config: XMoEConfig, host: Host | None = None, **factory: Any
     ) -> None:
-        super().__init__(config.num_experts, config.bias_update_rate, factory.get('device'))
-        self.config = config
+        super().__init__(config, **factory)
         self.has_losses = config.balance_weight > 0
         dim = config.router_dim or max(config.num_experts // 2, 2)
         gate_default, balance_default = _TEMPERATURES[config.gate]
@@ -116,7 +112,8 @@ class XMoERouter(LossFreeRouter):
         nn.init.trunc_normal_(self.project, std=0.02)
         init_orthogonal(self.expert_embed)
         with torch.no_grad():
-            self.expert_embed.copy_(EMBED_NORM * F.normalize(self.expert_embed.float(), dim=-1))
+            # as the authors' torchscale, whose every forward pass brings rows back to it
+            self.expert_embed.copy_(1.5 * F.normalize(self.expert_embed.float(), dim=-1))
             self.log_temperature.fill_(math.log(self.initial_temperature))
 
     reset_parameters = init_weights
@@ -142,18 +139,17 @@ class XMoERouter(LossFreeRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
-        config = self.config
         with full_precision(x):
             scores = self.scores(x)
             scaled = scores * torch.exp(-self.log_temperature.float())
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
             indices = self.choose(scores, scores)
             weights = self._weights(scaled, indices)
-            terms: dict[str, Loss] = {}
-            if self.training and config.balance_weight > 0:
-                probs = (scores / self.balance_temperature).softmax(dim=-1)
-                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
-        return Routing(indices, weights, losses.balanced(terms, config.global_balance))
+            fixed = self.balance_temperature  # tau_0
+            terms = losses.weighted(
+                self, balance=lambda: losses.load_balance((scores / fixed).softmax(dim=-1), indices)
+            )
+        return Routing(indices, weights, terms)
 
     def no_weight_decay(self) -> set[str]:
         """The expert embeddings: only their direction counts."""
