@@ -12,7 +12,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vqmoe_vision.classification import Accuracy
-from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.classification.datasets import (
     SPLITS,
     ImageClassification,
@@ -21,6 +20,7 @@ from vqmoe_vision.classification.datasets import (
     long_tail,
     split_indices,
 )
+from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.engine.cli import one_line
 
 from .. import cases
