@@ -134,10 +134,6 @@ def plain(text: str) -> str:
     return text.replace('\xa0', ' ')
 
 
-def of_layer(layer, classes=None, **changes) -> Survey:
-    return Survey('x', 1, classes, {NAME: dataclasses.replace(layer, **changes)}, [], {})
-
-
 def test_loads_of_layers_with_different_numbers_of_experts():
     first, second = layer_survey(), layer_survey()
     second = dataclasses.replace(second, num_experts=2, load={ROUTER: torch.tensor([0.25, 0.75])})
@@ -189,7 +185,8 @@ def test_axes_of_the_map_by_hand():
     # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
     tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5
     codes = Codes(tokens[:2], torch.tensor([0.5, 0.5]), tokens, torch.tensor([0, 1, 0, 1]))
-    (picture,) = figures.code_maps(of_layer(layer_survey(), codebook=codes, num_experts=2))
+    layer = dataclasses.replace(layer_survey(), codebook=codes, num_experts=2)
+    (picture,) = figures.code_maps(Survey('x', 1, None, {NAME: layer}, [], {}))
     axes = picture.figure.axes[0]
     assert plain(axes.get_xlabel()) == 'first component, 90 % of the variance'
     assert plain(axes.get_ylabel()) == 'second component, 10 %'

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.moe import METHODS, collect_losses
 
-from .. import cases
-from ..models.conftest import shaken
+from .. import cases, refused
+from ..models.conftest import pairs, shaken
 
 DENSE = 'vit_tiny_patch16_224'
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4)
@@ -88,10 +88,8 @@ WRONG: list[tuple[str, Any]] = [
     *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
 )
 def test_what_cannot_be_is_refused(field, options):
-    with pytest.raises(ValueError, match=rf'^{field}='):
-        Classifier(**{'model_name': DENSE, **SMALL, **options})
-    with pytest.raises(ValueError, match=r"^checkpoint='a\.pth' "):
-        Classifier('resnet18', num_classes=2, checkpoint='a.pth')
+    refused(rf'^{field}=', Classifier, **{'model_name': DENSE, **SMALL, **options})
+    refused(r"^checkpoint='a\.pth' ", Classifier, 'resnet18', num_classes=2, checkpoint='a.pth')
 
 
 def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
@@ -100,10 +98,8 @@ def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
 
 def test_mixup_wants_even_batches():
     model = Classifier(DENSE, mixup={}, **SMALL)
-    with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 '):
-        model.check_batches(loader(5, drop_last=True))
-    with pytest.raises(ValueError, match=r'^train_dataloader\.drop_last=False '):
-        model.check_batches(loader(4))
+    refused(r'^train_dataloader\.batch_size=5 ', model.check_batches, loader(5, drop_last=True))
+    refused(r'^train_dataloader\.drop_last=False ', model.check_batches, loader(4))
     model.check_batches(loader(4, drop_last=True))
     model.check_batches(loader(4, sampler=InfiniteSampler(range(11))))  # has no last batch
     Classifier(DENSE, **SMALL).check_batches(loader(5))
@@ -129,18 +125,7 @@ def test_classes_of_a_name_are_not_those_of_a_training():
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
 DINOV3 = 'vit_small_patch16_dinov3'
 HOSTS = ('vit_tiny_patch16_224', 'deit3_small_patch16_224', DINOV3)
-PAIRS = [
-    (host, method)
-    for host in HOSTS
-    for method in METHODS
-    if host != DINOV3 or METHODS[method].read_patches is None
-]
-
-EXACT = [
-    (host, method, options)
-    for host, method in PAIRS
-    for options in METHODS[method].config.EXACT_UPCYCLING.values()
-]
+PAIRS = pairs(*HOSTS)
 
 
 def build(host: str, method: str | None = None, **kwargs: Any) -> Any:
@@ -191,8 +176,7 @@ def test_a_training_starts_from_one_place(way, tmp_path):
     saved(HOSTS[0], tmp_path / 'dense.pth')
     host = HOSTS[0] if way != 'upcycle' else 'vit_tiny_smoe'
     model = build(host, checkpoint=path, **start(way, path))
-    with pytest.raises(ValueError, match=f'^{way}=.* is not possible: .* with checkpoint=.*dense'):
-        model.init_weights()
+    refused(f'^{way}=.* is not possible: .* with checkpoint=.*dense', model.init_weights)
 
 
 def test_files_of_dinov3s_authors_are_understood(tmp_path):
@@ -210,7 +194,10 @@ def test_files_of_dinov3s_authors_are_understood(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('host, method, options', EXACT)
+@cases(
+    'host, method, options',
+    *((*pair, how) for pair in PAIRS for how in METHODS[pair[1]].config.EXACT_UPCYCLING.values()),
+)
 @pytest.mark.parametrize('way', ['checkpoint', 'pretrained', 'checkpoint_path'])
 def test_it_begins_with_the_answers_of_dense_weights(host, method, options, way, tmp_path):
     path = tmp_path / 'dense.pth'

@@ -173,8 +173,7 @@ def shard_file(prefix: Path, shard: int = 0, shards: int = 2) -> Path:
 
 
 def _packed(content: Any) -> bytes:
-    packed: bytes = msgpack.packb(content, strict_types=True)
-    return packed
+    return msgpack.packb(content, strict_types=True)
 
 
 def _indexed(node: Any, files: list[dict[str, Any]], place: list[int]) -> Any:
@@ -201,8 +200,7 @@ def _indexed(node: Any, files: list[dict[str, Any]], place: list[int]) -> Any:
 
 
 def _slices(box: Sequence[tuple[int, int]]) -> bytes:
-    packed: bytes = msgpack.packb([msgpack.packb((a, b, None)) for a, b in box])
-    return packed
+    return msgpack.packb([msgpack.packb((a, b, None)) for a, b in box])
 
 
 def _array(values: Tensor) -> msgpack.ExtType:

@@ -23,7 +23,8 @@ from vqmoe_vision.engine.model import read_normalization, start_model, weights_n
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.normalization import Normalization
 
-from .. import cases
+from .. import cases, refused
+from ..damaged import Call
 from ..models.test_origin import left_by_timm
 
 SIZES: Any = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
@@ -38,14 +39,6 @@ def test_weights_and_log_are_read_as_data(tmp_path):
         assert read['state_dict']['w'].tolist() == [1, 1]
         assert read['message_hub']['log'].statistics('mean') == 2  # (1 + 3) / 2
         assert read['message_hub']['mIoU'] == hub['mIoU'] and read['message_hub']['iter'] == 2
-
-
-class Call:
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple:
-        return self.call
 
 
 def leaves(path: Path) -> Call:
@@ -156,8 +149,7 @@ def test_no_text_of_a_config_hides_in_another_container(tmp_path):
         assert type(read) is dict and read['meta'] == {}
         assert read.get('message_hub', {}) == {}
     torch.save(info, tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='is a void and no dictionary'):
-        _load_checkpoint(str(tmp_path / 'a.pth'))
+    refused('is a void and no dictionary', _load_checkpoint, str(tmp_path / 'a.pth'))
 
 
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
@@ -191,8 +183,7 @@ def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
     entry = content.rindex(b'PK\x01\x02', 0, content.rindex(b'data/0'))
     content[entry + 38] ^= 0x10  # of the attributes in the central directory
     path.write_bytes(content)
-    with pytest.raises(ValueError, match='is damaged'):
-        read_state(str(path))
+    refused('is damaged', read_state, str(path))
 
 
 @pytest.mark.parametrize('more', [0, 65_540, 65_550])
@@ -200,8 +191,7 @@ def test_a_flipped_bit_is_found_whatever_follows_the_file(more, tmp_path):
     path, content = saved_bytes(tmp_path)
     content[content.index(torch.arange(500.0).numpy().tobytes()) + 7] ^= 1
     path.write_bytes(content + bytes(more))  # torch reads on to the end; zipfile looks less far
-    with pytest.raises(ValueError, match='is damaged'):
-        read_state(str(path))
+    refused('is damaged', read_state, str(path))
 
 
 def built_by(field: str, path: str) -> dict[str, Any]:

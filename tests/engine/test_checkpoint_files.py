@@ -25,6 +25,7 @@ from vqmoe_vision.engine.checkpoint_files import (
 )
 from vqmoe_vision.engine.cli import train
 
+from ..damaged import flip
 from ..forked import METHOD, ROOT, spawn
 
 OWN = 'a run'
@@ -37,12 +38,6 @@ def write(path: Path, iteration: int, saved_at: float | None, size: int = 1000) 
     hub = {'runtime_info': {RUN: OWN}}
     content = {'meta': meta, 'state_dict': {'w': torch.ones(size)}, 'message_hub': hub}
     torch.save(content, path)
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def write_limited(_rank: int, path: Path, killed: bool) -> None:

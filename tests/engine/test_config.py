@@ -111,23 +111,6 @@ def test_documented_options_are_read_and_make_an_optimizer(options):
         build_optim_wrapper(MODELS.build(config.model), config.optim_wrapper)
 
 
-CIFAR = 'classification/cifar10.py'
-NAME = f'vqmoe_vision::{CIFAR}'
-
-
-@pytest.mark.parametrize(
-    'base', [repr(NAME), f'[{NAME!r}]', f'__import__("vqmoe_vision").config_path({CIFAR!r})']
-)
-def test_a_config_outside_builds_on_it(base, tmp_path):
-    path = tmp_path / 'mine.py'
-    path.write_text(f'_base_ = {base}\nmodel = dict(num_classes=7)\n')
-    expected = load_config(NAME, {'model.num_classes': 7}).to_dict()
-    assert load_config(str(path)).to_dict() == expected
-    assert '_scope_' not in load_config(str(path)).dump()
-    if base.startswith('__import__'):  # as any program of mmengine reads it
-        assert Config.fromfile(path).to_dict() == expected
-
-
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -135,18 +118,6 @@ class Wrapped(nn.Module):
             'vit_tiny_vqmoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3,
             num_classes=2, num_experts=2, codebook='cvq',
         )  # fmt: skip
-
-
-def test_constructor_decays_matrices_only():
-    model = Wrapped()
-    build = TimmOptimWrapperConstructor({'optimizer': {'type': 'AdamW', 'weight_decay': 0.3}})
-    groups = build(model).optimizer.param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed = {names[id(p)] for g in groups if g['weight_decay'] == 0.3 for p in g['params']}
-    kept = {names[id(p)] for g in groups if g['weight_decay'] == 0.0 for p in g['params']}
-    assert decayed | kept == set(names.values())
-    assert 'model.blocks.1.mlp.experts.fc1.weight' in decayed
-    assert {'model.pos_embed', 'model.blocks.1.mlp.experts.fc1.bias'} <= kept
 
 
 SGD = {'type': 'SGD', 'lr': 1.0, 'weight_decay': 0.3}

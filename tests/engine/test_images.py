@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from vqmoe_vision.engine.images import digit_scans, displayed, opened, orientation, read_rgb, stored
+from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
 
-from .. import cases
+from .. import cases, refused
 from ..damaged import damaged
 
 TURNS = range(1, 9)
@@ -73,8 +73,7 @@ def test_16_bits_are_cut_to_the_upper_8_and_floats_are_from_0_to_1(name, tmp_pat
 )
 def test_pixels_without_a_meaning(pixels, message, tmp_path):
     Image.fromarray(pixels).save(tmp_path / 'a.tif')
-    with pytest.raises(ValueError, match=rf'a\.tif {message}'):
-        read(tmp_path / 'a.tif')
+    refused(rf'a\.tif {message}', read, tmp_path / 'a.tif')
 
 
 def bomb(path: Path) -> Path:
@@ -116,11 +115,3 @@ def test_a_damaged_file_is_an_image_or_one_line(content):
             assert read_rgb(image, 'a.file').mode == 'RGB'
     except ValueError as error:
         assert str(error).startswith('a.file ') and '\n' not in str(error)
-
-
-def test_splits_are_disjoint_and_together_every_scan():
-    parts = {split: digit_scans(split) for split in ('train', 'dev', 'test')}
-    assert [len(scans) for scans, _ in parts.values()] == [1257, 180, 360]
-    seen = [{scan.tobytes() for scan in scans} for scans, _ in parts.values()]
-    assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
-    assert all(np.bincount(digits, minlength=10).min() > 0 for _, digits in parts.values())

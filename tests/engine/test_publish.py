@@ -15,7 +15,7 @@ from vqmoe_vision.engine.publish import export, publish, publish_folder, upcycle
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
 
-from .. import cases
+from .. import cases, refused
 from ..runs import NORMALIZATION, leave_run
 
 
@@ -58,9 +58,7 @@ def test_mistakes_are_one_line(tmp_path):
         ([str(weights), out], '^error: checkpoint='),
         ([str(damaged), out], r"d\.pth' is damaged"),
     ):
-        with pytest.raises(SystemExit, match=message) as caught:
-            publish(arguments)
-        assert '\n' not in str(caught.value)
+        refused(message, publish, arguments, error=SystemExit)
     assert not list(tmp_path.glob('out*'))
 
 
@@ -140,9 +138,8 @@ def test_images_of_other_channels(dense, tmp_path, channels, numbers):
 )
 def test_a_mistake_is_one_line(dense, tmp_path, arguments, message):
     places = {'DENSE': dense, 'OUT': str(tmp_path / 'OUT')}
-    with pytest.raises(SystemExit, match=message) as caught:
-        upcycle([places.get(argument, argument) for argument in arguments])
-    assert '\n' not in str(caught.value)
+    given = [places.get(argument, argument) for argument in arguments]
+    refused(message, upcycle, given, error=SystemExit)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['dense.pth']
 
 
@@ -238,7 +235,5 @@ def test_a_mistake_of_an_export_is_one_line(run, weights, tmp_path, arguments, m
     places = {'RUN': str(run), 'WEIGHTS': weights, 'OUT': str(tmp_path / 'OUT')}
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
-    with pytest.raises(SystemExit, match=message) as caught:
-        export(arguments)
-    assert '\n' not in str(caught.value)
+    refused(message, export, arguments, error=SystemExit)
     assert not list(tmp_path.glob('OUT*'))

@@ -27,6 +27,12 @@ EXACT = [
 ]
 
 
+def pairs(*hosts: str) -> list[tuple[str, str]]:
+    """Hosts with each method that they can have: raw patches are of `VisionTransformer` alone."""
+    anywhere = [name for name, method in METHODS.items() if method.read_patches is None]
+    return [(h, name) for h in hosts for name in (anywhere if 'dinov3' in h else METHODS)]
+
+
 def make(method: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(f'vit_tiny_{method}', **{**TINY, **kwargs})
 

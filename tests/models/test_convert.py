@@ -112,21 +112,15 @@ def full(**options: Any) -> Any:
     return shaken(make('vqmoe', **options))
 
 
-def gated_to_the_codes(model: Any, images: torch.Tensor) -> torch.Tensor:
-    """Answers of the full model with g(x)_d = 1: softmax of (0, 1000) is (0, 1) in float32."""
-    for block in model.blocks[1::2]:
-        gate = block.mlp.gate
-        torch.nn.init.zeros_(gate.weight)
-        gate.bias.data = gate.bias.new_tensor([0.0, 1000.0])
-    return model(images)
-
-
 @pytest.mark.parametrize('options', FULL)
 def test_answers_are_those_of_the_gate_fixed_to_the_codes(options, images):
     # float64: products of other numbers of rows round differently, here in the sixteenth digit
     model, images = full(**options).double(), images.double()
-    expected = gated_to_the_codes(model, images)
     before = model.state_dict()
+    for block in model.blocks[1::2]:  # softmax of (0, 1000) is (0, 1)
+        torch.nn.init.zeros_(block.mlp.gate.weight)
+        block.mlp.gate.bias.data = block.mlp.gate.bias.new_tensor([0.0, 1000.0])
+    expected = model(images)
     assert to_discrete(model) is model
     torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
     gone = before.keys() - model.state_dict().keys()

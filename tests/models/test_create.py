@@ -26,7 +26,7 @@ from vqmoe_vision.models.create import (
 )
 from vqmoe_vision.moe import METHODS
 
-from .. import cases
+from .. import cases, refused
 from ..variants import VARIANTS
 from .conftest import TINY
 
@@ -75,8 +75,7 @@ def test_a_model_without_its_weights_is_the_same_network(given, tmp_path):
     arguments = json.loads(json.dumps({**size, **given}).replace('{}', str(tmp_path)))
     del arguments['img_size']  # the file beside the weights says it
     (tmp_path / 'model.safetensors').rename(tmp_path / 'elsewhere')
-    with pytest.raises(ValueError, match=r'does not exist|weights in folder'):
-        create_model(**arguments)
+    refused(r'does not exist|weights in folder', create_model, **arguments)
     without = without_weights({**arguments, 'checkpoint': None})
     assert without.pop('checkpoint') is None
     assert create_to_start(**without).patch_embed.img_size == (16, 16)

@@ -22,7 +22,7 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.weights import network_of
 from vqmoe_vision.moe import METHODS
 
-from .. import cases
+from .. import cases, refused
 from ..variants import trials
 from .conftest import DENSE, TINY, dense, distance, fit_state, make, shaken
 
@@ -53,8 +53,7 @@ def test_another_function_is_refused(name, options, target, told, tmp_path):
         lambda: make('smoe', upcycle=f'local-dir:{folder}', **target),
         lambda: start_from(make('smoe', **target), f'{folder}/model.safetensors'),
     ):
-        with pytest.raises(ValueError, match=f'of {name} .* saved with .*{told}.*, the model has '):
-            start()
+        refused(f'of {name} .* saved with .*{told}.*, the model has ', start)
 
 
 @cases(
@@ -121,23 +120,20 @@ def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path):
         lambda: create_model(DENSE, checkpoint_path=path, **other),
         lambda: check_experts(create_model(DENSE, **other), path),
     ):
-        with pytest.raises(ValueError, match=r"global_pool='max', the model has global_pool='avg'"):
-            build()
+        refused(r"global_pool='max', the model has global_pool='avg'", build)
     create_model(DENSE, checkpoint_path=path, **{**TINY, 'global_pool': 'max'})
 
 
 def test_a_bare_file_with_rotary_positions_is_refused(tmp_path):
     path = str(tmp_path / 'a.pth')
     torch.save(dense('vit_small_patch16_dinov3').state_dict(), path)
-    with pytest.raises(ValueError, match=r'names of an Eva .* rotary'):
-        make('smoe', upcycle=path, **DINOV3)
+    refused(r'names of an Eva .* rotary', make, 'smoe', upcycle=path, **DINOV3)
 
 
 def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path):
     path, name = str(tmp_path / 'a.pth'), 'vit_pe_core_tiny_patch16_384'
     state = dense(name).state_dict()
-    with pytest.raises(ValueError, match=r'unexpected keys: norm_pre'):
-        fit_state(make('smoe'), state, path)
+    refused(r'unexpected keys: norm_pre', fit_state, make('smoe'), state, path)
     told = 'whose positions are rotary too; names do not tell it from a VisionTransformer'
     # the arguments of timm's script say the method alone
     for said in ({}, {'args': Namespace(model='vit_tiny_smoe')}):
@@ -172,8 +168,7 @@ def test_other_rotary_positions_are_refused(name, given, options, tmp_path):
     arguments: dict[str, Any] = {**TINY, **shape, **given, **place}
     (option, before), after = *given.items(), *options.values()
     message = f'{option}={before!r}, the model has {option}={after!r}'
-    with pytest.raises(ValueError, match=re.escape(message)):
-        create_model(name, **{**arguments, **options})
+    refused(re.escape(message), create_model, name, **{**arguments, **options})
     # images of another size have other positions of the same kind
     model: Any = create_model(name, {'method': 'smoe'}, **{**arguments, 'img_size': 48})
     assert 'head.weight' in model.weights_report.loaded
@@ -191,8 +186,7 @@ def test_weights_by_name_are_compared_with_the_network_of_the_name(name, moe, ta
         (dict(num_heads=4), 'num_heads=3, the model has num_heads=4'),
         (dict(act_layer='relu'), 'act_layer=gelu, the model has act_layer=relu$'),
     ):
-        with pytest.raises(ValueError, match=f'of {known} .* {told}'):
-            create_model(name, moe, **given, **options)
+        refused(f'of {known} .* {told}', create_model, name, moe, **given, **options)
     model: Any = create_model(name, moe, **given)
     assert 'head.weight' in model.weights_report.loaded
 
@@ -251,8 +245,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_experts_of_another_method_are_refused(theirs, ours, folders):
     method, options = FORMS[ours]
     message = f"saved with method='{FORMS[theirs][0]}', the model has method='{method}'"
-    with pytest.raises(ValueError, match=message):
-        make(method, depth=2, upcycle=f'local-dir:{folders[theirs]}', **options)
+    refused(message, make, method, depth=2, upcycle=f'local-dir:{folders[theirs]}', **options)
 
 
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
@@ -270,8 +263,7 @@ def test_a_run_says_it_as_values(way, tmp_path):
             create_model(f'vit_tiny_{method}', **TINY, **{way: path})
 
     load('smoe')
-    with pytest.raises(ValueError, match="method='smoe', the model"):
-        load('ecmoe')
+    refused("method='smoe', the model", load, 'ecmoe')
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,6 @@ from ..variants import trials
 NAMES = timm.list_models('vit_*', module='vit_moe')
 
 
-def moe_blocks(model: nn.Module) -> list[int]:
-    return [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer)]
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_default_size_and_placement(name):
     _, size, method = name.split('_')
@@ -31,7 +27,8 @@ def test_default_size_and_placement(name):
     assert isinstance(model, MoeVisionTransformer)
     assert (model.method, model.num_classes) == (method, 1000)
     assert model.patch_embed.img_size == (224, 224)
-    assert moe_blocks(model) == list(range(len(dense.blocks)))[1::2]
+    routed = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer)]
+    assert routed == list(range(len(dense.blocks)))[1::2]
     experts = model.blocks[1].mlp.experts
     hidden, width = dense.blocks[1].mlp.fc1.weight.shape
     assert experts.fc1.weight.shape == (8, hidden, width)

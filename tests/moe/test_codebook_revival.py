@@ -64,19 +64,15 @@ def test_an_unused_code_is_replaced_after_459_updates(name):
     assert (book.codes()[M - 1] == x).all(dim=1).any()
 
 
-def moved_share(book, usage_counts):
-    indices = torch.repeat_interleave(torch.arange(M), torch.tensor(usage_counts))
-    anchor = torch.full((1, D), 50.0)
-    before = book.codes().clone()
-    book.observe(anchor.expand(len(indices), D), indices)
-    book.update()
-    return ((book.codes() - before) / (anchor - before)).mean(dim=1)
-
-
 def test_cvq_rate_known_answers():
     # never used: exp(-0.001) = 0.99900; first step at even usage, N = 0.01 / M:
     # exp(-0.01 / M * M * 10 / 0.01 - 0.001) = exp(-10.001) = 4.54e-5
-    share = moved_share(make('cvq'), [0, 10, 10, 10, 10, 20])
+    book, anchor = make('cvq'), torch.full((1, D), 50.0)
+    before = book.codes().clone()
+    indices = torch.arange(M).repeat_interleave(torch.tensor([0, 10, 10, 10, 10, 20]))
+    book.observe(anchor.expand(len(indices), D), indices)
+    book.update()
+    share = ((book.codes() - before) / (anchor - before)).mean(dim=1)
     assert share[0].item() == pytest.approx(math.exp(-0.001), abs=1e-5)
     assert share[1:5].tolist() == pytest.approx([math.exp(-10.001)] * 4, abs=2e-6)
     # twice even usage: exp(-20.001) = 2e-9
@@ -90,15 +86,16 @@ def test_cvq_draws_anchors_by_the_squared_distance():
     torch.testing.assert_close(found, torch.tensor([[0.99966465, 0.00033535, 0.0]]))
 
 
-def final_perplexity(name, mean, num_codes=8):
-    """Perplexity of code usage after training on clusters around a mean that all tokens share."""
-    book = CODEBOOKS[name](num_codes, D)
-    centres = torch.randn(num_codes, D) + mean
+# far from the tokens CVQ's codes have one nearest token in common: at a mean of 20 they share it
+@pytest.mark.parametrize('name, mean', [('ema', 5.0), ('ema', 20.0), ('cvq', 5.0)])
+def test_codebooks_with_a_data_dependent_start_do_not_collapse(name, mean):
+    """Trained on clusters around a mean that all tokens share."""
+    book, centres = CODEBOOKS[name](8, D), torch.randn(8, D) + mean
     parameters = list(book.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.01) if parameters else None
 
     def draw():
-        return centres[torch.randint(num_codes, (512,))] + 0.1 * torch.randn(512, D)
+        return centres[torch.randint(8, (512,))] + 0.1 * torch.randn(512, D)
 
     for _ in range(100):
         loss = learn(book, draw()).loss
@@ -106,13 +103,7 @@ def final_perplexity(name, mean, num_codes=8):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return perplexity(expert_load(book(draw()).indices, num_codes))
-
-
-# far from the tokens CVQ's codes have one nearest token in common: at a mean of 20 they share it
-@pytest.mark.parametrize('name, mean', [('ema', 5.0), ('ema', 20.0), ('cvq', 5.0)])
-def test_codebooks_with_a_data_dependent_start_do_not_collapse(name, mean):
-    assert final_perplexity(name, mean=mean) > 4
+    assert perplexity(expert_load(book(draw()).indices, 8)) > 4
 
 
 @pytest.mark.parametrize('mean', [0.0, 20.0])

@@ -84,20 +84,14 @@ def test_grouped_linear_is_registered_correctly():
     torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear, (*inputs[:2], None, ends))
 
 
-def draw_assignments(num_tokens, num_experts, count, seed=0):
-    """Tokens with any number of experts, in any order: none for some, one expert twice for some."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(num_tokens, (count,), generator=generator)
-    indices = torch.randint(num_experts, (count,), generator=generator)
-    return tokens, indices, torch.rand(count, generator=generator, dtype=torch.float64)
-
-
 @pytest.mark.usefixtures('two_threads')
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 60), st.integers(0, 2**31))
 def test_tokens_with_any_number_of_experts(num_tokens, num_experts, count, seed):
     experts, x, _, _ = make_case(num_tokens, num_experts, 1, 5, 7, bias=True, seed=seed)
-    tokens, indices, weights = draw_assignments(num_tokens, num_experts, count, seed)
+    torch.manual_seed(seed)  # in any order: none for some, one expert twice for some
+    tokens, indices = torch.randint(num_tokens, (count,)), torch.randint(num_experts, (count,))
+    weights = torch.rand(count, dtype=torch.float64)
     actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights, None, tokens)
     if count > 0:
         assert_same(actual, run_and_backward(naive, experts, x, indices, weights, None, tokens))

@@ -17,7 +17,7 @@ from vqmoe_vision.models.export import differences, export_onnx, load_exported
 from vqmoe_vision.segmentation import TimmViT
 from vqmoe_vision.segmentation.segmentor import SegmentorGraph
 
-from .. import cases
+from .. import cases, refused
 from ..classification.test_travel import CODE, equal
 from ..rows import ROWS, row_options
 from ..runs import NORMALIZATION, leave_run
@@ -66,8 +66,7 @@ def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
     assert torch.equal(labels, expected_labels)
     wrong = [(0, 32)] + [(41, 64), (40, 65)] * ('size' in preprocessor)
     for size in wrong:
-        with pytest.raises(ValueError, match=r'^size='):
-            SegmentorGraph(model, size)
+        refused(r'^size=', SegmentorGraph, model, size)
 
 
 def test_the_graph_of_two_classes_has_their_threshold():

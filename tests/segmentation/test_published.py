@@ -4,6 +4,7 @@ The files themselves are not here. mmseg's models are built from mmseg's own con
 in the stem that the files have; the authors' model is written out below, in their names.
 """
 
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,6 @@ class Decoder(nn.Module):
         return self.mask_norm(patches @ masks.transpose(1, 2))
 
 
-class LinearDecoder(nn.Module):
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x)
-
-
 class Original(nn.Module):
     """The authors' model for one window; their encoder keeps its head for ImageNet."""
 
@@ -84,7 +76,8 @@ class Original(nn.Module):
         norm = partial(LayerNorm, eps=1e-5)
         sizes = dict(img_size=side, embed_dim=width, depth=depth, num_heads=heads)
         self.encoder = VisionTransformer(**sizes, num_classes=1000, norm_layer=norm)
-        self.decoder = Decoder(classes, width, heads) if mask else LinearDecoder(classes, width)
+        linear = nn.Sequential(OrderedDict(head=nn.Linear(width, classes)))
+        self.decoder = Decoder(classes, width, heads) if mask else linear
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.decoder(self.encoder.forward_features(images)[:, 1:])

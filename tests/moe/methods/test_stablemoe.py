@@ -31,11 +31,6 @@ def student_choice(net, x):
     return (features @ distilled.weight('expert_embed').t()).argmax(dim=1)
 
 
-def freeze(net):
-    net.layer.router.distilled.freeze(torch.tensor(True))
-    return net
-
-
 def train(net, steps, x=None):
     """AdamW with momentum and strong weight decay."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.5)
@@ -53,7 +48,7 @@ def train(net, steps, x=None):
 def test_output_and_every_gradient(make_layer, frozen, training):
     net, x = make_layer('stablemoe').train(training), torch.randn(4, 6, D)
     if frozen:
-        freeze(net)
+        net.layer.router.distilled.freeze(torch.tensor(True))
     teacher, student = teacher_choice(net, x), student_choice(net, x)
     assert not torch.equal(teacher, student)
     embed, chosen = net.layer.router.expert_embed, teacher if training and not frozen else student
