@@ -32,6 +32,16 @@ def leave_run(folder: Path, config_file: str, options: dict[str, Any], classes: 
     return model.eval()
 
 
+def leave_dense(file: Path, config: str, field: str, more: Any = None, **beside: Any) -> str:
+    """A checkpoint of a dense model of the shape of a config's."""
+    dense = {f'{field}.model_name': 'vit_tiny_patch16_224', f'{field}.moe': None}
+    settings = load_config(config, {**(more or {}), **dense})
+    with scope_of(settings):
+        model = MODELS.build(settings.model)
+    torch.save({'state_dict': {**model.state_dict(), **beside}}, file)
+    return str(file)
+
+
 _NAMES = count()  # mmengine keeps one logger per name in a process
 
 

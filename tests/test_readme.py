@@ -18,10 +18,7 @@ from vqmoe_vision.moe import METHODS
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / 'README.md', ROOT / 'docs'
 _BUILT = {'_build', 'api'}  # copies of these pages, by sphinx
-PAGES = (
-    README,
-    *(p for p in sorted(DOCS.glob('**/*.md')) if not _BUILT.intersection(p.parts)),
-)
+PAGES = (README, *(p for p in sorted(DOCS.glob('**/*.md')) if not _BUILT.intersection(p.parts)))
 FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\((?!https?://|#)([^)#\s]+)')
 

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.config import take_ours
 
+from . import cases
 from .rows import CONFIGS
 from .runs import messages, train
 
@@ -77,14 +78,14 @@ def test_every_stock_name_is_stock_and_no_function_is_patched():
     assert done.returncode == 0, done.stderr
 
 
-LEAVES = [
-    'classification/digits/demo/vit_tiny_vqmoe_demo.py',
-    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
-]
 SMALL = {'depth': 2, 'embed_dim': 12, 'num_heads': 3}
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@cases(
+    'leaf',
+    'classification/digits/demo/vit_tiny_vqmoe_demo.py',
+    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
+)
 def test_our_configs_name_our_types_and_train_under_mmengines_runner(leaf, tmp_path):
     config = Config.fromfile(CONFIGS / leaf)
     known = config.copy()

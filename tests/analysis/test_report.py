@@ -33,13 +33,12 @@ from vqmoe_vision.moe import METHODS
 
 from .surveys import CODEBOOK, NAME, ROUTER, history, layer_survey, soft_survey, survey
 
-CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
-
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp('report') / 'new' / 'folder'
-    files = write_report([survey(), soft_survey()], out, {'run': history()}, CHANGES)
+    changes = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
+    files = write_report([survey(), soft_survey()], out, {'run': history()}, changes)
     assert [file.name for file in files] == ['report.html', 'numbers.json']
     return files[0].read_text()
 

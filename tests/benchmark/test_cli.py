@@ -170,20 +170,24 @@ def broken(gates, rows) -> list[dict]:
 
 
 GATE = Gate(contender='ours', against='dense', at_most=1.2, where={'top_k': 1})
+DENSE, LOW = row('dense', 10.0), {'dtype': 'bfloat16'}
 
 
-def test_a_ratio_at_its_limit_is_met_and_above_is_broken():
-    assert not broken([GATE], [row('ours', 12.0), row('dense', 10.0)])  # 12 / 10 = 1.2
-    (missed,) = broken([GATE], [row('ours', 12.1), row('dense', 10.0)])
-    assert (missed['ratio'], missed['at_most'], missed['result']) == (1.21, 1.2, 'missed')
-    assert broken([GATE], [row('ours', float('nan')), row('dense', 10.0)])
-
-
-def test_rows_are_compared_within_their_configuration():
+@cases(
+    'rows, ratios',
+    ([row('ours', 12.0), DENSE], []),  # 12 / 10 = 1.2 is the limit
+    ([row('ours', 12.1), DENSE], [1.21]),
     # 10 / 10 in float32; 30 / 10 in bfloat16, where dense of float32 must not be taken
-    rows = [row('ours', 10.0), row('dense', 10.0)]
-    rows += [row('ours', 30.0, dtype='bfloat16'), row('dense', 10.0, dtype='bfloat16')]
-    assert [missed['ratio'] for missed in broken([GATE], rows)] == [3.0]
+    ([row('ours', 10.0), DENSE, row('ours', 30.0, **LOW), row('dense', 10.0, **LOW)], [3.0]),
+    ([DENSE], [None]),
+    ([row('ours', 10.0)], [None]),
+)
+def test_ratios_above_a_limit_and_those_without_rows_are_broken(rows, ratios):
+    assert [missed['ratio'] for missed in broken([GATE], rows)] == ratios
+    assert broken([GATE], [row('ours', float('nan')), DENSE])
+    assert not broken([], [row('peer', 5.0, equal_to='layer', ours_to_peer=1.0)])
+    (missed,) = broken([], [row('peer', 5.0, equal_to='layer', ours_to_peer=1.3)])
+    assert missed['limit'].startswith('layer over peer at ')
 
 
 def test_versus_compares_two_configurations_over_dense_of_each():
@@ -194,16 +198,6 @@ def test_versus_compares_two_configurations_over_dense_of_each():
     assert not broken([gate], [few, many])
     slow = row('ours', 84.0, experts=64, batch=16, to_dense=1.5)  # 1.5 / 1.25 = 1.2
     assert len(broken([gate], [few, slow])) == 1
-
-
-def test_a_gate_without_rows_is_broken():
-    assert broken([GATE], [row('dense', 10.0)]) and broken([GATE], [row('ours', 10.0)])
-
-
-def test_ours_must_not_be_slower_than_a_peer():
-    assert not broken([], [row('peer', 5.0, equal_to='layer', ours_to_peer=1.0)])
-    (missed,) = broken([], [row('peer', 5.0, equal_to='layer', ours_to_peer=1.3)])
-    assert missed['limit'].startswith('layer over peer at ')
 
 
 def with_compiled(names: tuple[str, ...], preset: Preset) -> list[str]:

@@ -36,7 +36,7 @@ def build(name: str, **kwargs: object) -> ImageClassification:
 def write_images(folder: Path, count: int = 2) -> None:
     folder.mkdir(parents=True)
     for i in range(count):
-        pixels = np.full((8, 8, 3), 40 * i, np.uint8)
+        pixels = np.full((8, 8, 3), 40 * i % 256, np.uint8)
         Image.fromarray(pixels).save(folder / f'{i}.png')
 
 

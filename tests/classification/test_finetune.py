@@ -21,7 +21,6 @@ from .. import cases
 from ..rows import CONFIGS, leaves, printed_config
 from ..runs import score, train
 
-LEAVES = leaves('classification/finetune')
 FOLDERS = 'classification/finetune/class_folders.py'
 SIZES: dict[str, Any] = dict(embed_dim=12, depth=4, num_heads=3)
 NAME = 'vit_small_patch16_224.augreg_in21k_ft_in1k'
@@ -63,7 +62,7 @@ def log(work: Path) -> str:
     return next(work.glob('*/*.log')).read_text()
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@pytest.mark.parametrize('leaf', leaves('classification/finetune'))
 def test_two_iterations_of_each_config(leaf, tmp_path):
     config = write_config(tmp_path, leaf)
     work = train(config, tmp_path / 'w')

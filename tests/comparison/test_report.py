@@ -29,21 +29,6 @@ RESULTS = CONFIGS.parent / 'docs/results'
 CHECKED_IN = sorted(rows.name for rows in (RESULTS / 'rows').glob('*/'))
 
 
-def files() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in TABLES.iterdir()}
-
-
-def test_every_table_and_figure_is_made_from_rows_again(fill, says):
-    says('table', fill(SCORES))
-    first = files()
-    figures = {'spec-curves.png', 'spec-differences.png'}
-    assert first.keys() == {'spec.md', 'spec.tex', 'spec.csv'} | figures
-    for path in TABLES.iterdir():
-        path.unlink()
-    says('table', 'spec.py')
-    assert files() == first
-
-
 @pytest.mark.parametrize('table', CHECKED_IN)
 def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)

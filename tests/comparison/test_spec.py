@@ -27,17 +27,9 @@ from ..rows import CONFIGS
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
 # Options that rows of finished comparisons had: they can be read, and not be trained again.
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
+
+
 # the paper's tables: docs/compare.md
-PAPER = (
-    'classification/cifar100.py',
-    'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
-)
-KEPT = (
-    'classification/finetune/imagenette.py',
-    'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',
-)
-
-
 @pytest.fixture
 def root(monkeypatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
@@ -78,7 +70,11 @@ def test_whatever_learns_to_route_meets_both_controls(path, root):
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
-@pytest.mark.parametrize('leaf', PAPER)
+@cases(
+    'leaf',
+    'classification/cifar100.py',
+    'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+)
 def test_a_config_is_a_comparison_of_all_rows(leaf, root):
     comparison = read_comparison(f'configs/{leaf}')
     assert comparison.name == '-'.join(Path(leaf).with_suffix('').parts[-2:])
@@ -92,7 +88,11 @@ def test_a_config_is_a_comparison_of_all_rows(leaf, root):
     assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')
 
 
-@pytest.mark.parametrize('leaf', KEPT)
+@cases(
+    'leaf',
+    'classification/finetune/imagenette.py',
+    'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',
+)
 def test_rows_keep_a_model_of_timm_and_its_weights(leaf, root):
     comparison = read_comparison(f'configs/{leaf}')
     assert comparison.rows.keys() == {*ROWS, *CONTROLS} - {'dense_2x'}  # whose weights fit none

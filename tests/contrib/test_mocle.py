@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ from ..models.conftest import TINY, fit_state, make
 from ..moe.by_hand import assert_by_hand, expert
 from ..moe.conftest import OneLayer as make_layer
 from ..moe.conftest import Pixels
-from ..soak.kinds import FOUR_SCENES, SCENES
+from ..runs import leave_dense
+from ..soak.kinds import FOUR_SCENES, SCENES, same
 
 D, E = 8, 4
 
@@ -157,17 +157,15 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return image_reader(model).features(images)
 
 
-POOLS = [
+@cases(
+    'kwargs',
     {},
     {'class_token': False, 'global_pool': 'avg'},
     {'reg_tokens': 2},
     {'class_token': False, 'global_pool': 'map'},
     {'global_pool': 'prr'},
     {'global_pool': 'avg', 'pool_include_prefix': True},
-]
-
-
-@pytest.mark.parametrize('kwargs', POOLS)
+)
 @torch.no_grad()
 def test_features_are_those_of_the_dense_model(images, kwargs):
     source = dense(**kwargs).eval()
@@ -257,7 +255,8 @@ def test_a_network_keeps_the_size_that_clusters_were_fitted_at(before, after, ho
     assert torch.equal(again.eval()(small), model.eval()(small))
 
 
-MISTAKES: list[tuple[Any, str]] = [
+@cases(
+    'call, said',
     (lambda model: load_features(model, dense(embed_dim=48).state_dict(), 'f'), r'\(1, 1, 48\)'),
     (lambda model: load_features(model, dense(depth=5).state_dict(), 'f'), r'unexpected keys: '),
     (lambda model: load_features(model, dense(depth=3).state_dict(), 'f'), r'missing keys: '),
@@ -268,10 +267,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda model: fit_reader(model, [torch.zeros(3, 3, 32, 32)]), 'num_clusters=4 .* at most 3'),
     (lambda model: fit_reader(make('smoe'), []), 'model='),
     (lambda model: fit_state(model, make(METHOD).state_dict(), 'f'), r'cluster_embed is \(64, 32'),
-]
-
-
-@pytest.mark.parametrize('call, said', MISTAKES)
+)
 def test_mistakes_change_nothing(call, said):
     model = make(METHOD, num_clusters=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -303,24 +299,6 @@ default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 READER = '.reader.'
 
 
-@pytest.fixture
-def leave_dense(tmp_path) -> Callable[..., str]:
-    """A checkpoint of a dense model of the shape of a config's."""
-
-    def leave(config: str, field: str, std: float | None = None) -> str:
-        options = {f'{field}.model_name': 'vit_tiny_patch16_224', f'{field}.moe': None}
-        settings = load_config(config, options)
-        with scope_of(settings):
-            model = MODELS.build(settings.model)
-        state = model.state_dict()
-        if std is not None:
-            state['normalization'] = torch.tensor([[0.5] * 3, [std] * 3])
-        torch.save({'state_dict': state}, tmp_path / 'dense.pth')
-        return str(tmp_path / 'dense.pth')
-
-    return leave
-
-
 def write(folder: Path, text: str) -> str:
     (folder / 'tiny.py').write_text(text.replace('NAME', repr(folder.name)))
     return str(folder / 'tiny.py')
@@ -330,14 +308,10 @@ def part(state: dict[str, Any], name: str) -> dict[str, Any]:
     return {key.partition(name)[2]: value for key, value in state.items() if name in key}
 
 
-def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
-
-
-def test_clusters_come_first_and_a_resumed_run_is_the_same(leave_dense, tmp_path):
+def test_clusters_come_first_and_a_resumed_run_is_the_same(tmp_path):
     field, files = 'model.backbone', ('iter_1.pth', 'iter_2.pth')
     config, work = write(tmp_path, SEGMENTATION), tmp_path / 'work'
-    dense = leave_dense(config, field)
+    dense = leave_dense(tmp_path / 'dense.pth', config, field)
     given = ['--cfg-options', f'{field}.features={dense}']
     train([config, '--work-dir', str(work), *given])
     first, last = (read_state(str(work / file)) for file in files)
@@ -349,17 +323,18 @@ def test_clusters_come_first_and_a_resumed_run_is_the_same(leave_dense, tmp_path
         any(key.endswith(name) and torch.equal(value, other) for key, other in saved.items())
         for name, value in network.items()
     )
-    assert equal(part(first, READER), part(last, READER))
+    assert same(part(first, READER), part(last, READER))
     (work / files[1]).unlink()
     (work / 'last_checkpoint').write_text(files[0])
     named = f'experiment_name=resumed {tmp_path.name}'  # it may start within the same second
     train([config, '--resume', '--work-dir', str(work), '--cfg-options', named])
-    assert equal(read_state(str(work / files[1])), last)
+    assert same(read_state(str(work / files[1])), last)
 
 
-def test_a_dense_checkpoint_to_start_from_is_enough(leave_dense, tmp_path):
+def test_a_dense_checkpoint_to_start_from_is_enough(tmp_path):
     config, work = write(tmp_path, CLASSIFICATION), tmp_path / 'work'
-    given = [f'model.checkpoint={leave_dense(config, "model")}', 'train_cfg.max_epochs=1']
+    file = leave_dense(tmp_path / 'dense.pth', config, 'model')
+    given = [f'model.checkpoint={file}', 'train_cfg.max_epochs=1']
     train([config, '--work-dir', str(work), '--cfg-options', *given])
     state = read_state(str(work / 'epoch_1.pth'))
     assert part(state, READER)['fitted']
@@ -371,9 +346,10 @@ def test_without_features_a_training_is_refused(tmp_path):
         train([write(tmp_path, CLASSIFICATION), '--work-dir', str(tmp_path / 'work')])
 
 
-def test_images_are_normalised_as_the_features_want_it(leave_dense, tmp_path):
+def test_images_are_normalised_as_the_features_want_it(tmp_path):
     config = write(tmp_path, CLASSIFICATION)
-    file = leave_dense(config, 'model', std=0.25)
+    kept = torch.tensor([[0.5] * 3, [0.25] * 3])
+    file = leave_dense(tmp_path / 'dense.pth', config, 'model', normalization=kept)
     settings = load_config(config)
     with scope_of(settings):
         model = MODELS.build(settings.model).model

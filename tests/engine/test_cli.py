@@ -230,7 +230,6 @@ def prints(length: int, _: argparse.Namespace) -> None:
 
 def tool(_rank: int, action: Callable[[argparse.Namespace], None], errors: Path) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument('--debug', action='store_true')
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)

@@ -154,10 +154,7 @@ def test_the_longest_custom_key_wins_as_in_mmengine():
     'paramwise, message',
     ({'norm_decay_mult': 0.0}, r'norm_decay_mult=0\.0 is not possible: .* takes custom_keys'),
     *(
-        (
-            {'custom_keys': {'head': {name: value}}},
-            rf"\['head'\]\.{name}=.* lr_mult or decay_mult",
-        )
+        ({'custom_keys': {'head': {name: value}}}, rf"\['head'\]\.{name}=.* lr_mult or decay_mult")
         for name, value in (('lr', 1.0), *(('lr_mult', v) for v in ('ten', -1.0, math.nan)))
     ),
     ({'custom_keys': {'hed': {'lr_mult': 2.0}}}, r"custom_keys='hed' .* model\.cls_token"),

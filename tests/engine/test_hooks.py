@@ -260,12 +260,7 @@ LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infini
 )
 @pytest.mark.usefixtures('on_device')
 def test_a_later_look_names_the_iteration_and_saves_nothing(
-    tmp_path,
-    monkeypatch,
-    options,
-    gradient,
-    message,
-    noticed,
+    tmp_path, monkeypatch, options, gradient, message, noticed
 ):
     monkeypatch.setattr(step_values, 'LONGEST', 8)
     runner = smoe_runner(tmp_path / 'run', **options)

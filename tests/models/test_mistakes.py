@@ -36,7 +36,10 @@ WRONG: dict[str, Any] = dict(
 )  # fmt: skip
 SPARSE, RESNET = 'vit_tiny_smoe', 'resnet18'
 SMALL: dict[str, Any] = dict(TINY, depth=2)
-CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
+
+
+@cases(
+    'name, moe, given, named',
     (DENSE, {}, {}, r'moe\.method=None'),
     (DENSE, {'method': 'vqmoo'}, {}, r"moe\.method='vqmoo' .* vqmoe"),
     (DENSE, {'method': 'smoe', 'foo': 1}, {}, r'moe\.foo=1'),
@@ -70,10 +73,7 @@ CALLS: list[tuple[str, Any, dict[str, Any], str]] = [
     ),
     ('vit_small_patch16_18x2_224', None, {'pretrained': True}, 'pretrained=True .* no weights'),
     ('vit_tiny_patch16_224', None, {'pretrained': 1}, 'pretrained=1'),
-]
-
-
-@pytest.mark.parametrize('name, moe, given, named', CALLS)
+)
 def test_create_model(name, moe, given, named):
     given = ({} if name == RESNET else TINY) | given
     refused(named, create_model, name, moe, error=(TypeError, ValueError), **given)
@@ -115,7 +115,8 @@ def undrawn(name: str) -> Any:
         return timm.create_model(name)
 
 
-CONVERTED: list[tuple[Any, dict[str, Any], str]] = [
+@cases(
+    'build, options, named',
     (partial(dense, 'eva02_tiny_patch14_224'), {}, r"blocks\.1\.mlp='GluMlp' .* \(SwiGLU\)"),
     (partial(undrawn, 'vitamin_small_224'), {}, r"patch_embed\.proj='Identity'"),
     (partial(dense, block_fn=ParallelScalingBlock), {}, r'blocks\.1\.mlp='),
@@ -133,10 +134,7 @@ CONVERTED: list[tuple[Any, dict[str, Any], str]] = [
     (dense, dict(upcycling={'noize': 1}), "'noize'"),
     (dense, dict(upcycling={'drop': 2.0}), r'upcycling\.drop=2\.0'),
     (dense, dict(upcycling={'split': True}), r'upcycling\.split=True'),
-]
-
-
-@pytest.mark.parametrize('build, options, named', CONVERTED)
+)
 def test_what_cannot_be_converted_stays_as_it_is(build, options, named):
     model = build()
     kinds = [type(module) for module in model.modules()]

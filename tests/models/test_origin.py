@@ -38,15 +38,13 @@ def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
 
 
 # Of timm: a name and options, options of the model that has the same tensors, and what is told.
-OTHERS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+@cases(
+    'name, options, target, told',
     ('vit_small_patch16_dinov3', {}, DINOV3, 'rotary positions=RotaryEmbeddingDinoV3'),
     ('vit_base_patch16_rpn_224', OF_SIGLIP, OF_SIGLIP, 'block_fn=ResPostBlock'),
     (DENSE, dict(attn_layer='diff', num_heads=4), {}, 'attn_layer=DiffAttention'),
     (DENSE, dict(norm_layer='rmsnorm'), dict(norm_layer='simplenorm'), 'norm_layer=RmsNorm'),
-]
-
-
-@pytest.mark.parametrize('name, options, target, told', OTHERS)
+)
 def test_another_function_is_refused(name, options, target, told, tmp_path):
     _, folder = folder_of(tmp_path, name, **options)
     for start in (
@@ -82,14 +80,7 @@ def test_the_same_function_answers_alike(name, options, tmp_path, images):
     (dict(fc_norm=False, **OF_SIGLIP), OF_SIGLIP, 'fc_norm=False'),
     (dict(global_pool='max'), dict(global_pool='avg'), "global_pool='max'"),
 )
-def test_a_head_behind_another_pooling_starts_anew(
-    options,
-    target,
-    hint,
-    way,
-    tmp_path,
-    caplog,
-):
+def test_a_head_behind_another_pooling_starts_anew(options, target, hint, way, tmp_path, caplog):
     source, folder = folder_of(tmp_path, DENSE, **options)
     upcycle = f'local-dir:{folder}'
     if way != 'folder':
@@ -151,16 +142,16 @@ EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
 
 
 DINO = 'vit_small_patch16_dinov3'
-ROTARY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+
+
+@cases(
+    'name, given, options',
     (DINO, dict(rope_temperature=100.0), dict(rope_temperature=50.0)),
     (DINO, dict(rope_rotate_half=True), dict(rope_rotate_half=False)),
     (DINO, dict(rope_grid_offset=0.5), dict(rope_grid_offset=0.0)),
     (DINO, dict(rope_grid_indexing='xy'), dict(rope_grid_indexing='ij')),
     ('eva02_tiny_patch14_224', dict(ref_feat_shape=(16, 16)), dict(ref_feat_shape=(2, 2))),
-]
-
-
-@pytest.mark.parametrize('name, given, options', ROTARY)
+)
 def test_other_rotary_positions_are_refused(name, given, options, tmp_path):
     shape = EVA02 if name != DINO else {}
     _, folder = folder_of(tmp_path, name, **shape, **given)

@@ -80,7 +80,8 @@ def compare(rank: int, world: int, expert_processes: int, num_experts: int, fold
     dist.destroy_process_group()
 
 
-LAYOUTS = [
+@cases(
+    'world, expert_processes, num_experts',
     pytest.param(2, 1, 4, id='2'),
     pytest.param(2, 2, 4, id='2-experts'),
     pytest.param(4, 1, 4, id='4', marks=pytest.mark.long),
@@ -88,10 +89,7 @@ LAYOUTS = [
     # fewer experts than processes
     pytest.param(4, 1, 2, id='4-of-2', marks=pytest.mark.long),
     pytest.param(4, 2, 2, id='4-experts-of-2', marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize('world, expert_processes, num_experts', LAYOUTS)
+)
 def test_learns_what_ddp_learns(world, expert_processes, num_experts, tmp_path):
     spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
 

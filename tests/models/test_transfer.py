@@ -24,10 +24,6 @@ def state_of(method: str = 'vqmoe', **kwargs: Any) -> dict[str, torch.Tensor]:
     return model_of(method, **{'num_classes': 3, **kwargs}).state_dict()
 
 
-def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: value for name, value in state.items()}
-
-
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     same = (torch.equal(value, expected[name]) for name, value in found.items())
     return found.keys() == expected.keys() and all(same)
@@ -39,24 +35,13 @@ def test_every_method_and_preset_goes_through_whole(tiny_variant):
         for name, value in tiny_variant().state_dict().items()
     }
     model = tiny_variant()
-    fitted, notes = fit_state(model, prefixed('model.', state), 'a')
+    fitted, notes = fit_state(model, {f'model.{n}': v for n, v in state.items()}, 'a')
     assert equal(fitted, state)
     number = len(state)
     assert notes == [
         'a: the head is the one of the checkpoint',
         f'a: loaded {number} of the {number} tensors of the model',
     ]
-
-
-@pytest.mark.parametrize('prefix', ['model.', 'backbone.model.', 'backbone.', ''])
-def test_every_source_starts_a_backbone(prefix):
-    state, model = state_of(), model_of()
-    loaded = prefixed(prefix, state)
-    if prefix.startswith('backbone'):
-        loaded['decode_head.cls_emb'] = torch.zeros(1)
-    fitted, notes = fit_state(model, loaded, 'a')
-    assert equal(fitted, {name: state[name] for name in model.state_dict()})
-    assert notes == [f'a: loaded {len(fitted)} of the {len(fitted)} tensors of the backbone']
 
 
 def test_position_embeddings_of_an_oblong_image_are_resized():

@@ -87,24 +87,6 @@ def test_no_rows_at_all(kernel, expanded):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize('bias', [True, False])
-def test_grouped_mm_reads_nothing_back(bias):
-    """The meta device has no data: a step that asks for some fails."""
-    experts, x, indices, weights = make_case(12, 4, 2, 8, 16, bias)
-    experts.to('meta', torch.bfloat16)
-    x, weights = (t.to('meta', torch.bfloat16).requires_grad_() for t in (x, weights))
-    kept = torch.ones(12, 2, dtype=torch.bool, device='meta')
-    for routing in (
-        Routing(indices.to('meta'), weights, kept=kept),
-        Routing(indices[:, 0].to('meta'), weights[:, 0], tokens=torch.arange(12, device='meta')),
-    ):
-        with use_kernel('grouped_mm'):
-            dispatch.run_experts(experts, x, routing).sum().backward()
-        assert x.grad.is_meta
-        with use_kernel('reference'), pytest.raises((RuntimeError, NotImplementedError)):
-            dispatch.run_experts(experts, x, routing)
-
-
 def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     x, weight = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16)
     assert _chosen(x, weight) is KERNELS['batched']

@@ -37,7 +37,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
 test_dataloader = val_dataloader
-test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
 param_scheduler = []

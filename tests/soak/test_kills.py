@@ -13,10 +13,10 @@ from .. import cases
 ROOT = Path(__file__).parents[2]
 
 
-def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
+def soak(tmp_path: Path, *arguments: str) -> dict:
     """A process of its own: it forks, which one with threads must not."""
     out = tmp_path / 'kills.json'
-    program = str(ROOT / 'tests/soak' / program)
+    program = str(ROOT / 'tests/soak/kills.py')
     command = [sys.executable, '-W', 'ignore', program, *arguments, '--out', str(out)]
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -43,7 +43,6 @@ def test_all_kinds(tmp_path):
     ids=['2', '4', '2-full', '2-sharded'],
 )
 def test_killed_ranks_are_started_again_and_go_on(tmp_path, ranks, options):
-    arguments = ('--ranks', ranks, '--kills', '10', *options)
-    figures = soak(tmp_path, *arguments, program='restarts.py')[ranks]
+    figures = soak(tmp_path, '--ranks', ranks, '--kills', '10', *options)[ranks]
     assert figures['faults'] == []
     assert sum(figures['kills'].values()) == 10

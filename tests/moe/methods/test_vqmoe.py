@@ -62,7 +62,8 @@ def reading(expert_input):
     return {'expert_input': expert_input, **share}
 
 
-CASES = [
+@cases(
+    'options',
     *(
         {'form': form, 'num_codes': codes, **reading(name)}
         for form in ('full', 'discrete')
@@ -76,10 +77,8 @@ CASES = [
     *({'codebook': name} for name in CODEBOOKS),
     *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
     {'routed_scaling_factor': 2.75},
-]
-
-
-@pytest.mark.parametrize('options', CASES, ids=str)
+    ids=str,
+)
 def test_output_and_every_gradient(make_layer, options):
     net = make_layer('vqmoe', **options)
     with torch.no_grad():
