@@ -33,7 +33,7 @@ from vqmoe_vision.engine.seeding import (
     seed_sample,
 )
 
-from .. import refused
+from .. import cases, refused
 
 
 class Noise(Dataset):
@@ -90,8 +90,7 @@ def test_a_training_by_epochs_draws_anew_in_every_epoch():
     assert drawn(0, 1) == noise[4:8]
 
 
-@pytest.mark.parametrize('drop_last', [False, True])
-@pytest.mark.parametrize('num_workers', [0, 2])
+@cases('num_workers, drop_last', (0, False), (0, True), (2, True))
 @pytest.mark.parametrize('sampler', ['SeededInfiniteSampler', 'SeededSampler'])
 def test_a_resumed_run_by_iterations_sees_the_same(sampler, num_workers, drop_last, monkeypatch):
     """Also after the end of an epoch, whose last batch is smaller or left out."""

@@ -115,7 +115,7 @@ def test_clips_as_torch_does(options):
         torch.testing.assert_close(same.grad, parameter.grad)
 
 
-TINY = {'img_size': 16, 'patch_size': 8, 'depth': 2, 'embed_dim': 16, 'num_heads': 2}
+TINY = {'img_size': 16, 'patch_size': 8, 'depth': 1, 'embed_dim': 16, 'num_heads': 2}
 
 
 class Mixtures(TorchDispatchMode):
@@ -135,7 +135,7 @@ class Mixtures(TorchDispatchMode):
 
 def make(method: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(f'vit_tiny_{method}', num_classes=4, **{**TINY, **options})
+    return timm.create_model(f'vit_tiny_{method}', num_classes=4, moe_layers=[0], **TINY, **options)
 
 
 def take_steps(rank: int, world: int, folder: Path) -> None:
