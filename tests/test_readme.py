@@ -16,12 +16,9 @@ import pytest
 from vqmoe_vision.moe import METHODS
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / 'README.md'
+README, DOCS = ROOT / 'README.md', ROOT / 'docs'
 _BUILT = {'_build', 'api'}  # copies of these pages, by sphinx
-PAGES = (
-    README,
-    *(p for p in sorted((ROOT / 'docs').glob('**/*.md')) if not _BUILT.intersection(p.parts)),
-)
+PAGES = (README, *(p for p in sorted(DOCS.glob('**/*.md')) if not _BUILT.intersection(p.parts)))
 FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\((?!https?://|#)([^)#\s]+)')
 
@@ -41,32 +38,30 @@ def python_blocks() -> list:
     return blocks
 
 
-@pytest.mark.parametrize(('page', 'block'), python_blocks())
-def test_python_block_runs(
-    page: Path, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize('page, block', python_blocks())
+def test_python_block_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what a block writes must not land in the repository
     exec(compile(block, str(page), 'exec'), {'__name__': '__main__'})
 
 
-def test_readme_shows_python() -> None:
+def test_readme_shows_python():
     assert any(README in case.values for case in python_blocks())
 
 
-def test_links_lead_to_files() -> None:
+def test_links_lead_to_files():
     assert [link for link in LINK.findall(README.read_text()) if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_method_has_its_row_and_its_section(method: str) -> None:
-    assert f'| `vit_*_{method}` |' in (ROOT / 'docs' / 'timm.md').read_text()
+def test_every_method_has_its_row_and_its_section(method):
+    assert f'| `vit_*_{method}` |' in (DOCS / 'timm.md').read_text()
     section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
-    assert re.search(section, (ROOT / 'docs' / 'methods.md').read_text(), re.M)
-    assert f', `vit_*_{method}` |' in (ROOT / 'docs' / 'which-method.md').read_text()
+    assert re.search(section, (DOCS / 'methods.md').read_text(), re.M)
+    assert f', `vit_*_{method}` |' in (DOCS / 'which-method.md').read_text()
 
 
-def test_methods_page_links_names_to_the_files_that_define_them() -> None:
-    found = NAME.findall((ROOT / 'docs' / 'methods.md').read_text())
+def test_methods_page_links_names_to_the_files_that_define_them():
+    found = NAME.findall((DOCS / 'methods.md').read_text())
     names = [(name, path) for name, path in found if not name.endswith('.py')]
     assert len(names) > 5
     for name, path in names:
@@ -75,18 +70,14 @@ def test_methods_page_links_names_to_the_files_that_define_them() -> None:
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> None:
-    rows = re.findall(
-        rf'^\| `{method}` \| ([^|]*) \|', (ROOT / 'docs/weights.md').read_text(), re.M
-    )
+def test_options_that_start_as_the_dense_model_are_in_the_table(method):
+    rows = re.findall(rf'^\| `{method}` \| ([^|]*) \|', (DOCS / 'weights.md').read_text(), re.M)
     cases = METHODS[method].config.EXACT_UPCYCLING.values()
     written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
     assert rows == ([case or 'none are needed' for case in written] or ['there are none'])
 
 
-# --- names in the picture of the architecture, and on the page of places
-
-TEXT = (ROOT / 'docs' / 'architecture.dot').read_text()
+TEXT = (DOCS / 'architecture.dot').read_text()
 LABELS = [label.split(r'\n') for label in re.findall(r'label="([^"]+)"', TEXT)]
 FILES = [
     (lines[at - 1], line)
@@ -96,24 +87,24 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'file'), FILES)
-def test_what_is_named_above_a_file_is_defined_in_it(name: str, file: str) -> None:
+@pytest.mark.parametrize('name, file', FILES)
+def test_what_is_named_above_a_file_is_defined_in_it(name, file):
     module = importlib.import_module('vqmoe_vision.' + file.removesuffix('.py').replace('/', '.'))
     assert getattr(module, name).__module__ == module.__name__
 
 
-def test_picture_is_drawn_from_its_text() -> None:
-    svg = (ROOT / 'docs' / 'images' / 'architecture.svg').read_text()
+def test_picture_is_drawn_from_its_text():
+    svg = (DOCS / 'images' / 'architecture.svg').read_text()
     drawn = [html.unescape(text) for text in re.findall(r'<text [^>]*>([^<]*)</text>', svg)]
     expected = [line for lines in LABELS for line in lines]
     assert sorted(drawn) == sorted(expected), 'run make picture'
 
 
-PLACES = re.findall(r'`([\w/]+\.py)::([\w.]+)`', (ROOT / 'docs/where-is-what.md').read_text())
+PLACES = re.findall(r'`([\w/]+\.py)::([\w.]+)`', (DOCS / 'where-is-what.md').read_text())
 
 
-@pytest.mark.parametrize(('file', 'name'), PLACES)
-def test_what_the_page_names_is_there(file: str, name: str) -> None:
+@pytest.mark.parametrize('file, name', PLACES)
+def test_what_the_page_names_is_there(file, name):
     body = ast.parse((ROOT / 'vqmoe_vision' / file).read_text()).body
     for part in name.split('.'):
         found = [

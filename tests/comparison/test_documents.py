@@ -203,12 +203,12 @@ def interval_of(found: re.Match[str]) -> Interval:
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
-def test_intervals_of_documents_are_those_of_rows(path: Path, known) -> None:
+def test_intervals_of_documents_are_those_of_rows(path, known):
     right = known[0].keys() | OTHERS.get(path.name, set())
     assert not [said for said, found in found_in(path, INTERVAL) if interval_of(found) not in right]
 
 
-def test_p_of_documents_are_those_of_rows(known) -> None:
+def test_p_of_documents_are_those_of_rows(known):
     wrong, count = [], 0
     for path in DOCUMENTS:
         for said, found in found_in(path, P):
@@ -225,7 +225,7 @@ def test_p_of_documents_are_those_of_rows(known) -> None:
     assert count and not wrong
 
 
-def test_scores_of_tables_are_those_of_rows(known) -> None:
+def test_scores_of_tables_are_those_of_rows(known):
     wrong, count = [], 0
     for said, found in found_in(ROOT / 'docs/results.md', SCORES):
         count += 1
@@ -240,7 +240,7 @@ CONTROL = {'1, faint': 1.0, '3, clear': 3.0}  # separations by line of the READM
 CONTROLLED = ('oracle', 'xmoe', 'smoe', 'vqmoe', 'dense_2x', 'frozen')
 
 
-def test_the_control_in_the_readme_is_its_record() -> None:
+def test_the_control_in_the_readme_is_its_record():
     scores = json.loads((ROOT / 'docs/results/control.json').read_text())['rows']
     readme = (ROOT / 'README.md').read_text()
     for line, separation in CONTROL.items():
@@ -264,7 +264,7 @@ LINES = {
 }
 
 
-def test_the_table_of_the_readme_is_that_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_the_readme_is_that_of_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line.strip('|').split('|') for line in (ROOT / 'README.md').read_text().splitlines()]
     found = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
