@@ -156,7 +156,7 @@ def test_mistake_in_options_is_one_line(config, tmp_path, arguments, message):
 def test_a_mistake_in_model_or_data_leaves_nothing(option, config, tmp_path):
     options = ['--cfg-options', 'model.model_name=vit_tiny_smoe', option]
     said = refused(
-        '', train, [config, '--work-dir', str(tmp_path / 'w'), *options], error=SystemExit
+        '^error', train, [config, '--work-dir', str(tmp_path / 'w'), *options], error=SystemExit
     )
     # the field, and of a typo what was meant
     assert option.partition('=')[0].rpartition('.')[2] in said

@@ -80,12 +80,12 @@ def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(outside, monkey
     monkeypatch.setattr(Runner, 'from_cfg', take)
     (outside.parent / 'data/cifar10').mkdir(parents=True)  # the tool wants to see a folder
     base = 'vqmoe_vision::classification/cifar10.py'
-    outside.write_text(f'_base_ = {base!r}\nmodel = dict(depth=3)\n')
+    outside.write_text(f'_base_ = {base!r}\nmodel = dict(depth=5)\n')
     tool = str(ROOT / 'tools/train.py')
     config = probe.run(tool, str(outside), '--cfg-options', 'train_cfg.max_epochs=7')
     found = probe.flat(config.to_dict(), ROOT)
     expected = read_configs()['classification/cifar10.py']
-    expected |= {'model.depth': '3', 'train_cfg.max_epochs': '7'}
+    expected |= {'model.depth': '5', 'train_cfg.max_epochs': '7'}
     assert {name: found.get(name) for name in expected} == expected
 
 
