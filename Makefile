@@ -101,7 +101,7 @@ docs: $(VENV)/.docs ## build docs/ and the API reference into docs/_build; a bro
 
 picture: ## draw the picture of the architecture from its text; needs Graphviz
 	@command -v dot >/dev/null || { echo "make picture needs Graphviz: sudo apt-get install graphviz"; exit 1; }
-	dot -Tsvg docs/architecture.dot -o docs/images/architecture.svg
+	dot -Tsvg docs/images/architecture.dot -o docs/images/architecture.svg
 
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
 bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, most of an hour)

@@ -15,7 +15,7 @@ author = 'the vqmoe_vision authors'
 release = vqmoe_vision.__version__
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
-exclude_patterns = ['_build', 'results', 'archive/tables']  # rows and tables that a tool writes
+exclude_patterns = ['_build', 'results', 'archive']  # rows and tables that a tool writes, and what no page lists
 html_theme = 'furo'
 html_title = f'vqmoe_vision {release}'
 html_copy_source = False
