@@ -59,7 +59,7 @@ def test_links_lead_to_files() -> None:
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_has_its_row_and_its_section(method: str) -> None:
-    assert f'| `vit_*_{method}` |' in (ROOT / 'docs' / 'timm.md').read_text()
+    assert f'| `vit_*_{method}` |' in (ROOT / 'docs' / 'reference' / 'models.md').read_text()
     section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
     assert re.search(section, (ROOT / 'docs/explanation/methods.md').read_text(), re.M)
     assert f', `vit_*_{method}` |' in (ROOT / 'docs/explanation/which-method.md').read_text()
@@ -77,7 +77,7 @@ def test_methods_page_links_names_to_the_files_that_define_them() -> None:
 @pytest.mark.parametrize('method', METHODS)
 def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> None:
     rows = re.findall(
-        rf'^\| `{method}` \| ([^|]*) \|', (ROOT / 'docs/weights.md').read_text(), re.M
+        rf'^\| `{method}` \| ([^|]*) \|', (ROOT / 'docs/how-to/weights-in.md').read_text(), re.M
     )
     cases = METHODS[method].config.EXACT_UPCYCLING.values()
     written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
