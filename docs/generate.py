@@ -29,7 +29,7 @@ IMPORT = re.compile(r'^from (vqmoe_vision[\w.]*) import ([\w, ]+)', re.MULTILINE
 def table(head: str, rows: Iterable[Iterable[Any]]) -> Iterator[str]:
     cells = [[' '.join(str(cell).split()).replace('<', '&lt;') for cell in row] for row in rows]
     lines = [head.split(', '), ['---'] * len(head.split(', ')), *cells] if cells else []
-    yield '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    yield '\n'.join(f'|{"|".join(line)}|' for line in lines)
 
 
 def sentence(text: str) -> str:
