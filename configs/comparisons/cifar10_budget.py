@@ -1,4 +1,4 @@
-# Six epochs of CIFAR-10 on a CPU, compute matched: docs/compare.md.
+# Six epochs of CIFAR-10 on a CPU, compute matched: docs/how-to/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_2x'

@@ -1,4 +1,4 @@
-# 40 epochs of CIFAR-10 on a CPU, 18 to 65 minutes a run: docs/compare.md.
+# 40 epochs of CIFAR-10 on a CPU, 18 to 65 minutes a run: docs/how-to/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_1x'

@@ -1,4 +1,4 @@
-"""A user's own images, with the config of docs/own-data.md in a folder outside the clone."""
+"""A user's own images, with the config of docs/how-to/own-data.md in a folder outside the clone."""
 
 from pathlib import Path
 

@@ -26,7 +26,7 @@ from ..rows import CONFIGS
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
 # Options that rows of finished comparisons had: they can be read, and not be trained again.
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
-# the paper's tables: docs/compare.md
+# the paper's tables: docs/how-to/compare.md
 PAPER = (
     'classification/cifar100.py',
     'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
