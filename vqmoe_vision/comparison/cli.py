@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from . import control
 from .figures import plot_forest
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
+from .pages import Made, fill
 from .queue import Queue, tasks_of
 from .report import draw_figures, write_tables
 from .spec import read_comparison
@@ -151,6 +153,18 @@ def _forest(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def _pages(args: argparse.Namespace) -> None:
+    @cache
+    def find(name: str) -> Made:
+        work = Work(argparse.Namespace(**vars(args), spec=f'configs/comparisons/{name}.py'))
+        made = work.comparison, work.read()
+        return Made(*made, tidy(*made))
+
+    for page in args.pages:
+        page.write_text(fill(page.read_text(), find, args.results))
+        print(page)
+
+
 def _measure(args: argparse.Namespace) -> None:
     work = Work(args)
     if args.action == 'shifts' and not work.comparison.shifts:
@@ -211,6 +225,7 @@ _ACTIONS = {
     'routing': (_measure, 'measure what the routing of finished runs is like'),
     'check': (_check, 'repeat the first losses of runs that have results'),
     'forest': (_forest, 'draw contrasts of several comparisons, and what they say together'),
+    'pages': (_pages, 'make the tables of pages anew that stand between comments'),
     'control': (_control, 'see which router finds which structure, in tokens of known clusters'),
 }
 _SPECS, _PARTS = 'run table shifts routing check', 'run shifts routing check'
@@ -218,13 +233,14 @@ _SPECS, _PARTS = 'run table shifts routing check', 'run shifts routing check'
 _ARGUMENTS: list[tuple[str, str, Any]] = [
     ('spec', _SPECS, {'help': 'file in configs/comparisons, or a config'}),
     ('specs', 'forest', {'nargs': '+', 'metavar': 'SPEC', 'help': 'files in configs/comparisons'}),
+    ('pages', 'pages', {'nargs': '+', 'type': Path, 'metavar': 'FILE.md', 'help': 'pages'}),
     ('--rows', _PARTS, {'nargs': '+', 'metavar': 'ROW', 'help': 'only these'}),
     ('--separation', 'control', {'nargs': '+', 'type': float, 'metavar': 'S'}),
     ('--seeds', f'{_PARTS} control', {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
     ('--methods', 'control', {'nargs': '+', 'default': [], 'metavar': 'ROW', 'help': 'only these'}),
     ('--quick', 'control', {'action': 'store_true', 'help': 'two separations and one seed'}),
     ('--work-dir', _SPECS, {'type': Path, 'default': WORK_DIR, 'help': 'for runs'}),
-    ('--results', f'{_SPECS} forest', {'type': Path, 'default': Path('docs/results'),
+    ('--results', f'{_SPECS} forest pages', {'type': Path, 'default': Path('docs/results'),
                                        'help': 'for rows and tables'}),
     ('--jobs', 'run', {'type': int, 'help': 'at a time (default: one, or one per GPU)'}),
     ('--images', 'table', {'type': Path, 'help': 'folder for what documents show of it'}),
