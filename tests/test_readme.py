@@ -17,7 +17,7 @@ from vqmoe_vision.moe import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
-_BUILT = {'_build', 'api'}  # copies of these pages, by sphinx
+_BUILT = {'_build', 'api', 'archive'}  # copies of these pages, by sphinx, and what no page lists
 PAGES = (
     README,
     *(p for p in sorted((ROOT / 'docs').glob('**/*.md')) if not _BUILT.intersection(p.parts)),
@@ -26,7 +26,7 @@ FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\((?!https?://|#)([^)#\s]+)')
 
 # [`module.name`](../path.py), or [`Name`](../path.py)
-NAME = re.compile(r'\[`([\w.]+)`\]\(\.\./(vqmoe_vision/[\w/]+)\.py\)')
+NAME = re.compile(r'\[`([\w.]+)`\]\(\.\./\.\./(vqmoe_vision/[\w/]+)\.py\)')
 
 
 def python_blocks() -> list:
@@ -61,12 +61,12 @@ def test_links_lead_to_files() -> None:
 def test_every_method_has_its_row_and_its_section(method: str) -> None:
     assert f'| `vit_*_{method}` |' in (ROOT / 'docs' / 'reference' / 'models.md').read_text()
     section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
-    assert re.search(section, (ROOT / 'docs' / 'methods.md').read_text(), re.M)
-    assert f', `vit_*_{method}` |' in (ROOT / 'docs' / 'which-method.md').read_text()
+    assert re.search(section, (ROOT / 'docs/explanation/methods.md').read_text(), re.M)
+    assert f', `vit_*_{method}` |' in (ROOT / 'docs/explanation/which-method.md').read_text()
 
 
 def test_methods_page_links_names_to_the_files_that_define_them() -> None:
-    found = NAME.findall((ROOT / 'docs' / 'methods.md').read_text())
+    found = NAME.findall((ROOT / 'docs/explanation/methods.md').read_text())
     names = [(name, path) for name, path in found if not name.endswith('.py')]
     assert len(names) > 5
     for name, path in names:
@@ -86,7 +86,7 @@ def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> 
 
 # --- names in the picture of the architecture, and on the page of places
 
-TEXT = (ROOT / 'docs' / 'architecture.dot').read_text()
+TEXT = (ROOT / 'docs/images/architecture.dot').read_text()
 LABELS = [label.split(r'\n') for label in re.findall(r'label="([^"]+)"', TEXT)]
 FILES = [
     (lines[at - 1], line)
@@ -109,7 +109,9 @@ def test_picture_is_drawn_from_its_text() -> None:
     assert sorted(drawn) == sorted(expected), 'run make picture'
 
 
-PLACES = re.findall(r'`([\w/]+\.py)::([\w.]+)`', (ROOT / 'docs/where-is-what.md').read_text())
+PLACES = re.findall(
+    r'`([\w/]+\.py)::([\w.]+)`', (ROOT / 'docs/explanation/architecture.md').read_text()
+)
 
 
 @pytest.mark.parametrize(('file', 'name'), PLACES)

@@ -40,7 +40,7 @@ def names():
     return found
 
 THEIRS = ('mmengine', 'mmcv', 'mmseg', 'timm', 'torch.optim')
-# that checkpoints are read as data, where our tasks are imported, is what docs/reliability.md says
+# that checkpoints are read as data, where our tasks are imported, is what docs/explanation/reliability.md says
 EXCEPT = ('mmengine.runner.checkpoint',)
 
 def functions():

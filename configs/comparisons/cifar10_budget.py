@@ -29,7 +29,7 @@ shifts = {
     'corruptions 5': 'test_dataloader.dataset.transform.shift={corruption}_5',
     'scale 1.25': 'test_dataloader.dataset.transform.crop_pct=0.8',
 }
-# what docs/findings.md shows: tools/compare.py table --images docs/images
+# what docs/evidence/findings.md shows: tools/compare.py table --images docs/images
 images = {
     'shifts': 'findings-shifts',
     'differences': 'findings-differences',

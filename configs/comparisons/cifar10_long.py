@@ -15,5 +15,5 @@ rows = dict(
 contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
 margin = 1.0
 options = ['train_cfg.max_epochs=40', 'param_scheduler.1.end=40', 'param_scheduler.1.T_max=39']
-# what docs/results.md shows: tools/compare.py table --images docs/images
+# what docs/evidence/results.md shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-long-curves'}

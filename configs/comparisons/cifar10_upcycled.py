@@ -29,7 +29,7 @@ rows = dict(
         'param_scheduler.1.T_max=7'
     ),
 )
-# what docs/results.md shows: tools/compare.py table --images docs/images
+# what docs/evidence/results.md shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-upcycled-curves'}
 highlighted = [
     'dense_1x',

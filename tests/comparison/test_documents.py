@@ -227,7 +227,7 @@ def test_p_of_documents_are_those_of_rows(known) -> None:
 
 def test_scores_of_tables_are_those_of_rows(known) -> None:
     wrong, count = [], 0
-    for said, found in found_in(ROOT / 'docs/results.md', SCORES):
+    for said, found in found_in(ROOT / 'docs/evidence/results.md', SCORES):
         count += 1
         scores = tuple(map(float, found[1].split(', ')))
         mean = f'{sum(scores) / len(scores):.2f}'

@@ -243,7 +243,7 @@ def test_models_that_rows_cannot_be_made_of(says, root: None, tmp_path, config, 
 
 
 def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:
-    page = (CONFIGS.parent / 'docs/methods.md').read_text()
+    page = (CONFIGS.parent / 'docs/explanation/methods.md').read_text()
     lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
     measured, names = set(), set[str]()
     for line in lines.splitlines():

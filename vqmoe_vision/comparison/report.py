@@ -43,7 +43,7 @@ _SHIFTED = (
 )
 _ROUTED = (
     'What the routing of the last checkpoints is like on {images} test images; '
-    'docs/routing-measures.md defines the measures. "Kept" is the share of tokens whose '
+    'docs/reference/measures.md defines the measures. "Kept" is the share of tokens whose '
     'expert stays, beyond chance (1: all, 0: as if drawn from the load of the last), from the '
     f'checkpoint before to the last, and, on the first {SHIFTED_IMAGES} of the images, under '
     f'shifts; corruptions are those of ImageNet-C at severity {SEVERITY}.'

@@ -90,7 +90,7 @@ def _rank(launcher: str) -> int:
         check(size == '1', '--launcher', launcher, allowed)
         return 0
     for name, own in zip(_VARIABLES['pytorch'], _VARIABLES[launcher], strict=True):
-        check(own in os.environ, '--launcher', launcher, f'{own} is not set, see docs/scaling.md')
+        check(own in os.environ, '--launcher', launcher, f'{own} is not set, see docs/how-to/many-processes.md')
         os.environ[name] = os.environ[own]
     return int(os.environ['RANK'])
 
