@@ -23,7 +23,6 @@ _LEFT_OUT = {'_build', 'archive', 'results'}  # built, in no navigation, written
 _FOUND = sorted((ROOT / 'docs').glob('**/*.md'))
 PAGES = [README, *(p for p in _FOUND if not _LEFT_OUT.intersection(p.parts))]
 PROSE = [page for page in PAGES if '<!-- written by' not in page.read_text()]
-EVERY_PAGE = pytest.mark.parametrize('page', PROSE, ids=lambda page: page.stem)
 FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 CODE = re.compile(r'^ *```.*?^ *```$|<!--.*?-->', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)')
@@ -55,8 +54,9 @@ def lines_of(page: Path) -> list[str]:
 
 def sentences(page: Path) -> Iterator[str]:
     """Of paragraphs and lists: tables and headings are none."""
-    prose = [re.sub(r'^ *(>|[-*] |\d+\. |(\||#|!\[).*)', r'\n', line) for line in lines_of(page)]
-    text = re.sub(r'`[^`]+`', 'code', '\n'.join(prose))
+    lines = [line.removeprefix('>') for line in lines_of(page)]
+    prose = [re.sub(r'^ *([-*] |\d+\. |(\||#|!\[).*)', r'\n', line) for line in lines]
+    text = re.sub(r'`[^`]+`', 'code', re.sub('<[^>]*>', '', '\n'.join(prose)))
     text = re.sub(r'!?\[([^]]*)\]\([^)]*\)', r'\1', text).replace('*', '')
     for paragraph in re.split(r'\n\s*\n', text):
         yield from re.split(r'(?<=[.!?])\s+(?=[A-Z\d(c"])', ' '.join(paragraph.split()))
@@ -68,26 +68,17 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r'[^\w -]', '', each.lstrip('# ').lower()).replace(' ', '-') for each in titles]
 
 
-@EVERY_PAGE
-def test_sentences_are_short(page: Path) -> None:
-    found = list(sentences(page))
+@pytest.mark.parametrize('page', PROSE, ids=lambda page: page.stem)
+def test_prose_is_plain(page: Path) -> None:
+    found, lines = list(sentences(page)), lines_of(page)
     assert not [each for each in found if len(re.findall(r'\S*\w\S*', each)) > 25]
     assert not [each for each in found if len(NUMBER.findall(INTERVAL.sub('', each))) > 2]
-
-
-@EVERY_PAGE
-def test_words_are_those_of_the_others(page: Path) -> None:
-    text = ' '.join(lines_of(page))
+    text = ' '.join(lines)
     assert not [(f[0], word) for word, p in WORDS.items() for f in re.finditer(p, text)]
-
-
-@EVERY_PAGE
-def test_lines_and_headings(page: Path) -> None:
-    lines = [line for line in lines_of(page) if not re.match(r' *(\||!?\[.*\)$)', line)]
-    assert not [line for line in lines if len(line) > 100]
-    levels = [len(line.split()[0]) for line in lines if re.match('#+ ', line)]
-    assert levels.count(1) == 1 and lines[0].startswith('# ')
-    assert len({*anchors(page)}) == len(levels)
+    assert not [line for line in lines if len(line) > 100 and line.lstrip()[0] not in '|![']
+    titles = [line for line in lines if re.match('#+ ', line)]
+    assert [each for each in titles if each.startswith('# ')] == lines[:1]
+    assert len({*anchors(page)}) == len(titles)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
