@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ from vqmoe_vision.comparison.statistics import (
     Difference,
     Scores,
     differences,
-    holm,
-    paired_difference,
     pooled_noise,
     with_noise,
 )
@@ -73,23 +70,10 @@ def differences_of(of: Made) -> Iterator[Difference]:
                 yield with_noise(found, *pooled_noise([scores])) if two else found
 
 
-def pooled(of: dict[str, Made]) -> Iterator[Difference]:
-    """SMoE less its frozen router, over the pairs of all comparisons that have both."""
-    for split in (TEST, HELD_OUT):
-        found: list[float] = []
-        for each in of.values():
-            rows = scores_of(each.values, split, each.comparison.metric)
-            made = '_started' if 'smoe_started' in rows else ''  # of a dense checkpoint
-            smoe, frozen = (rows.get(f'{row}{made}', {}) for row in ('smoe', 'smoe_frozen'))
-            found += paired_difference(smoe, frozen).each.values()
-        assert len(found) == 38
-        yield paired_difference(dict(enumerate(found)), dict.fromkeys(range(38), 0.0))
-
-
 @pytest.fixture(scope='module')
 def known(outcomes: dict[str, Made]) -> set[Interval]:
     """Every interval that rows give, with one digit and with two."""
-    found = [d for of in outcomes.values() for d in differences_of(of)] + [*pooled(outcomes)]
+    found = [d for of in outcomes.values() for d in differences_of(of)]
     ends = [(d.mean, d.low, d.high) for d in found]
     together = forest({name: contrasts(*outcomes[name]) for name in FROM_SCRATCH})
     ends += together[['difference', 'low', 'high']].itertuples(index=False, name=None)
@@ -120,47 +104,3 @@ def test_tables_of_pages_are_made_of_rows(path: Path, outcomes: dict[str, Made])
 def test_a_page_asks_for_a_table_that_there_is() -> None:
     with pytest.raises(ValueError, match='compare'):
         fill('<!-- compare scroes smoe : a -->\n<!-- end -->', dict[str, Made]().get, ROWS)  # type: ignore[arg-type]
-
-
-CONTROL = {'1, faint': 1.0, '3, clear': 3.0}  # separations by line of the README
-CONTROLLED = ('oracle', 'xmoe', 'smoe', 'vqmoe', 'dense_2x', 'frozen')
-
-
-def test_the_control_in_the_readme_is_its_record() -> None:
-    scores = json.loads((ROOT / 'docs/results/control.json').read_text())['rows']
-    readme = (ROOT / 'README.md').read_text()
-    for line, separation in CONTROL.items():
-        of = {
-            row: [x['accuracy'] for x in scores if (x['row'], x['separation']) == (row, separation)]
-            for row in CONTROLLED
-        }
-        means = ' | '.join(f'{sum(all_) / len(all_):.1f}' for all_ in of.values())
-        assert f'| {line} | {means} |' in readme
-
-
-# of the README's table: comparisons by column, and rows by how a line begins
-COLUMNS = [f'{name}_budget' for name in ('cifar10', 'cifar100', 'imagenette', 'camvid')]
-COLUMNS.insert(1, 'cifar10_long')
-LINES = {
-    'dense-2x, the compute of two experts': 'dense_2x',
-    'SMoE': 'smoe',
-    'SMoE, router frozen at random': 'smoe_frozen',
-    'VQMoE': 'vqmoe',
-    'experts by position': 'position',
-}
-
-
-def test_the_table_of_the_readme_is_that_of_rows(outcomes: dict[str, Made]) -> None:
-    lines = [line.strip('|').split('|') for line in (ROOT / 'README.md').read_text().splitlines()]
-    found = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
-    for column, name in enumerate(COLUMNS):
-        of = outcomes[name]
-        scores, planned = next(sets_of_scores(of)), len(of.comparison.rows) - 1
-        found_of = differences(scores, 'dense_2x')
-        p = holm({row: each.p for row, each in found_of.items() if each.p == each.p}, planned)
-        for line, row in LINES.items():
-            expected = f'{sum(scores[row].values()) / len(scores[row]):.1f}'
-            if row in p:
-                word = 'better' if found_of[row].mean > 0 else 'worse'
-                expected += ' n.s.' if p[row] >= 0.05 else f' {word}'
-            assert found[line][column] == expected, (line, name)
