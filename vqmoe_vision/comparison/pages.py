@@ -9,7 +9,8 @@ Words before the colon are rows; those after it are comparisons, with what a tab
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,11 +72,22 @@ def _scores(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataF
 def _forest(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
     """Contrasts, a column each: by the noise of each budget, and together."""
     frame = forest({title: contrasts(*made) for title, made in found.items()})
-    cells = [f'{line.difference:+.2f} ({ends(line.low, line.high)})' for line in frame.itertuples()]
-    wide = frame.assign(cell=cells).pivot(index='comparison', columns='contrast', values='cell')
-    order = [*dict.fromkeys(frame['contrast'])], [*dict.fromkeys(frame['comparison'])]
-    wide = wide.reindex(columns=order[0], index=order[1]).rename(columns=_name)
-    return wide.rename_axis(index='', columns=None).reset_index()
+    lines = frame.itertuples(index=False, name=None)
+    return _wide((c, title, f'{d:+.2f} ({ends(low, high)})') for c, title, d, low, high in lines)
+
+
+def _verdicts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    """The finding of each contrast, a column each."""
+    tables = {title: contrasts(*made)['finding'] for title, made in found.items()}
+    return _wide((c, title, word) for title, of in tables.items() for c, word in of.items())
+
+
+def _wide(cells: Iterable[tuple[Any, str, str]]) -> pd.DataFrame:
+    """A column for each contrast, and a line for each comparison, in their order."""
+    columns = defaultdict[str, dict[str, str]](dict)
+    for contrast, title, cell in cells:
+        columns[_name(contrast)][title] = cell
+    return pd.DataFrame(columns).rename_axis(index='').reset_index()
 
 
 def _contrasts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
@@ -91,14 +103,13 @@ def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFra
     lines = []
     for row in (row for row in rows if row in frame.index):
         of: Any = frame.loc[row]
-        own = '-' if row == made.comparison.reference else f'{of["difference"]:+.2f}'
+        bounds = ends(of['pooled_low'], of['pooled_high'])
+        own = '-' if bounds == '-' else f'{of["difference"]:+.2f} ({bounds})'
         lines.append(
             {
                 'row': _name(row),
                 'score': f'{of["score"]:.2f} ± {of["std"]:.2f}',
-                'seeds': str(of['seeds']),
                 f'minus {_name(made.comparison.reference)}': own,
-                '95 % interval': ends(of['pooled_low'], of['pooled_high']),
                 'the same on validation images': interval(held_out.get(row), of['seeds']),
                 'MACs, M': f'{of["macs"] / 1e6:.1f}',
             }
@@ -121,6 +132,7 @@ def _name(row: str) -> str:
 _KINDS: dict[str, Callable[[Mapping[str, Made], Sequence[str], Path], pd.DataFrame]] = {
     'scores': _scores,
     'forest': _forest,
+    'verdicts': _verdicts,
     'contrasts': _contrasts,
     'rows': _rows,
     'control': _control,
