@@ -96,10 +96,10 @@ def describe(parser: Any, name: str) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             below = action.choices
         elif action.dest not in ('help', 'debug'):
-            told += [f'one of {", ".join(map(str, action.choices))}'] if action.choices else []
-            told += [f'default: {action.default}'] if action.default else []
+            told += [f'One of {", ".join(map(str, action.choices))}.'] if action.choices else []
+            told += [f'Default: {action.default}.'] if action.default else []
             names = ', '.join(f'`{each}`' for each in action.option_strings or [action.dest])
-            rows.append((names, '; '.join(told)))
+            rows.append((names, ' '.join(told)))
     yield from [f'## {name}', parser.description, *table('argument, meaning', rows)]
     for sub, own in below.items():
         yield from describe(own, f'{name} {sub}')
