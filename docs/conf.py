@@ -59,7 +59,7 @@ def link_repository_files(app: Sphinx, page: str, source: list[str]) -> None:
 
     def file_link(match: re.Match) -> str:
         target = (DOCS / page).parent.joinpath(match[1]).resolve()
-        inside = target.is_relative_to(DOCS) and target.suffix == '.md'
+        inside = target.is_relative_to(DOCS) and target.suffix in ('.md', '.png', '.svg')
         built = inside and target.relative_to(DOCS).parts[0] not in exclude_patterns
         return match[0] if built else f'](path:{match[1]}'
 
