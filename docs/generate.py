@@ -37,9 +37,8 @@ def sentence(text: str) -> str:
 
 
 def arguments(of: Any) -> dict[str, str]:
-    section = re.search(r'^Args:\n(.*?)(?=^\S|\Z)', inspect.getdoc(of) or '', re.M | re.S)
-    each = re.compile(r'^    (\w+): (.*?)(?=^    \S|\Z)', re.M | re.S)
-    found = each.findall(section[1]) if section else []
+    section = re.search(r'(?ms)^Args:\n(.*?)(?=^\S|\Z)', inspect.getdoc(of) or '')
+    found = re.findall(r'(?ms)^    (\w+): (.*?)(?=^    \S|\Z)', section[1] if section else '')
     return {name: ' '.join(text.split()) for name, text in found}
 
 
