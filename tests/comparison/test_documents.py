@@ -100,8 +100,3 @@ def test_intervals_of_documents_are_those_of_rows(path: Path, known: set[Interva
 def test_tables_of_pages_are_made_of_rows(path: Path, outcomes: dict[str, Made]) -> None:
     made = fill(path.read_text(), outcomes.__getitem__, ROWS.parent)
     assert made == path.read_text(), f'python tools/compare.py pages {path.relative_to(ROOT)}'
-
-
-def test_a_page_asks_for_a_table_that_there_is() -> None:
-    with pytest.raises(ValueError, match='compare'):
-        fill('<!-- compare scroes smoe : a -->\n<!-- end -->', dict[str, Made]().get, ROWS)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
     <!-- compare scores dense_2x smoe : "cifar10_long=CIFAR-10, 40 epochs" camvid_budget -->
     <!-- end -->
 
-Words before the colon are rows; those after it are comparisons, with what a table calls them.
+Words before the colon are rows, and those after it comparisons with what a table calls them.
 """
 
 import json
@@ -97,11 +97,11 @@ def _contrasts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.Da
 
 
 def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
-    """Rows of one comparison, those that it has of the ones that are named."""
+    """Rows of one comparison: all, or those that it has of the ones that are named."""
     (made,) = found.values()
     frame, held_out = summary(*made), compared(made.comparison, made.values, HELD_OUT)
     lines = []
-    for row in (row for row in rows if row in frame.index):
+    for row in (row for row in rows or frame.index if row in frame.index):
         of: Any = frame.loc[row]
         bounds = ends(of['pooled_low'], of['pooled_high'])
         own = '-' if bounds == '-' else f'{of["difference"]:+.2f} ({bounds})'
@@ -111,7 +111,6 @@ def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFra
                 'score': f'{of["score"]:.2f} ± {of["std"]:.2f}',
                 f'minus {_name(made.comparison.reference)}': own,
                 'the same on validation images': interval(held_out.get(row), of['seeds']),
-                'MACs, M': f'{of["macs"] / 1e6:.1f}',
             }
         )
     return pd.DataFrame(lines)
