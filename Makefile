@@ -26,7 +26,7 @@ ALL_CORES := OMP_NUM_THREADS=1
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long soak oldest lint format types timm-suite timm-scripts docs picture bench bench-ci gpu-check release clean
+.PHONY: help demo test long soak oldest lint format types timm-suite timm-scripts reference docs picture bench bench-ci gpu-check release clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -92,16 +92,17 @@ timm-scripts: $(VENV)/.dev ## put timm's train.py and its other scripts where th
 	git -c advice.detachedHead=false clone --quiet --depth 1 --branch v$$version $(TIMM_REPOSITORY) $$clone; \
 	mkdir -p $(TIMM_SRC); cp $$clone/*.py $(TIMM_SRC)
 
-docs: $(VENV)/.docs ## build docs/ and the API reference into docs/_build; a broken link fails
-	$(BIN)/sphinx-apidoc -q --force --separate --module-first --remove-old \
-	    --doc-project 'API reference' --output-dir docs/api vqmoe_vision
+reference: $(VENV)/.docs ## write the pages of docs/reference that are made from code
+	$(BIN)/python docs/generate.py
+
+docs: $(VENV)/.docs ## build docs/ into docs/_build; a broken link fails
 	$(BIN)/sphinx-build --builder $(DOCS_BUILDER) --quiet --fresh-env --fail-on-warning --keep-going \
 	    docs docs/_build
 	@echo "Open docs/_build/index.html"
 
 picture: ## draw the picture of the architecture from its text; needs Graphviz
 	@command -v dot >/dev/null || { echo "make picture needs Graphviz: sudo apt-get install graphviz"; exit 1; }
-	dot -Tsvg docs/architecture.dot -o docs/images/architecture.svg
+	dot -Tsvg docs/images/architecture.dot -o docs/images/architecture.svg
 
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
 bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, most of an hour)
@@ -125,7 +126,7 @@ release: $(VENV)/.release ## build and check the distributions, and use the whee
 	PYTHON=$(PYTHON) .ci/try-wheel dist/*.whl
 
 clean: ## remove the environment, caches and the demo's output
-	rm -rf $(VENV) dist work_dirs/demo docs/_build docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist work_dirs/demo docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Stamp files: an environment is set up once, and again when pyproject.toml changes.

@@ -28,8 +28,8 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str,
 
 
 def printed_config(section: str, data_root: str) -> str:
-    """The config that a section of docs/own-data.md prints, for a folder of data."""
-    page = (CONFIGS.parent / 'docs/own-data.md').read_text()
+    """The config that a section of docs/how-to/own-data.md prints, for a folder of data."""
+    page = (CONFIGS.parent / 'docs/how-to/own-data.md').read_text()
     text = page.split(f'## {section}\n')[1].split('\n```py\n')[1].split('```')[0]
     return text.replace('data/mine', data_root)
 

@@ -39,7 +39,7 @@ def names():
     return found
 
 THEIRS = ('mmengine', 'mmcv', 'mmseg', 'timm', 'torch.optim')
-# that checkpoints are read as data, where our tasks are imported, is what docs/reliability.md says
+# checkpoints are read as data where our tasks are imported: docs/explanation/reliability.md
 EXCEPT = ('mmengine.runner.checkpoint',)
 
 def functions():

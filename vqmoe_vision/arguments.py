@@ -48,6 +48,7 @@ ACTIONS = {
     'routing': 'Measure what the routing of finished runs is like.',
     'check': 'Repeat the first losses of runs that have results.',
     'forest': 'Draw contrasts of several comparisons, and what they say together.',
+    'pages': 'Make the tables of pages anew that stand between comments.',
     'control': 'See which router finds which structure, in tokens of known clusters.',
 }
 _SPECS, _PARTS = 'run table shifts routing check', 'run shifts routing check'
@@ -119,6 +120,7 @@ _ARGUMENTS: list[tuple[str, str, str, dict[str, Any]]] = [
     # actions of compare
     ('spec', _SPECS, 'A file in configs/comparisons, or a config.', {}),
     ('specs', 'forest', 'Files in configs/comparisons.', {'nargs': '+', 'metavar': 'SPEC'}),
+    ('pages', 'pages', 'Pages.', {'nargs': '+', 'type': Path, 'metavar': 'FILE.md'}),
     ('--rows', _PARTS, 'Only these rows.', {'nargs': '+', 'metavar': 'ROW'}),
     ('--separation', 'control', 'How far clusters are apart.',
      {'nargs': '+', 'type': float, 'metavar': 'S'}),
@@ -127,7 +129,7 @@ _ARGUMENTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ('--methods', 'control', 'Only these rows.', {**_LIST, 'metavar': 'ROW'}),
     ('--quick', 'control', 'Two separations and one seed.', _FLAG),
     ('--work-dir', _SPECS, 'Where runs are.', {'type': Path, 'default': WORK_DIR}),
-    ('--results', f'{_SPECS} forest', 'Where rows and tables are.',
+    ('--results', f'{_SPECS} forest pages', 'Where rows and tables are.',
      {'type': Path, 'default': Path('docs/results')}),
     ('--jobs', 'run', 'Runs at a time (default: one, or one per GPU).', {'type': int}),
     ('--images', 'table', 'Also write figures of documents here.', {'type': Path}),

@@ -1,4 +1,4 @@
-# A comparison that fits a CPU; rows in configs/comparisons, what came of them in docs/results.md.
+# A comparison that fits a CPU; rows in configs/comparisons, what came of it in docs/evidence.
 _base_ = '../_base_/classification_runtime.py'
 model = dict(
     type='Classifier',

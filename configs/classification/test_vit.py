@@ -1,5 +1,5 @@
 # Twelve epochs of CIFAR-10 with Muon: 50 minutes on a core of a CPU. Dense with
-# model.model_name=test_vit_dense model.moe=None. Both come with the package. docs/notes/test-vit.md
+# model.model_name=test_vit_dense model.moe=None. Both come with the package.
 _base_ = 'cifar10_budget.py'
 model = dict(
     _delete_=True,

@@ -1,6 +1,6 @@
 # 2,400 iterations of CamVid on a CPU, from scratch, compute matched. Seeds differ by several
 # points, so that few rows are worth their time; each method starts from a trained dense model in
-# camvid_pretrained, where pairs share more. docs/compare.md
+# camvid_pretrained, where pairs share more. docs/how-to/compare.md
 config = 'configs/segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 metric = 'mIoU'
 reference = 'dense_2x'

@@ -1,7 +1,7 @@
 # What six epochs of CIFAR-10 are worth on CamVid: dense, each method and the controls, made of the
 # dense checkpoint of cifar10_budget, and VQMoE from its own, with both branches, with the discrete
 # one alone, and with its codes fixed. A dense model of matched width cannot start from the dense
-# one, and begins from nothing as dense does. docs/compare.md
+# one, and begins from nothing as dense does. docs/how-to/compare.md
 config = 'configs/segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 metric = 'mIoU'
 reference = 'dense_1x_started'

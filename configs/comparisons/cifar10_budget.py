@@ -1,4 +1,4 @@
-# Six epochs of CIFAR-10 on a CPU, compute matched: docs/compare.md.
+# Six epochs of CIFAR-10 on a CPU, compute matched: docs/how-to/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_2x'
@@ -29,7 +29,7 @@ shifts = {
     'corruptions 5': 'test_dataloader.dataset.transform.shift={corruption}_5',
     'scale 1.25': 'test_dataloader.dataset.transform.crop_pct=0.8',
 }
-# what docs/findings.md shows: tools/compare.py table --images docs/images
+# what docs/archive shows: tools/compare.py table --images docs/images
 images = {
     'shifts': 'findings-shifts',
     'differences': 'findings-differences',

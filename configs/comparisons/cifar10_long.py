@@ -1,4 +1,4 @@
-# 40 epochs of CIFAR-10 on a CPU, 18 to 65 minutes a run: docs/compare.md.
+# 40 epochs of CIFAR-10 on a CPU, 18 to 65 minutes a run: docs/how-to/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_1x'
@@ -15,5 +15,5 @@ rows = dict(
 contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
 margin = 1.0
 options = ['train_cfg.max_epochs=40', 'param_scheduler.1.end=40', 'param_scheduler.1.T_max=39']
-# what docs/results.md shows: tools/compare.py table --images docs/images
+# what docs/evidence/findings.md shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-long-curves'}

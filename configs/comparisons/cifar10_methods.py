@@ -4,7 +4,7 @@
 # in another unit, and all three methods have twelve trials. What an option decides elsewhere goes
 # with it: XMoE's router is half as wide as there are experts, and each form of its gate has its own
 # temperatures. Expert choice and hash routing have one option of their own each, and six and three
-# trials. MoCLE, which needs a dense model of these images, has none. docs/compare.md
+# trials. MoCLE, which needs a dense model of these images, has none. docs/how-to/compare.md
 config = 'configs/classification/cifar10_budget.py'
 stage = 'dev'
 metric = 'accuracy/top1'

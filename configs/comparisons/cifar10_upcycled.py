@@ -1,5 +1,5 @@
 # Six epochs of CIFAR-10 more for the dense ViT of cifar10_budget: as it is, with each method's
-# experts made of its MLPs, and each method from scratch. docs/compare.md
+# experts made of its MLPs, and each method from scratch. docs/how-to/compare.md
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_1x_started'
@@ -29,7 +29,7 @@ rows = dict(
         'param_scheduler.1.T_max=7'
     ),
 )
-# what docs/results.md shows: tools/compare.py table --images docs/images
+# what docs/archive shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-upcycled-curves'}
 highlighted = [
     'dense_1x',

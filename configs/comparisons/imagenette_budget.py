@@ -1,7 +1,7 @@
 # Twelve epochs of Imagenette, ten classes of ImageNet, at 160 pixels: photographs, and 64 tokens an
 # image where cifar10_budget has 16. Batches are half as large, as there are a fifth of the images;
 # crops move by up to an eighth, as there, so that a test looks at the scale of training. The data
-# are a copy of squares of 224 pixels: docs/data.md.
+# are a copy of squares of 224 pixels: docs/how-to/data.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']

@@ -69,7 +69,7 @@ def test_the_run_as_a_folder_of_timm(trained, tmp_path, monkeypatch, capsys):
     numbers = trained.parent / 'scores.json'
     # the line of the page, with the reader's own files in their place
     places = {'RUN': str(trained), 'my-model': str(out), 'numbers': str(numbers)}
-    page = (CONFIGS.parent / 'docs/weights.md').read_text().split('### The model of a run\n')[1]
+    page = (CONFIGS.parent / 'docs/how-to/weights-out.md').read_text()
     (line, *_) = re.findall(r'^python tools/publish.py (work_dirs/RUN .*)$', page, re.MULTILINE)
     publish([places.get(Path(word).stem, word) for word in line.split()])
     assert capsys.readouterr().out == f'wrote {out}\n'

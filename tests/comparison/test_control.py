@@ -99,7 +99,7 @@ def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_p
 def test_the_table_of_the_documents_is_that_of_the_scores():
     rows = json.loads((ROOT / 'docs/results/control.json').read_text())['rows']
     table = control.table_of(rows)
-    assert table in (ROOT / 'docs/compare.md').read_text()
+    assert table in (ROOT / 'docs/results/tables/control.md').read_text()
 
 
 SEEDS = 1, 2

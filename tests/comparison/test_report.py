@@ -264,3 +264,23 @@ def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says):
     assert [line[1] for line in lines] == ['first', 'spec', 'together']
     assert float(lines[0][2]) < float(lines[2][2]) < float(lines[1][2])
     assert Path('drawn/forest.png').is_file()
+
+
+def test_tables_of_a_page_are_made_where_they_stand(fill, says) -> None:
+    Path('configs/comparisons').mkdir(parents=True)
+    Path(fill(SCORES)).rename('configs/comparisons/spec.py')
+    opening = 'Above.\n\n<!-- compare {} dense better other : "spec=A title" -->\n'
+    page = f'{opening}{{}}<!-- end -->\nBelow.\n'
+    Path('page.md').write_text(page.format('scores', 'old\n'))
+    assert says('pages', 'page.md') == 'page.md\n'
+    made = Path('page.md').read_text()
+    # the mean of 10, 20, 30, and that of 11, 22, 33 with what it is above
+    lines = [line.split() for line in made.splitlines() if line.startswith('| ')]
+    assert [' '.join(line).strip('| ') for line in lines] == [
+        'A title', 'dense | 20.0', 'better | 22.0 (+2.0)', 'other | -'
+    ]  # fmt: skip
+    assert 'old' not in made and made.startswith('Above.') and made.endswith('Below.\n')
+    says('pages', 'page.md')
+    assert Path('page.md').read_text() == made
+    Path('page.md').write_text(page.format('scroes', ''))
+    assert says('pages', 'page.md').startswith("error: compare='scroes' is not possible")

@@ -29,7 +29,7 @@ SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
 
 
-# the paper's tables: docs/compare.md
+# the paper's tables: docs/how-to/compare.md
 @pytest.fixture
 def root(monkeypatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
@@ -235,7 +235,7 @@ def test_models_that_rows_cannot_be_made_of(says, root, tmp_path, config, said):
 
 
 def test_every_option_of_vqmoe_has_a_line_on_its_default():
-    page = (CONFIGS.parent / 'docs/methods.md').read_text()
+    page = (CONFIGS.parent / 'docs/explanation/methods.md').read_text()
     lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
     measured, names = set(), set[str]()
     for line in lines.splitlines():

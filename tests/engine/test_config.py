@@ -1,4 +1,4 @@
-"""`--cfg-options`, also as docs/commands.md writes them."""
+"""`--cfg-options`, also as docs/how-to/commands.md writes them."""
 
 import argparse
 import math
@@ -34,7 +34,7 @@ from vqmoe_vision.engine.optim import (
 from .. import cases
 from .test_cli import DIGITS
 
-DOCUMENT = (Path(__file__).parents[2] / 'docs/commands.md').read_text().replace('\\\n', ' ')
+DOCUMENT = (Path(__file__).parents[2] / 'docs/how-to/commands.md').read_text().replace('\\\n', ' ')
 DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCUMENT, re.M)
 
 

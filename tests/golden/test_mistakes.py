@@ -66,7 +66,7 @@ def prepared(tmp_path_factory) -> dict[str, str]:
     """What stands in braces, by name."""
     folder = tmp_path_factory.mktemp('mistakes')
     runs = runs_in(tmp_path_factory.getbasetemp())
-    (mine, *_) = (ROOT / 'docs/own-data.md').read_text().split('\n```py\n')[1].split('```')
+    (mine, *_) = (ROOT / 'docs/how-to/own-data.md').read_text().split('\n```py\n')[1].split('```')
     (folder / 'mine.py').write_text(mine.replace('data/mine', str(folder / 'photos')))
     (folder / 'photos.py').write_text(PHOTOS)
     image(folder / 'folders/train/dog/a.png', 256, 'RGB')

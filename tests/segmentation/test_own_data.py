@@ -1,4 +1,4 @@
-"""A user's own data, with the config of docs/own-data.md in a folder outside the clone."""
+"""A user's own data, with the config of docs/how-to/own-data.md in a folder outside the clone."""
 
 import pickle
 import re

@@ -1,6 +1,6 @@
 """Measures of routing: pure functions of counts, tokens and weights.
 
-docs/routing-measures.md says what a collapsed and a sound model give, and where each one is from.
+docs/reference/measures.md says what a collapsed and a sound model give, and where each one is from.
 
 Legend: T tokens, D width, E experts, C classes, M codes, P parameters, S checkpoints.
 """

@@ -1,7 +1,7 @@
 """Data sets by name, for configs: images and class indices, through torchvision.
 
-Nothing is downloaded here; docs/data.md says how each folder is made. What is tuned looks at dev,
-what is reported looks at test, once. Of the training images a long tail may be kept.
+Nothing is downloaded here; docs/how-to/data.md says how each folder is made. What is tuned
+looks at dev, what is reported looks at test, once. Of the training images a long tail may be kept.
 """
 
 import logging
@@ -187,7 +187,7 @@ def _image_folder(folder: Path) -> datasets.ImageFolder:
     except FileNotFoundError as error:  # no such folder, no class in it, or one without an image
         raise ValueError(
             f'{folder} is not laid out as {folder}/<class name>/<image>, of images that end in '
-            f'{", ".join(endings)}: {str(error).rstrip(". ")}; see docs/data.md'
+            f'{", ".join(endings)}: {str(error).rstrip(". ")}; see docs/how-to/data.md'
         ) from error
     if left_out:
         told = f'{len(left_out)} files are left out for their endings, such as {left_out[0]}'
@@ -311,7 +311,7 @@ def _part(
         try:
             found = reader(str(root), part)
         except RuntimeError as error:
-            raise ValueError(f'{place} is not whole ({error}), see docs/data.md') from error
+            raise ValueError(f'{place} is not whole ({error}), see docs/how-to/data.md') from error
         return found, np.asarray(found.targets if hasattr(found, 'targets') else found.labels)
 
     source, targets = read(split != 'test')

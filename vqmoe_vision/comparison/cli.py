@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from . import control
 from .figures import plot_forest
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
+from .pages import Made, fill
 from .queue import Queue, tasks_of
 from .report import draw_figures, write_tables
 from .spec import read_comparison
@@ -141,6 +143,18 @@ def _forest(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def _pages(args: argparse.Namespace) -> None:
+    @cache
+    def find(name: str) -> Made:
+        work = Work(argparse.Namespace(**vars(args), spec=f'configs/comparisons/{name}.py'))
+        made = work.comparison, work.read()
+        return Made(*made, tidy(*made))
+
+    for page in args.pages:
+        page.write_text(fill(page.read_text(), find, args.results))
+        print(page)
+
+
 def _measure(args: argparse.Namespace) -> None:
     work = Work(args)
     if args.action == 'shifts' and not work.comparison.shifts:
@@ -196,7 +210,7 @@ def _control(args: argparse.Namespace) -> None:
 
 _ACTIONS = {
     'run': _run, 'table': _table, 'shifts': _measure, 'routing': _measure, 'check': _check,
-    'forest': _forest, 'control': _control,
+    'forest': _forest, 'pages': _pages, 'control': _control,
 }  # fmt: skip
 
 

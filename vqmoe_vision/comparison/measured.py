@@ -1,7 +1,7 @@
 """What was measured of finished runs later: their scores under shifts, and how they route.
 
 Nothing is trained for it: the last checkpoints are tested again, all of them on the same images,
-which are read and changed once. docs/routing-measures.md defines the measures of routing.
+which are read and changed once. docs/reference/measures.md defines the measures of routing.
 """
 
 import json

@@ -43,7 +43,7 @@ _SHIFTED = (
 )
 _ROUTED = (
     'What the routing of the last checkpoints is like on {images} test images; '
-    'docs/routing-measures.md defines the measures. "Kept" is the share of tokens whose '
+    'docs/reference/measures.md defines the measures. "Kept" is the share of tokens whose '
     'expert stays, beyond chance (1: all, 0: as if drawn from the load of the last), from the '
     f'checkpoint before to the last, and, on the first {SHIFTED_IMAGES} of the images, under '
     f'shifts; corruptions are those of ImageNet-C at severity {SEVERITY}.'
@@ -63,11 +63,11 @@ def shown(
         comparison.metric: frame['score'].map(_number),
         'std': frame['std'].map(_number),
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in seeds],
-        _difference_to(comparison): [_interval(found.get(row), n) for row, n in seeds.items()],
-        _BY_NOISE: map(_ends, frame['pooled_low'], frame['pooled_high']),
+        _difference_to(comparison): [interval(found.get(row), n) for row, n in seeds.items()],
+        _BY_NOISE: map(ends, frame['pooled_low'], frame['pooled_high']),
         'p, one of many': [f'({_p_value(p)})' for p in frame['pooled_p']],
-        _HELD_OUT: [_interval(held_out.get(row), n) for row, n in seeds.items()],
-        _IMAGES: map(_ends, frame['images_low'], frame['images_high']),
+        _HELD_OUT: [interval(held_out.get(row), n) for row, n in seeds.items()],
+        _IMAGES: map(ends, frame['images_low'], frame['images_high']),
         'parameters, M: all / active': [f'{all_:.2f} / {active:.2f}' for all_, active in sizes],
         'MACs, M': (frame['macs'] / 1e6).map('{:.1f}'.format),
         'minutes': frame['minutes'].map('{:.1f}'.format),
@@ -91,9 +91,9 @@ def contrast_table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
             'contrast': name,
             'seeds': f'{line["pairs"]} of {len(comparison.seeds)}',
             'difference (95 % interval)': (
-                f'{line["difference"]:+.2f} ({_ends(line["low"], line["high"])})'
+                f'{line["difference"]:+.2f} ({ends(line["low"], line["high"])})'
             ),
-            _BY_NOISE: _ends(line['pooled_low'], line['pooled_high']),
+            _BY_NOISE: ends(line['pooled_low'], line['pooled_high']),
             'p (Holm)': _p_value(line['p_holm']),
             'p of equality': _p_value(line['p_equal']),
             'finding': line['finding'],
@@ -114,16 +114,17 @@ def _p_value(value: float) -> str:
     return '-' if math.isnan(value) else '<0.001' if value < 0.001 else f'{value:.3f}'
 
 
-def _interval(difference: Difference | None, seeds: int) -> str:
+def interval(difference: Difference | None, seeds: int) -> str:
     """Such as '+1.00 (+0.50 to +1.50), 2 pairs'."""
     if difference is None or not (pairs := difference.pairs):
         return '-'
-    ends = f' ({_ends(difference.low, difference.high)})' if pairs > 1 else ''
+    bounds = f' ({ends(difference.low, difference.high)})' if pairs > 1 else ''
     few = f', {pairs} {"pairs" if pairs > 1 else "pair"}' if pairs != seeds else ''
-    return f'{difference.mean:+.2f}{ends}{few}'
+    return f'{difference.mean:+.2f}{bounds}{few}'
 
 
-def _ends(low: float, high: float) -> str:
+def ends(low: float, high: float) -> str:
+    """Such as '+0.50 to +1.50'."""
     return '-' if math.isnan(low) else f'{low:+.2f} to {high:+.2f}'
 
 
@@ -154,9 +155,9 @@ def shift_table(comparison: Comparison, values: pd.DataFrame) -> pd.DataFrame:
                     metric: _number(column.mean()),
                     'std': _number(column.std()),
                     'seeds': str(len(column)),
-                    difference: _interval(own.get(row), len(column)),
+                    difference: interval(own.get(row), len(column)),
                     LEFT: _number(pd.Series(left.get(row, {}), dtype=float).mean()),
-                    f'its {difference}': _interval(of_left.get(row), len(column)),
+                    f'its {difference}': interval(of_left.get(row), len(column)),
                     _ERROR: _layer_cell(layers),
                 }
             )
@@ -246,9 +247,9 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     parts = [
         f'# {comparison.name}',
         f'Made from the rows by `python tools/compare.py table`; commits {commits}.',
-        *(_table(part) for part in (first, table) if not part.empty),
+        *(markdown(part) for part in (first, table) if not part.empty),
         _list(said),
-        *(f'{text}\n\n{_table(part)}' for text, part in further.items() if not part.empty),
+        *(f'{text}\n\n{markdown(part)}' for text, part in further.items() if not part.empty),
     ]
     parts += ['Left out:', _list(left_out)] if left_out else []
     if results.missing:
@@ -264,7 +265,8 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     return files
 
 
-def _table(table: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
+    """A table of cells that are strings."""
     # numbers are strings already, with the digits that they deserve
     return table.fillna('-').to_markdown(index=False, disable_numparse=True)
 

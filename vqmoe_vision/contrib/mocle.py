@@ -20,7 +20,7 @@ expert by its weight twice, the paper and we once. Noise is drawn per image.
 The frozen network runs once per image, before the first block and for all layers. Network and
 centroids are buffers of one module in the stem: a checkpoint has all that routes, and clusters
 cannot move while anything learns. The network keeps the size of images that clusters were fitted
-at, whatever the model's is now. docs/methods.md says how clusters come about.
+at, whatever the model's is now. docs/explanation/methods.md says how clusters come about.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts with the universal one, K
 clusters, F features of an image, S images of a training set.

@@ -284,7 +284,7 @@ def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> No
 
 
 def check_held_out(trained: Any, validated: Any) -> None:
-    """Whoever trains on all images, both parts, means it: docs/data.md says what that is for."""
+    """Whoever trains on all images, both parts, means it; docs/how-to/data.md says what for."""
     for part, other in product(_parts(validated), _parts(trained)):
         if {part.name, other.name} == {'train', 'dev'} and part.source == other.source:
             allowed = f'{other.dev_size}, as of the same images in train_dataloader.dataset'

@@ -89,7 +89,8 @@ def _rank(launcher: str) -> int:
         check(size == '1', '--launcher', launcher, allowed)
         return 0
     for name, own in zip(_VARIABLES['pytorch'], _VARIABLES[launcher], strict=True):
-        check(own in os.environ, '--launcher', launcher, f'{own} is not set, see docs/scaling.md')
+        allowed = f'{own} is not set, see docs/how-to/many-processes.md'
+        check(own in os.environ, '--launcher', launcher, allowed)
         os.environ[name] = os.environ[own]
     return int(os.environ['RANK'])
 

@@ -65,7 +65,7 @@ class MoeConfig:
     """Options of every MoE layer; `bounds` of a field says which numbers it takes.
 
     Args:
-        num_experts: E.
+        num_experts: E, the experts of a layer.
         expert_mlp_ratio: Hidden width of an expert over D; None takes the dense `mlp_ratio`.
 
     Raises:
@@ -154,7 +154,11 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(MoeConfig):
-    """Options of methods that send a token to its `top_k` best experts, from 1 to `num_experts`."""
+    """Options of methods that send a token to its best experts.
+
+    Args:
+        top_k: Experts per token, from 1 to `num_experts`.
+    """
 
     PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {'top_k': 2}}
 
@@ -170,7 +174,8 @@ class TopKConfig(MoeConfig):
 class BalancedConfig(MoeConfig):
     """Options of methods with a balance loss.
 
-    With `global_balance` it is over the tokens of all processes, without it the mean of each one's.
+    Args:
+        global_balance: The loss is over the tokens of all processes; False: the mean of each one's.
     """
 
     global_balance: bool = option(True, False, of_weights=False)

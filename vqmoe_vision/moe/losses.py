@@ -151,7 +151,11 @@ def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class LossFreeConfig(MoeConfig):
-    """Options of loss-free balancing: `bias_update_rate` is u, at least 0; 0 has no bias."""
+    """Options of loss-free balancing.
+
+    Args:
+        bias_update_rate: u, the step of the bias that evens the load; 0 has no bias.
+    """
 
     bias_update_rate: float = option(0.0, 0.01, bounds='[0, inf)', of_weights=False)
 

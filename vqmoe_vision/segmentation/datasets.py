@@ -17,7 +17,7 @@ from vqmoe_vision.moe.config import check
 from .transforms import LOADING, named
 
 PARTS = ('all', 'train', 'dev')
-_PAGE = 'docs/segmentation.md says where to get the data set, and how to lay it out'
+_PAGE = 'docs/how-to/segmentation.md says where to get the data set, and how to lay it out'
 # Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
 _SIDES = (40, 48)
 
@@ -89,7 +89,7 @@ class CheckedDataset(BaseSegDataset):
             part.
     """
 
-    source = 'docs/own-data.md says how to lay out a data set'
+    source = 'docs/how-to/own-data.md says how to lay out a data set'
 
     def __init__(
         self, metainfo: dict | None = None, part: str = 'all', dev_size: int = 0, **kwargs: Any

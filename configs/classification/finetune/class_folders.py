@@ -1,4 +1,4 @@
-# Your own images: data/mine/{train,val}/CLASS/*.jpg. docs/own-data.md says what to change.
+# Your own images: data/mine/{train,val}/CLASS/*.jpg. docs/how-to/own-data.md says what to change.
 # Without a third folder val is tested too, so that the best checkpoint is the best of these images:
 # report the last one, or let dev_size hold images out of train, as imagenette.py does.
 _base_ = ['_base_.py', '../../_base_/datasets/imagenet.py']

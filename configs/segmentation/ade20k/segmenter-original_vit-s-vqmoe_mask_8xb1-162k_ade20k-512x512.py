@@ -1,7 +1,7 @@
 # From scratch: expect 14 to 17 mIoU, as in the paper; from ImageNet: the config of in21k-pre
 # Segmenter with the schedule of rstrudel/segmenter, dropout in the head, torch's own epsilon in the
 # norms of the backbone, and windows that do not overlap and are not padded. Size and method are
-# options; for Large at 640 see docs/segmentation.md.
+# options; for Large at 640 see docs/how-to/segmentation.md.
 _base_ = [
     '../../_base_/datasets/ade20k.py',
     '../../_base_/models/segmenter.py',

@@ -48,7 +48,7 @@ model = dict(
 )
 del norm_cfg, loss
 # mmsegmentation's UPerNet on ViT and Swin: AdamW for batches of 16, 1,500 iterations of warm-up,
-# then linearly to 0. No bias and no norm decays here; what else differs: docs/segmentation.md.
+# then linearly to 0. No bias and no norm decays here, where biases and norms do in theirs.
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='TimmOptimWrapperConstructor',

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Measured constants. docs/performance.md
+# Measured constants. docs/archive/performance.md
 # says on which processor each was chosen.
 
 # Rows in a block below float32: AMX works on tiles of 16 rows, two at a time; AVX-512 on any.

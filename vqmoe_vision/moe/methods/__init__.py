@@ -1,4 +1,4 @@
-"""The methods by name. docs/add-a-method.md says how to add one."""
+"""The methods by name. docs/how-to/add-a-method-or-option.md says how to add one."""
 
 from collections import UserDict
 from collections.abc import Callable

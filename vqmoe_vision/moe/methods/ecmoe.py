@@ -31,7 +31,11 @@ from ..routing import Router, Routing, full_precision, init_lecun_normal
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoiceConfig(MoeConfig):
-    """Options of expert choice: `capacity_factor` experts per token on average, at most all."""
+    """Options of expert choice.
+
+    Args:
+        capacity_factor: Experts per token on average, at most all.
+    """
 
     # Weights of a token sum to 1 over all experts: every expert has to take every token, which
     # costs them all.

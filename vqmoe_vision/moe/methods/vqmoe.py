@@ -21,7 +21,7 @@ their top-1 weight one, which leaves the router untrained; ours is the probabili
 code passes a LayerNorm before the expert (`input_norm`). The default codebook starts from data and
 replaces dead codes: the paper's own ('plain') collapses on tokens with a common mean.
 
-Preset 'official' is the released code; docs/methods.md names what it lacks of it.
+Preset 'official' is the released code; docs/explanation/methods.md names what it lacks of it.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts, M codes.
 """
@@ -57,7 +57,7 @@ _NO_ROUTER = {'form': 'discrete'}
 
 @dataclass(frozen=True, kw_only=True)
 class VQMoEConfig(BalancedConfig):
-    """Options of VQMoE; docs/methods.md has what was measured.
+    """Options of VQMoE; docs/explanation/methods.md has what was measured.
 
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.

@@ -1,0 +1,191 @@
+"""The pages keep their promises: Python runs as printed, links lead somewhere, prose is plain.
+
+A block that starts with ```python is run. One that needs what only the reader has, such as a
+checkpoint, starts with ```py and is not.
+"""
+
+import ast
+import html
+import importlib
+import operator
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vqmoe_vision.moe import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / 'README.md'
+_LEFT_OUT = {'_build', 'archive', 'results'}  # built, in no navigation, written by a tool
+_FOUND = sorted((ROOT / 'docs').glob('**/*.md'))
+PAGES = [README, *(p for p in _FOUND if not _LEFT_OUT.intersection(p.parts))]
+PROSE = [page for page in PAGES if '<!-- written by' not in page.read_text()]
+FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+CODE = re.compile(r'^ *```.*?^ *```$|<!--.*?-->', re.MULTILINE | re.DOTALL)
+LINK = re.compile(r'\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)')
+
+# what pages say in other words
+WORDS = {
+    'significant, or equal within a margin': r'(can(not)?|could not) be told|stands? (the|a) corr',
+    'minus': r'\bless (its|the|a|dense|frozen|SMoE|VQMoE)\b',
+    'is +0.1, or improves by 0.1': r'\b(has|have|had|with) [+-]\d',
+    'validation': r'\bheld[- ]out\b',
+    'dense-1x or dense-2x': r'matched dense|dense_wide|dense of its own width',
+    'by position': r'(?<!\()hash routing',
+    'CPU model': r'make of (the )?processor',
+    'not significant': r'is (not )?seen to',
+}
+# a number, its sign and its digits; not a part of a name, such as CIFAR-10, or of an interval
+NUMBER = re.compile(r'(?<![\w.-])[+-]?\d[\d.,]*(?![\w-])')
+INTERVAL = re.compile(r'\([+-]?[\d.]+ to [+-]?[\d.]+[^)]*\)')
+
+# [`module.name`](../path.py), or [`Name`](../path.py)
+NAME = re.compile(r'\[`([\w.]+)`\]\(\.\./\.\./(vqmoe_vision/[\w/]+)\.py\)')
+
+
+def lines_of(page: Path) -> list[str]:
+    """Lines of a page, empty where they are of code or of a comment."""
+    text = page.read_text()
+    return CODE.sub(lambda code: '\n' * code[0].count('\n'), text).split('\n')
+
+
+def sentences(page: Path) -> Iterator[str]:
+    """Of paragraphs and lists: tables and headings are none."""
+    lines = [line.removeprefix('>') for line in lines_of(page)]
+    prose = [re.sub(r'^ *([-*] |\d+\. |(\||#|!\[).*)', r'\n', line) for line in lines]
+    text = re.sub(r'`[^`]+`', 'code', re.sub('<[^>]*>', '', '\n'.join(prose)))
+    text = re.sub(r'!?\[([^]]*)\]\([^)]*\)', r'\1', text).replace('*', '')
+    for paragraph in re.split(r'\n\s*\n', text):
+        yield from re.split(r'(?<=[.!?])\s+(?=[A-Z\d(c"])', ' '.join(paragraph.split()))
+
+
+def anchors(page: Path) -> list[str]:
+    """Of headings, as GitHub makes them."""
+    titles = [re.sub(r'[`*]', '', line) for line in lines_of(page) if re.match('#+ ', line)]
+    return [re.sub(r'[^\w -]', '', each.lstrip('# ').lower()).replace(' ', '-') for each in titles]
+
+
+@pytest.mark.parametrize('page', PROSE, ids=lambda page: page.stem)
+def test_prose_is_plain(page: Path) -> None:
+    found, lines = list(sentences(page)), lines_of(page)
+    assert not [each for each in found if len(re.findall(r'\S*\w\S*', each)) > 25]
+    assert not [each for each in found if len(NUMBER.findall(INTERVAL.sub('', each))) > 2]
+    text = ' '.join(lines)
+    assert not [(f[0], word) for word, p in WORDS.items() for f in re.finditer(p, text)]
+    assert not [line for line in lines if len(line) > 100 and line.lstrip()[0] not in '|![']
+    titles = [line for line in lines if re.match('#+ ', line)]
+    assert [each for each in titles if each.startswith('# ')] == lines[:1]
+    assert len({*anchors(page)}) == len(titles)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for file, anchor in LINK.findall('\n'.join(lines_of(page))):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), (file, anchor)
+
+
+def test_pages_that_are_made_from_code_are_current() -> None:
+    for path, text in runpy.run_path(str(ROOT / 'docs/generate.py'))['pages']():
+        assert path.read_text() == text, 'run make reference'
+
+
+def test_the_key_answers_thirty_questions() -> None:  # their headings are links like others
+    key = (ROOT / 'docs/reference/questions.md').read_text()
+    rows = re.findall(r'^\| (\d+) \|.*\]\(\S+#\S+\) \| (full|part) \|$', key, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [*range(1, 31)]
+    assert [answer for _, answer in rows].count('full') >= 27
+
+
+def python_blocks() -> list:
+    blocks = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in FENCE.finditer(text):
+            lines_before = text.count('\n', 0, match.start(1))
+            # Padded, so that a traceback names the line of the page.
+            padded = '\n' * lines_before + match[1]
+            blocks.append(pytest.param(page, padded, id=f'{page.name} line {lines_before + 1}'))
+    return blocks
+
+
+@pytest.mark.parametrize(('page', 'block'), python_blocks())
+def test_python_block_runs(
+    page: Path, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what a block writes must not land in the repository
+    exec(compile(block, str(page), 'exec'), {'__name__': '__main__'})
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_has_its_row_and_its_section(method: str) -> None:
+    section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
+    assert re.search(section, (ROOT / 'docs/explanation/methods.md').read_text(), re.M)
+    assert f', `vit_*_{method}` |' in (ROOT / 'docs/explanation/which-method.md').read_text()
+
+
+def test_methods_page_links_names_to_the_files_that_define_them() -> None:
+    found = NAME.findall((ROOT / 'docs/explanation/methods.md').read_text())
+    names = [(name, path) for name, path in found if not name.endswith('.py')]
+    assert len(names) > 5
+    for name, path in names:
+        module = importlib.import_module(path.replace('/', '.'))
+        operator.attrgetter(name.removeprefix(f'{path.rpartition("/")[2]}.'))(module)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> None:
+    rows = re.findall(
+        rf'^\| `{method}` \| ([^|]*) \|', (ROOT / 'docs/how-to/weights-in.md').read_text(), re.M
+    )
+    cases = METHODS[method].config.EXACT_UPCYCLING.values()
+    written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
+    assert rows == ([case or 'none are needed' for case in written] or ['there are none'])
+
+
+# --- names in the picture of the architecture, and on the page of places
+
+TEXT = (ROOT / 'docs/images/architecture.dot').read_text()
+LABELS = [label.split(r'\n') for label in re.findall(r'label="([^"]+)"', TEXT)]
+FILES = [
+    (lines[at - 1], line)
+    for lines in LABELS
+    for at, line in enumerate(lines)
+    if line.endswith('.py')
+]
+
+
+@pytest.mark.parametrize(('name', 'file'), FILES)
+def test_what_is_named_above_a_file_is_defined_in_it(name: str, file: str) -> None:
+    module = importlib.import_module('vqmoe_vision.' + file.removesuffix('.py').replace('/', '.'))
+    assert getattr(module, name).__module__ == module.__name__
+
+
+def test_picture_is_drawn_from_its_text() -> None:
+    svg = (ROOT / 'docs' / 'images' / 'architecture.svg').read_text()
+    drawn = [html.unescape(text) for text in re.findall(r'<text [^>]*>([^<]*)</text>', svg)]
+    expected = [line for lines in LABELS for line in lines]
+    assert sorted(drawn) == sorted(expected), 'run make picture'
+
+
+PLACES = re.findall(
+    r'`([\w/]+\.py)::([\w.]+)`', (ROOT / 'docs/explanation/architecture.md').read_text()
+)
+
+
+@pytest.mark.parametrize(('file', 'name'), PLACES)
+def test_what_the_page_names_is_there(file: str, name: str) -> None:
+    body = ast.parse((ROOT / 'vqmoe_vision' / file).read_text()).body
+    for part in name.split('.'):
+        found = [
+            node
+            for node in body
+            if getattr(node, 'name', None) == part
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == part)
+        ]
+        assert found, part
+        body = getattr(found[0], 'body', [])

@@ -1,0 +1,138 @@
+"""Tables of Markdown pages, made where they stand from the rows of comparisons.
+
+    <!-- compare scores dense_2x smoe : "cifar10_long=CIFAR-10, 40 epochs" camvid_budget -->
+    <!-- end -->
+
+Words before the colon are rows, and those after it comparisons with what a table calls them.
+"""
+
+import json
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from vqmoe_vision.moe.config import check
+
+from .frame import HELD_OUT, TEST, compared, contrasts, forest, scores_of, summary
+from .report import contrast_table, ends, interval, markdown
+from .spec import Comparison
+from .statistics import paired_difference
+from .store import Results
+
+_BLOCK = re.compile(r'(<!-- compare (\w+) (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
+
+
+class Made(NamedTuple):
+    """A comparison, what is there of it, and its numbers."""
+
+    comparison: Comparison
+    results: Results
+    values: pd.DataFrame
+
+
+def fill(text: str, find: Callable[[str], Made], folder: Path) -> str:
+    """The page with its tables made anew.
+
+    Args:
+        text: Of the page.
+        find: Gives a comparison by its name.
+        folder: Where `control.json` lies.
+    """
+
+    def table(block: re.Match[str]) -> str:
+        check(block[2] in _KINDS, 'compare', block[2], f'one of {[*_KINDS]}')
+        rows, _, names = block[3].partition(':')
+        titles = dict(name.partition('=')[::2] for name in shlex.split(names))
+        found = {title or name: find(name) for name, title in titles.items()}
+        made = _KINDS[block[2]](found, rows.split(), folder)
+        return f'{block[1]}\n{markdown(made)}\n\n{block[4]}'
+
+    return _BLOCK.sub(table, text)
+
+
+def _scores(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    """Scores by row and comparison; in brackets what a row has over the first."""
+    columns: dict[str, list[str]] = {'': [_name(row) for row in rows]}
+    for title, (comparison, _results, values) in found.items():
+        of = scores_of(values, TEST, comparison.metric)
+        columns[title] = []
+        for row in rows:
+            own, base = of.get(row, {}), of.get(rows[0], {})
+            mean, less = pd.Series(own, dtype=float).mean(), paired_difference(own, base).mean
+            beside = '' if row == rows[0] else f' ({less:+.1f})'
+            columns[title].append(f'{mean:.1f}{beside}' if own else '-')
+    return pd.DataFrame(columns)
+
+
+def _forest(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    """Contrasts, a column each: by the noise of each budget, and together."""
+    frame = forest({title: contrasts(*made) for title, made in found.items()})
+    lines = frame.itertuples(index=False, name=None)
+    return _wide((c, title, f'{d:+.2f} ({ends(low, high)})') for c, title, d, low, high in lines)
+
+
+def _verdicts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    """The finding of each contrast, a column each."""
+    tables = {title: contrasts(*made)['finding'] for title, made in found.items()}
+    return _wide((c, title, word) for title, of in tables.items() for c, word in of.items())
+
+
+def _wide(cells: Iterable[tuple[Any, str, str]]) -> pd.DataFrame:
+    """A column for each contrast, and a line for each comparison, in their order."""
+    columns = defaultdict[str, dict[str, str]](dict)
+    for contrast, title, cell in cells:
+        columns[_name(contrast)][title] = cell
+    return pd.DataFrame(columns).rename_axis(index='').reset_index()
+
+
+def _contrasts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    (made,) = found.values()
+    table = contrast_table(made.comparison, contrasts(*made))
+    return table.assign(contrast=table['contrast'].map(_name))
+
+
+def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    """Rows of one comparison: all, or those that it has of the ones that are named."""
+    (made,) = found.values()
+    frame, held_out = summary(*made), compared(made.comparison, made.values, HELD_OUT)
+    lines = []
+    for row in (row for row in rows or frame.index if row in frame.index):
+        of: Any = frame.loc[row]
+        bounds = ends(of['pooled_low'], of['pooled_high'])
+        own = '-' if bounds == '-' else f'{of["difference"]:+.2f} ({bounds})'
+        lines.append(
+            {
+                'row': _name(row),
+                'score': f'{of["score"]:.2f} ± {of["std"]:.2f}',
+                f'minus {_name(made.comparison.reference)}': own,
+                'the same on validation images': interval(held_out.get(row), of['seeds']),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _control(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.DataFrame:
+    """Accuracy of the control by row and separation, means over seeds."""
+    frame = pd.DataFrame(json.loads((folder / 'control.json').read_text())['rows'])
+    means = frame.pivot_table(index='row', columns='separation', values='accuracy').loc[[*rows]]
+    shown = means.map('{:.1f}'.format).rename(index=_name, columns='separation {:g}'.format)
+    return shown.rename_axis(index='', columns=None).reset_index()
+
+
+def _name(row: str) -> str:
+    return row.replace('_', '-')
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Made], Sequence[str], Path], pd.DataFrame]] = {
+    'scores': _scores,
+    'forest': _forest,
+    'verdicts': _verdicts,
+    'contrasts': _contrasts,
+    'rows': _rows,
+    'control': _control,
+}
