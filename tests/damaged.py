@@ -1,6 +1,8 @@
-"""Files with some bytes changed, or cut off."""
+"""Files with some bytes changed, or cut off, and what runs code when a file is read."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -17,3 +19,20 @@ def damaged(files: Sequence[bytes]) -> st.SearchStrategy[bytes]:
 
     changes = st.lists(change, max_size=8)
     return st.builds(build, st.sampled_from(files), changes, st.integers(0, 2**12))
+
+
+def flip(path: Path, place: int) -> None:
+    """Changes one bit."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+class Call:
+    """Is called by who unpickles it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call

@@ -24,15 +24,8 @@ ROOT = Path(__file__).parents[1]
 METHOD = 'forkserver'
 
 _CONTEXT = multiprocessing.get_context(METHOD)
-_CONTEXT.set_forkserver_preload(
-    [
-        'pytest',
-        'hypothesis',
-        'vqmoe_vision.classification',
-        'vqmoe_vision.segmentation',
-        'vqmoe_vision.engine.cli',
-    ]
-)
+_TASKS = 'vqmoe_vision.classification vqmoe_vision.segmentation vqmoe_vision.engine.cli'
+_CONTEXT.set_forkserver_preload(['pytest', 'hypothesis', *_TASKS.split()])
 
 
 def spawn(function: Callable[..., None], args: tuple, nprocs: int) -> None:
@@ -65,15 +58,7 @@ def run_tool(
     return subprocess.CompletedProcess([tool, *arguments], process.exitcode, out, err)
 
 
-def _run(
-    tool: str,
-    arguments: tuple[str, ...],
-    folder: Path,
-    files: list[str],
-    environment: dict[str, str],
-    new_session: bool,
-    file_size: int | None,
-) -> None:
+def _run(tool, arguments, folder, files, environment, new_session, file_size) -> None:
     if new_session:
         os.setsid()
     if file_size is not None:

@@ -6,7 +6,6 @@ from yapf.yapflib import yapf_api
 
 
 def format_once() -> None:
-    """Lets yapf format a text once in a process."""
     known: dict[str, Any] = {}
     format_code = yapf_api.FormatCode
 

@@ -11,11 +11,8 @@ CONFIGS = Path(__file__).parents[1] / 'configs'
 
 
 def leaves(part: str) -> list[str]:
-    """Names of the configs that can be run."""
     paths = (CONFIGS / part).rglob('*.py')
-    return sorted(
-        p.relative_to(CONFIGS).as_posix() for p in paths if not p.stem.startswith('_base_')
-    )
+    return sorted(str(p.relative_to(CONFIGS)) for p in paths if not p.stem.startswith('_base_'))
 
 
 def ade20k(size: str, row: str) -> str:
@@ -38,5 +35,4 @@ def printed_config(section: str, data_root: str) -> str:
 
 
 def parse_options(line: str) -> dict[str, Any]:
-    """The values of a command line's options by name."""
     return parse(line.split())

@@ -1,6 +1,7 @@
 """Trainings and tests by the tools, and what a training leaves in its work dir without one."""
 
 import json
+import re
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,43 @@ def leave_run(folder: Path, config_file: str, options: dict[str, Any], classes: 
     return model.eval()
 
 
+def leave_dense(file: Path, config: str, field: str, more: Any = None, **beside: Any) -> str:
+    """A checkpoint of a dense model of the shape of a config's."""
+    dense = {f'{field}.model_name': 'vit_tiny_patch16_224', f'{field}.moe': None}
+    settings = load_config(config, {**(more or {}), **dense})
+    with scope_of(settings):
+        model = MODELS.build(settings.model)
+    torch.save({'state_dict': {**model.state_dict(), **beside}}, file)
+    return str(file)
+
+
 _NAMES = count()  # mmengine keeps one logger per name in a process
 
 
 def train(config: str | Path, work: Path, *options: str, resume: bool = False) -> Path:
-    """Trains, and returns the work dir."""
     arguments = [str(config), '--work-dir', str(work), *['--resume'] * resume]
     cli.train([*arguments, '--cfg-options', f'experiment_name=train {next(_NAMES)}', *options])
     return work
 
 
-def score(
-    config: str | Path, checkpoint: str | Path, work: Path, *options: str, arguments: Any = ()
-) -> dict[str, float]:
-    """Tests, and returns what `--out` has."""
+def score(config, checkpoint, work: Path, *options: str, arguments=()) -> dict[str, float]:
     out = work / 'scores.json'
     given = [str(config), str(checkpoint), '--work-dir', str(work), '--out', str(out), *arguments]
     cli.test([*given, '--cfg-options', f'experiment_name=test {next(_NAMES)}', *options])
     return json.loads(out.read_text())
+
+
+# in a file the year stands in front of what a terminal shows
+_DATE = r'\d{4}/(?=\d\d/\d\d \d\d:\d\d:\d\d - mmengine - )'
+
+
+def messages(work_dir: Path) -> list[str]:
+    """What a terminal shows of each message, one or more lines."""
+    (log,) = work_dir.glob('*/*.log')
+    return [part.rstrip('\n') for part in re.split(f'^{_DATE}', log.read_text(), flags=re.M)[1:]]
+
+
+def reports(work_dir: Path) -> list[str]:
+    """Messages with losses, scores, or the load of experts."""
+    told = re.compile(r'INFO - (Iter|Epoch)\(|INFO - (train_epoch|val|test)  ')
+    return [message for message in messages(work_dir) if told.search(message)]

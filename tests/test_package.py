@@ -1,12 +1,33 @@
 """The package as a whole: which part may import which, and what the base install needs."""
 
+import argparse
 import ast
+import importlib
+import inspect
+import json
+import os
 import re
+import runpy
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hatchling.builders.wheel import WheelBuilder
+from mmengine import registry
+from PIL import Image
 
 import vqmoe_vision
+from vqmoe_vision import provenance
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.moe import METHODS, MoeConfig, MoeLayer
+from vqmoe_vision.provenance import commit, processor
 
 PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 TOOLS = PACKAGE.parent / 'tools'
@@ -27,7 +48,6 @@ LAYERS = {
 
 
 def imported_parts(source: str, package: str) -> set[str]:
-    """Names of the parts of vqmoe_vision that `source`, a module inside `package`, imports."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -39,7 +59,7 @@ def imported_parts(source: str, package: str) -> set[str]:
     return {n.split('.')[1] for n in names if n.startswith('vqmoe_vision.')} & LAYERS.keys()
 
 
-def test_imports_point_down() -> None:
+def test_imports_point_down():
     wrong = []
     for path in PACKAGE.rglob('*.py'):
         relative = path.relative_to(PACKAGE.parent)
@@ -52,7 +72,7 @@ def test_imports_point_down() -> None:
     assert not wrong
 
 
-def test_base_import_needs_only_torch_and_timm_and_contrib_is_imported_when_asked_for() -> None:
+def test_base_import_needs_only_torch_and_timm_and_contrib_is_imported_when_asked_for():
     listing = "print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = "print('vqmoe_vision.contrib' in sys.modules)"
     program = f"""import sys, torch, timm
@@ -70,10 +90,237 @@ METHODS['mocle']
     assert printed[2:] == ['False', 'True']
 
 
-def test_version_and_changelog_agree() -> None:
+def test_version_and_changelog_agree():
     changelog = (PACKAGE.parent / 'CHANGELOG.md').read_text()
     newest = re.search('^## (.*)$', changelog, re.MULTILINE)
     assert newest
     released = f'{re.escape(vqmoe_vision.__version__)} - [0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}'
     developed = vqmoe_vision.__version__.endswith('.dev0')
     assert re.fullmatch('Unreleased' if developed else released, newest[1])
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def names(folder: Path) -> set[str]:
+    files = (path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+    return {path.as_posix() for path in files if '__pycache__' not in path.parts}
+
+
+def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path):
+    dist, wheel = str(tmp_path / 'dist'), tmp_path / 'site'
+    (built,) = WheelBuilder(str(ROOT)).build(directory=dist, versions=['standard'])
+    assert Path(built).stat().st_size < 10e6  # weights of two small models are in it
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(wheel)
+    tools = names(ROOT / 'tools')
+    benchmark = {name for name in tools if name.startswith('benchmark')}
+    assert len(benchmark) > 1
+    expected = names(ROOT / 'vqmoe_vision')
+    expected |= {f'.mim/configs/{name}' for name in names(ROOT / 'configs')}
+    expected |= {f'.mim/tools/{name}' for name in tools - benchmark}
+    assert names(wheel / 'vqmoe_vision') == expected
+    assert {'py.typed', 'models/weights/test_vit_vqmoe.safetensors'} <= expected
+    (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision'}
+    assert info.endswith('.dist-info')
+    name = 'classification/cifar10.py'
+    program = f'import vqmoe_vision; print(vqmoe_vision.config_path({name!r}))'
+    environment = {**os.environ, 'PYTHONPATH': str(wheel)}
+    command = [sys.executable, '-c', program]
+    path = Path(subprocess.check_output(command, text=True, env=environment, cwd=wheel).strip())
+    assert path == wheel / 'vqmoe_vision/.mim/configs' / name
+    assert path.read_text() == (ROOT / 'configs' / name).read_text()
+
+
+@pytest.mark.parametrize('script', sorted(path.name for path in TOOLS.glob('*.py')))
+def test_a_script_finds_what_it_imports(script):
+    found = runpy.run_path(str(TOOLS / script), run_name='imported')
+    assert any(callable(value) for value in found.values())
+
+
+@pytest.mark.long  # most of a minute, for it draws the whole report
+def test_the_demo_trains_draws_and_reports(tmp_path, monkeypatch, capsys):
+    """With trainings that are cut short."""
+    main = runpy.run_path(str(TOOLS / 'demo.py'), run_name='imported')['main']
+
+    def cut_short(name: str, options: dict):
+        config = load_config(name, options)
+        (length,) = {'max_epochs', 'max_iters'} & config.train_cfg.keys()
+        config.train_cfg.update({length: 1, 'val_interval': 1})
+        config.default_hooks.checkpoint.interval = 1
+        return config
+
+    monkeypatch.setitem(main.__globals__, 'load_config', cut_short)
+    monkeypatch.chdir(tmp_path)
+    main()
+    said = capsys.readouterr().out
+    assert 'Classification: ' in said and 'Segmentation, from that checkpoint: ' in said
+    places = [w.rstrip(':') for w in said.split() if w.startswith('work_dirs/demo/')]
+    assert {Path(place).suffix for place in places} == {'.pth', '.log', '.png', '.html'}
+    assert all(Path(place).is_file() for place in places)
+
+
+def test_what_chooses_the_kernels_of_a_processor_stands_beside_its_name(monkeypatch):
+    for variable in provenance._CHOOSE_KERNELS:
+        monkeypatch.delenv(variable, raising=False)
+    name = processor()
+    monkeypatch.setenv('LD_PRELOAD', '/home/one/a.so: /tmp/b.so ')
+    monkeypatch.setenv('MKL_CBWR', '')  # as MKL, which takes that for not set
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
+    assert processor() == f'{name}, LD_PRELOAD=a.so:b.so, ONEDNN_MAX_CPU_ISA=AVX2'
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Two of the machines that the rows of this repository come from are plain AMD EPYC."""
+    for variable in provenance._CHOOSE_KERNELS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(provenance, '_CPUINFO', tmp_path / 'cpuinfo')
+    without = processor()  # as outside Linux
+    for core in (0, 1):
+        with (tmp_path / 'cpuinfo').open('a') as file:
+            file.write(f'processor\t: {core}\ncpu family\t: 26\nmodel\t\t: {2 + core}\n')
+            file.write('model name\t: AMD EPYC\n\n')
+    assert processor() == 'AMD EPYC (family 26, model 2)'
+    (tmp_path / 'cpuinfo').write_text('processor\t: 0\nBogoMIPS\t: 50\n')  # as on ARM
+    assert processor() == without
+
+
+def test_a_changed_file_is_marked_unless_it_is_a_row(tmp_path, monkeypatch):
+    # a queue writes its rows below docs/results, and each row names the commit it was made at
+    package, rows, tools = tmp_path / 'package', tmp_path / 'docs/results', tmp_path / 'tools'
+    for folder in (package, rows, tools):
+        folder.mkdir(parents=True)
+        (folder / 'file').write_text('as committed')
+    name = ['-c', 'user.name=test', '-c', 'user.email=test@example.com']
+    for arguments in (['init', '-q'], ['add', '.'], [*name, 'commit', '-q', '-m', 'first']):
+        subprocess.run(['git', *arguments], cwd=tmp_path, check=True)
+    subprocess.run(['git', 'config', 'diff.relative', 'true'], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, '__file__', str(package / 'provenance.py'))
+    clean = commit()
+    (rows / 'file').write_text('another row')
+    assert clean is not None and commit() == clean
+    (tools / 'file').write_text('another program')
+    assert commit() == f'{clean}+'
+    monkeypatch.setenv('GIT_LITERAL_PATHSPECS', '1')
+    assert commit() == f'{clean}+'
+
+
+MODULES = sorted(
+    '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__')
+    for path in PACKAGE.rglob('*.py')
+    if path.name != '__main__.py'
+)
+FACTORY = {'device', 'dtype', 'factory'}  # as everywhere in torch.nn
+
+
+def exported() -> dict[str, Callable]:
+    """Functions and classes of ours by their full name."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    found = [getattr(module, name) for module in modules for name in getattr(module, '__all__', ())]
+    registries = [each for each in vars(registry).values() if isinstance(each, registry.Registry)]
+    for each in registries:
+        children = [each, *each.children.values()]
+        found += [value for child in children for value in child.module_dict.values()]
+    for module in modules:
+        classes = [value for value in vars(module).values() if inspect.isclass(value)]
+        found += [value for value in classes if issubclass(value, (MoeConfig, MoeLayer))]
+    return {
+        f'{value.__module__}.{value.__qualname__}': value
+        for value in found
+        if inspect.isclass(value) or inspect.isfunction(value)
+        if value.__module__.startswith('vqmoe_vision') and not timm.is_model(value.__name__)
+    }
+
+
+def arguments(value: Any) -> list[str]:
+    """Those that a caller passes, of a function or of what builds a class."""
+    if is_dataclass(value):  # what it inherits stands in the base, others in a comment beside them
+        own, source = inspect.get_annotations(value), inspect.getsource(value)
+        names = [field.name for field in fields(value) if field.name in own]
+        beside = r'(#.*\n    {0}: |^    {0}: .*#)'
+        return [name for name in names if not re.search(beside.format(name), source, re.M)]
+    if inspect.isclass(value) and '__init__' not in vars(value):
+        return []
+    return list(inspect.signature(value).parameters)
+
+
+@pytest.mark.parametrize('name', sorted(exported()))
+def test_every_argument_of_what_is_exported_is_documented(name):
+    value = exported()[name]
+    names = [each for each in arguments(value) if each not in FACTORY]
+    text = inspect.cleandoc(value.__doc__ or '')
+    section = re.search(r'^Args:\n(.*?)(?=^\S|\Z)', text, re.MULTILINE | re.DOTALL)
+    told = re.findall(r'^    \*{0,2}(\w+):', section[1], re.MULTILINE) if section else []
+    assert len(names) < 2 or set(names) <= set(told)
+
+
+SCRIPTS = Path(sys.prefix) / 'timm-src'
+MODEL = '--img-size 32 --num-classes 2 --model-kwargs img_size=32 patch_size=8 embed_dim=32 depth=2'
+READ = '--device cpu --batch-size 4 --workers 0'
+
+
+def run_script(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', 'vqmoe_vision.script', *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path):
+    folder = tmp_path / 'scripts'
+    folder.mkdir()
+    (folder / 'neighbour.py').write_text('import timm\nnames = timm.list_models("vit_tiny_*")\n')
+    (folder / 'script.py').write_text(
+        'import json, sys, neighbour\n'
+        'from timm.task import ClassificationTask\n'
+        'assert __name__ == "__main__"\n'
+        'print(json.dumps([sys.argv, neighbour.names, ClassificationTask.__name__]))\n'
+        'sys.exit(3)\n'
+    )
+    done = run_script('scripts/script.py', '-h', '--model', 'x', cwd=tmp_path)
+    argv, names, task = json.loads(done.stdout)
+    assert argv == ['scripts/script.py', '-h', '--model', 'x']
+    assert {f'vit_tiny_{method}' for method in METHODS} <= set(names)
+    assert task == 'MoeClassificationTask'
+    assert (done.returncode, done.stderr) == (3, '')
+    done = run_script('validate.py', cwd=tmp_path)
+    assert done.stderr == 'script=validate.py is not possible: there is no such file\n'
+    assert (done.returncode, done.stdout) == (2, '')
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (SCRIPTS / 'train.py').exists(), reason="timm's scripts: make timm-scripts")
+@pytest.mark.parametrize('method', METHODS)
+def test_train_py_trains_experts_over_a_resume(method, tmp_path):
+    for name in ('train/red', 'train/blue', 'validation/red', 'validation/blue'):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new('RGB', (40, 40), Path(name).name).save(tmp_path / name / f'{i}.png')
+    model = ['--model', f'vit_tiny_{method}', *MODEL.split(), 'num_heads=2']
+    if 'stage1_steps' in METHODS[method].config.option_names():
+        model.append('stage1_steps=3')  # of four updates, two of them per epoch
+    options = f'{READ} --data-dir . --epochs 2 --warmup-epochs 0 --output out --model-ema'
+
+    def train(name: str, *arguments: str) -> None:
+        named = [*options.split(), '--experiment', name, *arguments]
+        done = run_script(SCRIPTS / 'train.py', *named, *model, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert 'MoeClassificationTask: criterion=' in done.stderr
+        assert 'training without collect_losses' not in done.stderr
+
+    def learned(path: str) -> dict[str, list[int]]:
+        """Values of what counts updates, and of what starts or ends with one."""
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(tmp_path / 'out' / path, weights_only=True)['state_dict']
+        kinds = ('codebook.updates', 'codebook.started', 'distilled.steps', 'distilled.frozen')
+        return {
+            kind: [int(value) for name, value in state.items() if name.endswith(kind)]
+            for kind in kinds
+        }
+
+    train('whole')
+    train('resumed', '--resume', 'out/whole/checkpoint-0.pth.tar')
+    first = learned('whole/checkpoint-0.pth.tar')
+    for last in (learned('whole/last.pth.tar'), learned('resumed/last.pth.tar')):
+        for counted, changed in (('codebook.updates', 'started'), ('distilled.steps', 'frozen')):
+            layers = len(first[counted])
+            assert (first[counted], last[counted]) == ([2] * layers, [4] * layers)
+            assert last[f'{counted.partition(".")[0]}.{changed}'] == [1] * layers

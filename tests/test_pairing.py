@@ -15,9 +15,9 @@ from vqmoe_vision.classification.datasets import ImageClassification, digits
 from vqmoe_vision.comparison.spec import FEATURE_ROWS, PRESET_ROWS
 from vqmoe_vision.engine.cli import load_config
 
+from . import cases
 from .rows import CONFIGS, ROWS, row_options
 
-# all rows that comparisons have by name, controls among them
 ALL_ROWS = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
@@ -86,23 +86,15 @@ class Keep(Hook):
 
 @pytest.fixture(scope='module')
 def keep(tmp_path_factory):
-    """Runs a row of a kind."""
-
     @cache
     def run(kind: str, row: str, num_workers: int = 0, seed: int = 1) -> Keep:
         leaf, model, options = KINDS[kind]
         folder = tmp_path_factory.mktemp('run')
-        config = load_config(
-            str(CONFIGS / leaf),
-            {
-                **row_options(row, model=model),
-                **{f'{model}.{name}': value for name, value in SIZES.items()},
-                **options,
-                'train_dataloader.num_workers': num_workers,
-                'randomness.seed': seed,
-                **(features(kind, model, folder) if row in FEATURE_ROWS else {}),
-            },
-        )
+        given = row_options(row, model=model) | options
+        given |= {f'{model}.{name}': value for name, value in SIZES.items()}
+        given |= {'train_dataloader.num_workers': num_workers, 'randomness.seed': seed}
+        given |= features(kind, model, folder) if row in FEATURE_ROWS else {}
+        config = load_config(str(CONFIGS / leaf), given)
         config.work_dir = str(folder)
         config.experiment_name = f'{kind}_{row}_{num_workers}_{seed}'
         config.visualizer.vis_backends = []
@@ -121,13 +113,12 @@ def keep(tmp_path_factory):
 
 
 def shared(one: Keep, other: Keep) -> list[str]:
-    """Names of the tensors that two rows have in common."""
     return [k for k, v in one.start.items() if k in other.start and v.shape == other.start[k].shape]
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('row', ALL_ROWS)
-def test_rows_at_one_seed_are_a_pair(keep, kind: str, row: str) -> None:
+def test_rows_at_one_seed_are_a_pair(keep, kind, row):
     dense, other = keep(kind, 'dense_1x'), keep(kind, row)
     names = shared(dense, other)
     assert len(names) > 0.6 * len(dense.start)  # but the MLPs that are experts, or wider
@@ -137,7 +128,7 @@ def test_rows_at_one_seed_are_a_pair(keep, kind: str, row: str) -> None:
 
 
 @TASKS
-def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
+def test_experts_start_alike_whatever_routes_to_them(keep, task):
     rows = [keep(task, row) for row in ALL_ROWS if not row.startswith('dense')]
     for row in rows[1:]:
         experts = [name for name in shared(rows[0], row) if '.experts.' in name]
@@ -145,20 +136,17 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
         assert all(torch.equal(rows[0].start[k], row.start[k]) for k in experts)
 
 
-@pytest.mark.parametrize(
-    ('kind', 'row'),
-    # the others see the same loader
-    [
-        *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
-        *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
-    ],
+@cases(
+    'kind, row',
+    *(('timm', row) for row in (*ROWS, *FEATURE_ROWS)),
+    *((kind, 'smoe') for kind in KINDS if kind != 'timm'),
 )
-def test_the_number_of_workers_changes_no_image(keep, kind: str, row: str) -> None:
+def test_the_number_of_workers_changes_no_image(keep, kind, row):
     assert keep(kind, row, num_workers=2).images == keep(kind, 'dense_1x').images
 
 
 @TASKS
-def test_another_seed_is_another_pair(keep, task: str) -> None:
+def test_another_seed_is_another_pair(keep, task):
     one, other = keep(task, 'vqmoe'), keep(task, 'vqmoe', seed=2)
     assert not set(one.images) & set(other.images)
     told = {'normalization'}  # by the config

@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -15,9 +13,10 @@ from mmengine.runner import Runner
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.config import take_ours
 
-from .logs import messages
+from . import cases
+from .forked import run_tool
 from .rows import CONFIGS
-from .runs import train
+from .runs import messages
 
 PROGRAM = """
 import importlib, pkgutil, sys, warnings
@@ -75,22 +74,20 @@ assert not optimizers._global_optimizer_pre_hooks and not optimizers._global_opt
 """
 
 
-def test_every_stock_name_is_stock_and_no_function_is_patched() -> None:
+def test_every_stock_name_is_stock_and_no_function_is_patched():
     done = subprocess.run([sys.executable, '-c', PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-LEAVES = [
-    'classification/digits/demo/vit_tiny_vqmoe_demo.py',
-    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
-]
 SMALL = {'depth': 2, 'embed_dim': 12, 'num_heads': 3}
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
-def test_our_configs_name_our_types_and_train_under_mmengines_runner(
-    leaf: str, tmp_path: Path
-) -> None:
+@cases(
+    'leaf',
+    'classification/digits/demo/vit_tiny_vqmoe_demo.py',
+    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
+)
+def test_our_configs_name_our_types_and_train_under_mmengines_runner(leaf, tmp_path):
     config = Config.fromfile(CONFIGS / leaf)
     known = config.copy()
     assert take_ours(known) == ''
@@ -156,9 +153,7 @@ randomness = dict(seed=3)
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # mmseg's, of losses and heads
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(
-    workers: int, tmp_path: Path
-) -> None:
+def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(workers, tmp_path):
     random = np.random.default_rng(0)
     for kind, high, channels in (('images', 256, (3,)), ('labels', 3, ())):
         (tmp_path / kind).mkdir()
@@ -168,9 +163,12 @@ def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(
     config = tmp_path / f'stock{workers}.py'
     text = STOCK.replace('ROOT', repr(str(tmp_path))).replace('WORKERS', str(workers))
     config.write_text(text)
-    whole = train(config, tmp_path / 'whole')
-    parts = train(config, tmp_path / 'parts', 'train_cfg.max_iters=2')
-    train(config, parts, resume=True)
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    short = ('--cfg-options', 'train_cfg.max_iters=2')
+    for work, more in ((whole, ()), (parts, short), (parts, ('--resume',))):
+        # by processes of their own: who goes on in one with workers waits for them to end
+        done = run_tool('train.py', config.name, '--work-dir', str(work), *more, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
     expected, found = (read_state(str(folder / 'iter_4.pth')) for folder in (whole, parts))
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -180,7 +178,7 @@ def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(
 
 
 @pytest.mark.parametrize('options', [{}, {'checkpoint': None}])
-def test_what_a_config_leaves_to_mmengine_is_ours_too(options: dict[str, Any]) -> None:
+def test_what_a_config_leaves_to_mmengine_is_ours_too(options):
     config = Config(dict(train_cfg=dict(by_epoch=True, max_epochs=2), default_hooks=options))
     config.custom_hooks = [dict(type='mmengine.CheckpointHook', interval=5)]
     assert 'ResumableEpochLoop for EpochBasedTrainLoop' in take_ours(config)

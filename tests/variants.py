@@ -31,7 +31,6 @@ def _possible(config: type[MoeConfig], options: dict[str, Any]) -> bool:
     return True
 
 
-# by id: the method, and its options
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
 for _name, _method in METHODS.items():
     _config = _method.config

@@ -24,32 +24,19 @@ COPIES = {torch.ops.aten.where.self}
 # an operator of ours, into which a test of its own looks
 LOOKED_INTO = torch.ops.vqmoe_vision.random_integers.default
 # what looks at its numbers inside on CUDA, by torch's source, and at none on meta
-LOOKS = {
-    torch.ops.aten.multinomial.default,
-    torch.ops.aten.histc.default,
-    torch.ops.aten.embedding_renorm_.default,
-    torch.ops.aten._linalg_check_errors.default,
-    torch.ops.aten._linalg_eigh.default,
-    torch.ops.aten._linalg_svd.default,
-}
+LOOKS = 'multinomial histc embedding_renorm_ _linalg_check_errors _linalg_eigh _linalg_svd'
+LOOKS = {getattr(torch.ops.aten, name).default for name in LOOKS.split()}
 RAISED = (AssertionError, NotImplementedError, RuntimeError)
 # what makes a tensor of numbers, with the place of the numbers among its arguments
-MAKERS: dict[Callable, int] = {
-    torch.tensor: 0,
-    torch.as_tensor: 0,
-    torch.asarray: 0,
-    Tensor.new_tensor: 1,
-    Tensor.new: 1,
-}
+MAKERS: dict[Callable, int] = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0}
+MAKERS |= {Tensor.new_tensor: 1, Tensor.new: 1}
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 class WatchPython(TorchFunctionMode):
     """Refuses numbers of Python that are copied to a device: meta has no copy of them."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
         if func in MAKERS:
             given = tree_leaves((args[MAKERS[func] :], kwargs))
@@ -78,9 +65,7 @@ class Watch(TorchDispatchMode):
         super().__exit__(*error)
         self._python.__exit__(*error)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.namespace in NAMESPACES or func is LOOKED_INTO, f'{func} may read back inside'
         assert func not in LOOKS, f'{func} reads back inside'
         answer = func(*args, **(kwargs or {}))
@@ -92,9 +77,6 @@ class Watch(TorchDispatchMode):
     def may_copy(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Whether an operator may see the host and the device."""
         return torch.Tag.pointwise in func.tags and func not in COPIES
-
-
-# --- what has to be seen
 
 
 @torch.library.custom_op('tests_watch::opaque', mutates_args=())

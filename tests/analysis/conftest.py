@@ -16,15 +16,8 @@ import vqmoe_vision.models  # noqa: F401  registers the models
 from ..variants import VARIANTS
 
 # 16 patches and a class token per image; block 1 is MoE
-TINY = {
-    'img_size': 32,
-    'patch_size': 8,
-    'embed_dim': 16,
-    'depth': 2,
-    'num_heads': 2,
-    'num_classes': 3,
-    'num_experts': 4,
-}
+TINY = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+TINY |= {'num_experts': 4}
 
 Make = Callable[..., VisionTransformer]
 
@@ -35,7 +28,7 @@ def make(method: str, **options: Any) -> VisionTransformer:
 
 
 @pytest.fixture
-def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+def unpainted(monkeypatch) -> None:
     """Pictures are composed and empty: painting them is most of a report's time."""
     blank = BytesIO()
     Image.new('RGB', (8, 8)).save(blank, 'png')
@@ -44,12 +37,11 @@ def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_tiny() -> Make:
-    """Builds a tiny model of a named method."""
     return make
 
 
 @pytest.fixture(params=VARIANTS)
-def tiny_variant(request: pytest.FixtureRequest) -> VisionTransformer:
+def tiny_variant(request) -> VisionTransformer:
     """A tiny model of each method, preset and trial in turn."""
     method, options = VARIANTS[request.param]
     return make(method, **options)

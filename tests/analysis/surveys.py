@@ -38,13 +38,10 @@ def layer_survey(load: tuple[float, ...] = (0.5, 0.3, 0.2, 0.0)) -> LayerSurvey:
     """A layer with a router and a codebook, whose last expert is dead unless told otherwise."""
     loads = torch.tensor(load)
     patches = [
-        [
-            Patch(blobs(8, 8) * (expert + 1) / EXPERTS, 0.9 - 0.1 * i, 10 * expert + i)
-            for i in range(5)
-        ]
-        if loads[expert] > 0
+        [Patch(blobs(8, 8) * (at + 1) / EXPERTS, 0.9 - 0.1 * i, 10 * at + i) for i in range(5)]
+        if loads[at] > 0
         else []
-        for expert in range(EXPERTS)
+        for at in range(EXPERTS)
     ]
     # of the 300 tokens of expert 0 two thirds are of cats, of all 600 tokens one third
     counts = torch.tensor([[200, 50, 50], [0, 100, 80], [0, 50, 70], [0, 0, 0]])
@@ -65,37 +62,25 @@ def layer_survey(load: tuple[float, ...] = (0.5, 0.3, 0.2, 0.0)) -> LayerSurvey:
 
 
 def survey(title: str = 'vit_tiny_vqmoe', layers: int = 2) -> Survey:
-    """What a VQMoE would show."""
     names = [f'blocks.{2 * i + 1}.mlp' for i in range(layers)]
     shift = {f'{name}.{ROUTER}': 0.125 for name in names}
-    return Survey(
-        title,
-        1234,
-        CLASSES,
-        {name: layer_survey() for name in names},
-        [example('0.png', names), example('1.png', names, (48, 96))],
-        {'gaussian_noise 3': shift, 'flip': shift},
-    )
+    shifts = {'gaussian_noise 3': shift, 'flip': shift}
+    examples = [example('0.png', names), example('1.png', names, (48, 96))]
+    surveyed = {name: layer_survey() for name in names}
+    return Survey(title, 1234, CLASSES, surveyed, examples, shifts)
 
 
 def soft_survey(title: str = 'vit_tiny_softmoe') -> Survey:
     """What a SoftMoE would show: slots, and nothing that decides."""
     slots = torch.rand(EXPERTS, ROWS, ROWS, generator=torch.Generator().manual_seed(0))
-    layer = LayerSurvey(
-        EXPERTS,
-        {'effective_rank_before': 7.25},
-        {'slots': torch.tensor([0.4, 0.3, 0.2, 0.1])},
-        {},
-        {'weights': torch.eye(EXPERTS), 'outputs': torch.eye(EXPERTS)},
-        {},
-        None,
-    )
+    load, same = {'slots': torch.tensor([0.4, 0.3, 0.2, 0.1])}, torch.eye(EXPERTS)
+    similar = {'weights': same, 'outputs': same}
+    layer = LayerSurvey(EXPERTS, {'effective_rank_before': 7.25}, load, {}, similar, {}, None)
     seen = Example('0.png', blobs(48, 48), {}, {}, {}, {NAME: slots})
     return Survey(title, 1, None, {NAME: layer}, [seen], {})
 
 
 def history(records: int = 12) -> list[dict]:
-    """Lines of a `routing.jsonl`."""
     lines = []
     for at in range(1, records + 1):
         load = torch.softmax(torch.arange(EXPERTS) * math.exp(-at / 4), 0)

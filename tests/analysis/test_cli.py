@@ -17,12 +17,11 @@ DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 SCENES = CONFIGS / 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 SMALL = {'depth': 2, 'embed_dim': 24, 'num_heads': 2}
 
-# what pictures look like is of test_report.py and test_figures.py
 pytestmark = pytest.mark.usefixtures('unpainted')
 
 
 @pytest.fixture
-def untrained(tmp_path: Path) -> Callable[..., tuple[str, str]]:
+def untrained(tmp_path) -> Callable[..., tuple[str, str]]:
     """Writes a small config and a checkpoint of its model; gives both paths."""
 
     def write(base: Path = DIGITS, name: str = 'run', seed: int = 0) -> tuple[str, str]:
@@ -44,7 +43,7 @@ def untrained(tmp_path: Path) -> Callable[..., tuple[str, str]]:
 
 
 @pytest.fixture
-def report(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., dict]:
+def report(tmp_path, capsys) -> Callable[..., dict]:
     """Runs the tool; gives what `numbers.json` says, once the page is there."""
 
     def run(*words: str) -> dict:
@@ -65,7 +64,7 @@ def says(*words: str) -> str:
     return message
 
 
-def test_a_segmentor_beside_a_classifier(untrained, report) -> None:
+def test_a_segmentor_beside_a_classifier(untrained, report):
     beside = untrained(SCENES, 'scenes')
     one, other = report(*untrained(), '--beside', *beside)['surveys']
     assert one['title'] == 'run/seed_0' and other['title'] == 'scenes/seed_0'
@@ -75,7 +74,7 @@ def test_a_segmentor_beside_a_classifier(untrained, report) -> None:
         assert counts == len(survey['classes'])
 
 
-def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -> None:
+def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report):
     config, first = untrained(seed=0)
     second = untrained(seed=1)[1]
     found = report(config, first, second)
@@ -86,7 +85,7 @@ def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -
     assert change['shares']['blocks.1.mlp.router'] > 0.5
 
 
-def test_mistakes_are_one_line(untrained, tmp_path) -> None:
+def test_mistakes_are_one_line(untrained, tmp_path):
     config, checkpoint = untrained()
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
@@ -104,13 +103,11 @@ def test_mistakes_are_one_line(untrained, tmp_path) -> None:
     assert 'absent.pth' in says(config, 'absent.pth')
 
 
-def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained) -> None:
+def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained):
     config, first = untrained(seed=0)
     second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
     state = torch.load(first)['state_dict']
     for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
-        torch.save(
-            {'state_dict': state, 'meta': dict(zip(('iter', 'seed'), meta, strict=True))}, path
-        )
+        torch.save({'state_dict': state, 'meta': {'iter': meta[0], 'seed': meta[1]}}, path)
     assert 'iter=1' in says(config, first, second)
     assert 'seed=7' in says(config, first, third)

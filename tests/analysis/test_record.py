@@ -54,7 +54,7 @@ def answer(layer: MoeLayer, record: LayerRecord) -> Tensor:
     return total.view(record.inputs.shape)
 
 
-def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant) -> None:
+def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant):
     layer, given = moe_layers(tiny_variant)[NAME], []
     layer.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     if getattr(layer, 'gate', None) is not None:
@@ -83,7 +83,7 @@ def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant) -> None:
         torch.testing.assert_close(record.combine.sum((2, 3)), torch.ones(3, 17))
 
 
-def test_an_error_closes_the_block_and_blocks_do_not_nest(make_tiny) -> None:
+def test_an_error_closes_the_block_and_blocks_do_not_nest(make_tiny):
     model = make_tiny('smoe')
     with pytest.raises(ZeroDivisionError), record_layers(model):
         raise ZeroDivisionError
@@ -95,7 +95,7 @@ def test_an_error_closes_the_block_and_blocks_do_not_nest(make_tiny) -> None:
     assert records.keys() == {NAME}  # the refused one has closed nothing of the other
 
 
-def test_dropped_assignments_have_no_expert_and_come_last() -> None:
+def test_dropped_assignments_have_no_expert_and_come_last():
     # token 0 keeps both, token 1 its second, token 2 none
     routing = Routing(
         torch.tensor([[0, 1], [1, 0], [1, 2]]),
@@ -110,7 +110,7 @@ def test_dropped_assignments_have_no_expert_and_come_last() -> None:
     torch.testing.assert_close(records[''].weights['router'], expected)
 
 
-def test_load_is_what_the_layer_reports(tiny_variant) -> None:
+def test_load_is_what_the_layer_reports(tiny_variant):
     collecting = collect_losses(tiny_variant, update_state=False)
     with torch.no_grad(), record_layers(tiny_variant) as records, collecting as collected:
         tiny_variant(torch.randn(3, 3, 32, 32))
@@ -122,13 +122,12 @@ def test_load_is_what_the_layer_reports(tiny_variant) -> None:
     for experts in record.experts.values():
         of_experts += experts[experts >= 0].bincount(minlength=E)
     if getattr(tiny_variant.moe_config, 'eval_capacity_factor', None) is not None:
-        # the layer counts what it drops, too
         assert of_experts.sum() < record.experts['router'].numel()
         return
     torch.testing.assert_close(of_experts / of_experts.sum(), collected.stats[f'{NAME}/load'])
 
 
-def test_looking_changes_nothing(tiny_variant) -> None:
+def test_looking_changes_nothing(tiny_variant):
     tiny_variant.train()
     images = torch.randn(2, 3, 32, 32)
 
@@ -172,7 +171,7 @@ def image(*rows: list[float]) -> Tensor:
     return torch.tensor([[rows]])
 
 
-def test_every_image_counts_the_same_whatever_its_batch() -> None:
+def test_every_image_counts_the_same_whatever_its_batch():
     # Pixels 0 0 0 1: experts 0, 1 three times and 1, 2 once: (3, 4, 1, 0) / 8. Pixels 2 2 2 2:
     # (0, 0, 4, 4) / 8. Two images of the first kind and one of the second:
     # (6, 8, 6, 4) / 24. A mean over batches instead of images would give (3, 4, 5, 4) / 16.
@@ -182,7 +181,7 @@ def test_every_image_counts_the_same_whatever_its_batch() -> None:
     torch.testing.assert_close(usage['mlp/load'], expected)
 
 
-def test_model_is_asked_in_eval_mode_and_left_as_it_was() -> None:
+def test_model_is_asked_in_eval_mode_and_left_as_it_was():
     model = Pixels().train()
     model.mlp.eval()
     mean_statistics(model, [image([0.0, 1.0])])
@@ -191,12 +190,11 @@ def test_model_is_asked_in_eval_mode_and_left_as_it_was() -> None:
     assert model.training and not model.mlp.training
 
 
-def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid() -> None:
+def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid():
     # Every patch of the image is constant, and the patch embedding passes its value on untouched:
     # the router sees it, expert = value, rounded down. The class token is 0, expert 0.
-    model = VisionTransformer(
-        img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1, num_classes=0
-    )
+    sizes = dict(img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1)
+    model = VisionTransformer(**sizes, num_classes=0)
     nn.init.zeros_(model.pos_embed)
     nn.init.zeros_(model.cls_token)
     nn.init.zeros_(model.patch_embed.proj.bias)

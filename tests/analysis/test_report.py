@@ -1,12 +1,12 @@
 """The report: what stands in it, from surveys made by hand."""
 
 import base64
+import dataclasses
 import io
 import re
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,27 +14,36 @@ import timm
 import torch
 from PIL import Image
 
-from vqmoe_vision.analysis.report import number_tables, write_report
+from vqmoe_vision.analysis import figures
+from vqmoe_vision.analysis.pictures import (
+    CELL,
+    GAP,
+    LIGHTEN,
+    expert_colours,
+    plot_segmentation,
+    rows_of_pictures,
+    tint_patches,
+)
+from vqmoe_vision.analysis.report import number_tables, shift_tables, write_report
 from vqmoe_vision.analysis.shifts import Change, flip
+from vqmoe_vision.analysis.survey import Codes, Survey
 from vqmoe_vision.analysis.survey import survey as survey_of
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
-from .surveys import NAME, history, soft_survey, survey
-
-CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
+from .surveys import CODEBOOK, NAME, ROUTER, history, layer_survey, soft_survey, survey
 
 
 @pytest.fixture(scope='module')
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The report of two models and a history."""
+def page(tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp('report') / 'new' / 'folder'
-    files = write_report([survey(), soft_survey()], out, {'run': history()}, CHANGES)
+    changes = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
+    files = write_report([survey(), soft_survey()], out, {'run': history()}, changes)
     assert [file.name for file in files] == ['report.html', 'numbers.json']
     return files[0].read_text()
 
 
-def test_every_picture_is_in_the_page_and_nothing_is_fetched(page: str) -> None:
+def test_every_picture_is_in_the_page_and_nothing_is_fetched(page):
     pictures = re.findall('src="data:image/png;base64,([^"]*)"', page)
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
@@ -45,7 +54,7 @@ def test_every_picture_is_in_the_page_and_nothing_is_fetched(page: str) -> None:
     assert not any(word in page for word in ('http:', 'https:', '@import'))
 
 
-def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page: str) -> None:
+def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page):
     sections = re.findall('<h2 id="([^"]*)"', page)[1:]
     assert {*re.findall('<a [^>]*href="#([^"]*)"', page)} == {*sections}
     assert sections == [
@@ -57,12 +66,12 @@ def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page: str
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
+def test_names_are_text_and_no_markup(tmp_path):
     page = write_report([survey('<b>x</b> & "y"', layers=1)], tmp_path)[0].read_text()
     assert '<h3>&lt;b&gt;x&lt;/b&gt; &amp; &#34;y&#34;</h3>' in page and '<b>' not in page
 
 
-def test_models_as_they_are(tmp_path: Path) -> None:
+def test_models_as_they_are(tmp_path):
     """Of every method, untrained: whatever a survey holds has a place, and numbers a meaning."""
     normalization = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
     surveys = []
@@ -88,7 +97,7 @@ VISIBLE = "[...document.querySelector('.stepped').querySelectorAll('figure')].ma
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Any]:
+def opened(tmp_path) -> Iterator[Any]:
     """The report alone in a window; what it complains about or fetches is a failure."""
     playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
     browsers = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
@@ -108,7 +117,7 @@ def opened(tmp_path: Path) -> Iterator[Any]:
     assert [c for c in complaints if c != page.as_uri()[:99] and not c.startswith('data:')] == []
 
 
-def test_the_page_opens_and_its_slider_steps_by_keyboard(opened: Any) -> None:
+def test_the_page_opens_and_its_slider_steps_by_keyboard(opened):
     widths = opened.evaluate(LOADED)
     assert len(widths) == 19 and min(widths) > 0
     assert opened.evaluate(VISIBLE) == [True] + [False] * 3
@@ -118,3 +127,132 @@ def test_the_page_opens_and_its_slider_steps_by_keyboard(opened: Any) -> None:
     opened.keyboard.press('ArrowRight')
     assert opened.evaluate(VISIBLE) == [False, True, False, False]
     assert opened.get_by_text(f'2 of 4: {NAME}: codes').is_visible()
+
+
+def plain(text: str) -> str:
+    return text.replace('\xa0', ' ')
+
+
+def test_loads_of_layers_with_different_numbers_of_experts():
+    first, second = layer_survey(), layer_survey()
+    second = dataclasses.replace(second, num_experts=2, load={ROUTER: torch.tensor([0.25, 0.75])})
+    seen = Survey('x', 1, None, {NAME: first, 'blocks.3.mlp': second}, [], {})
+    (picture,) = figures.load_maps(seen)
+    axes = picture.figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ['blocks.1.router', 'blocks.1.codebook', 'blocks.3.router']
+    written = [text.get_text() for text in axes.texts]
+    assert written == ['50', '30', '20', '0', *['25'] * 4, '25', '75']
+    assert '75 %' in plain(picture.alt)
+
+
+def test_a_row_of_the_class_map_sums_to_a_hundred():
+    (picture, _) = figures.class_maps(survey())
+    (image,) = picture.figure.axes[0].get_images()
+    drawn = torch.as_tensor(image.get_array())
+    # the 200 dogs: 50 to expert 0, 100 to expert 1, 50 to expert 2
+    assert drawn[1].tolist() == pytest.approx([25, 50, 25, 0])
+    assert drawn.sum(1).tolist() == pytest.approx([100] * 3)
+    # all 200 cats go to expert 0
+    assert plain(picture.alt) == 'Most together: 100 % of the tokens of cat go to expert 0.'
+
+
+def cell(picture, row: int, column: int) -> torch.Tensor:
+    (drawn,) = picture.figure.axes[0].get_images()
+    step, middle = CELL + GAP, CELL // 2
+    return torch.as_tensor(drawn.get_array()[row * step + middle, column * step + middle])
+
+
+def test_a_patch_has_the_colour_that_the_legend_gives_its_expert():
+    seen = survey(layers=1)
+    for example in seen.examples:
+        example.image[:] = 0
+        example.experts[f'{NAME}.{ROUTER}'][:] = 2
+        example.experts[f'{NAME}.{CODEBOOK}'][:] = -1
+    first = figures.patch_maps(seen)[0]
+    (legend,) = first.figure.legends
+    shown = {
+        text.get_text(): patch.get_facecolor()[:3]
+        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+    assert list(shown) == [*(f'expert {i}' for i in range(4)), 'no expert']
+    for row, name in ((1, 'expert 2'), (2, 'no expert')):
+        assert cell(first, row, 1).tolist() == pytest.approx(shown[name], abs=1e-6)
+
+
+def test_axes_of_the_map_by_hand():
+    # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
+    tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5
+    codes = Codes(tokens[:2], torch.tensor([0.5, 0.5]), tokens, torch.tensor([0, 1, 0, 1]))
+    layer = dataclasses.replace(layer_survey(), codebook=codes, num_experts=2)
+    (picture,) = figures.code_maps(Survey('x', 1, None, {NAME: layer}, [], {}))
+    axes = picture.figure.axes[0]
+    assert plain(axes.get_xlabel()) == 'first component, 90 % of the variance'
+    assert plain(axes.get_ylabel()) == 'second component, 10 %'
+    placed = axes.collections[1].get_offsets()
+    assert abs(placed[:, 0]).tolist() == pytest.approx([3, 3])
+    assert placed[:, 1].tolist() == pytest.approx([0, 0])
+    colours = torch.as_tensor(axes.collections[1].get_facecolors()[:, :3])
+    torch.testing.assert_close(colours.float(), expert_colours(2))
+
+
+def test_curves_hold_the_history():
+    lines = history(3)
+    load, codes, change = figures.training_curves(lines)
+    first = load.figure.axes[0].get_lines()[0]
+    assert first.get_xdata().tolist() == [10, 20, 30]
+    shares = [line['layers'][NAME]['load'][0] for line in lines]
+    assert first.get_ydata().tolist() == pytest.approx(shares)
+    assert len(codes.figure.axes[0].get_lines()) == 8
+    moved = {line.get_label(): line.get_ydata().tolist() for line in change.figure.axes[0].lines}
+    assert moved['router'] == pytest.approx([0.1, 0.05, 0.1 / 3])
+    assert all(value != value for value in moved['frozen'])  # no place on an axis of logarithms
+    assert change.figure.axes[0].get_yscale() == 'log'
+    assert figures.training_curves([]) == []
+    assert figures.training_curves([{'iteration': 1, 'layers': {}}]) == []
+
+
+def test_shifts_stand_beside_chance():
+    seen = survey(layers=1)
+    seen.layers[NAME].numbers[f'{ROUTER}/changed_by_chance'] = 0.62
+    table, kept = shift_tables([seen, soft_survey()])
+    # 1 - 0.125 / 0.62, rounded
+    assert kept.rows == [('gaussian_noise 3', ['0.80']), ('flip', ['0.80'])]
+    assert table.heads == [f'{NAME}.{ROUTER}']
+    shown = [(name, plain(cells[0])) for name, cells in table.rows]
+    assert shown == [('by chance', '62 %'), ('gaussian_noise 3', '12 %'), ('flip', '12 %')]
+
+
+def test_patch_takes_the_colour_of_its_expert():
+    images = torch.zeros(1, 1, 4, 6)
+    images[..., 3, 5] = 1.0
+    experts = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
+    tinted = tint_patches(images, experts, num_experts=8)
+    colours = expert_colours(8)
+    assert tinted.shape == (1, 3, 4, 6)
+    for row in range(4):
+        for column in range(6):
+            expected = colours[experts[0, row // 2, column // 2]]
+            if (row, column) == (3, 5):  # the one bright pixel
+                expected = expected + LIGHTEN * (1 - expected)
+            torch.testing.assert_close(tinted[0, :, row, column], expected)
+
+
+def test_label_maps_are_drawn_in_the_colours_of_the_legend():
+    palette = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    labels = torch.tensor([[[0, 1], [2, 0]], [[1, 1], [1, 1]]])
+    rows = {'labels': labels, 'predictions': torch.zeros_like(labels)}
+    figure = plot_segmentation(torch.rand(2, 3, 2, 2), rows, ('none', 'a', 'b'), palette, 't')
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ['image', 'labels', 'predictions']
+    # the first label map, a pixel of each quarter
+    corner = figure.axes[0].images[0].get_array()[CELL + GAP :, :CELL]
+    quarters = corner[CELL // 4 : CELL : CELL // 2, CELL // 4 :: CELL // 2]
+    assert quarters.tolist() == [[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+    # pixels that are no square stand in the middle of their cell, on white
+    wide = rows_of_pictures({'wide': [torch.zeros(1, 2, 8)]}, 't').axes[0].images[0].get_array()
+    assert wide[0, CELL // 2].tolist() == [1, 1, 1] and wide[CELL // 2, 0].tolist() == [0, 0, 0]
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ['none', 'a', 'b']
+    shown = [p.get_facecolor()[:3] for p in legend.get_patches()]
+    assert shown == [*map(tuple, palette.tolist())]

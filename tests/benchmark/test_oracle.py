@@ -20,6 +20,8 @@ from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.routing import Routing
 
+from .. import cases
+
 
 @pytest.fixture
 def cell() -> Cell:
@@ -33,10 +35,8 @@ def settings() -> Settings:
 
 @pytest.mark.parametrize('name', [name for name in OURS if name != 'loop'])
 @pytest.mark.parametrize('backward', [True, False])
-@pytest.mark.parametrize(
-    'change', [{'top_k': 1}, {'dtype': 'float64'}, {'dtype': 'bfloat16', 'amp': True}]
-)
-def test_ours_equals_the_loop(name: str, backward: bool, change, cell: Cell) -> None:
+@cases('change', dict(top_k=1), dict(dtype='float64'), dict(dtype='bfloat16', amp=True))
+def test_ours_equals_the_loop(name, backward, change, cell):
     cell, settings = dataclasses.replace(cell, **change), Settings(backward=backward)
     inputs = Inputs(cell)
     try:
@@ -44,11 +44,6 @@ def test_ours_equals_the_loop(name: str, backward: bool, change, cell: Cell) -> 
     except UnsuitableError as reason:
         pytest.skip(str(reason))
     check_against_oracle(contender, inputs.batch(0), cell, settings)
-
-
-def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """The same value with a wrong gradient."""
-    return tensor * factor - (tensor * (factor - 1)).detach()
 
 
 def swapped(module, batch: Batch) -> list[Tensor]:
@@ -60,7 +55,8 @@ def swapped(module, batch: Batch) -> list[Tensor]:
 def wrong_in(name: str) -> Callable:
     def forward(module, batch: Batch) -> list[Tensor]:
         leaf = getattr(batch, name)
-        broken = dataclasses.replace(batch, **{name: scale_gradient(leaf, 1.1)})
+        scaled = leaf * 1.1 - (leaf * 0.1).detach()  # its gradient is
+        broken = dataclasses.replace(batch, **{name: scaled})
         return list(ours.experts_grouped(module, broken))
 
     return forward
@@ -72,16 +68,14 @@ def detached(module, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize(
-    ('broken', 'named'),
-    [
-        (swapped, 'output 0'),
-        (wrong_in('x'), 'gradient of x'),
-        (wrong_in('weights'), 'gradient of weights'),
-        (detached, r"only one side has \['gradient of weights'\]"),
-    ],
+@cases(
+    'broken, named',
+    (swapped, 'output 0'),
+    (wrong_in('x'), 'gradient of x'),
+    (wrong_in('weights'), 'gradient of weights'),
+    (detached, r"only one side has \['gradient of weights'\]"),
 )
-def test_a_broken_contender_is_refused(broken, named, dtype, cell: Cell, settings) -> None:
+def test_a_broken_contender_is_refused(broken, named, dtype, cell, settings):
     cell = dataclasses.replace(cell, dtype=dtype)
     inputs = Inputs(cell)
     (contender,) = ours.ours(cell, settings, inputs)
@@ -90,7 +84,7 @@ def test_a_broken_contender_is_refused(broken, named, dtype, cell: Cell, setting
         check_against_oracle(contender, inputs.batch(0), cell, settings)
 
 
-def test_nothing_is_timed_beside_a_broken_contender(monkeypatch, cell: Cell, settings) -> None:
+def test_nothing_is_timed_beside_a_broken_contender(monkeypatch, cell, settings):
     monkeypatch.setattr(ours, 'experts_grouped', swapped)
     monkeypatch.setattr('benchmark.layers.interleave', None)  # would fail if reached
     with pytest.raises(WrongResultError, match='ours in 2 x 12 tokens'):
@@ -104,11 +98,11 @@ def network(method: str) -> Network:
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_method_equals_its_loops(method: str) -> None:
+def test_every_method_equals_its_loops(method):
     check_against_loops(network(method))
 
 
-def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_backend_is_not_timed(monkeypatch):
     right = Experts.forward
 
     def wrong(self: Experts, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -119,17 +113,15 @@ def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         check_against_loops(network('smoe'))
 
 
-@pytest.mark.parametrize(
-    ('experts', 'top_k', 'skew', 'fullest'),
-    [
-        # 240 tokens; the fullest expert has skew * 240 * K / E assignments
-        (8, 1, 5.0, 150),
-        (8, 1, 1.0, 30),
-        (8, 2, 4.0, 240),
-        (1, 1, 1.0, 240),
-    ],
+@cases(
+    'experts, top_k, skew, fullest',
+    # 240 tokens; the fullest expert has skew * 240 * K / E assignments
+    (8, 1, 5.0, 150),
+    (8, 1, 1.0, 30),
+    (8, 2, 4.0, 240),
+    (1, 1, 1.0, 240),
 )
-def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest) -> None:
+def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest):
     cell = Cell(tokens=120, batch=2, width=4, experts=experts, top_k=top_k, skew=skew)
     indices = skewed_routing(cell, torch.Generator().manual_seed(0), full=experts - 1)
     counts = indices.flatten().bincount(minlength=experts)
@@ -138,7 +130,7 @@ def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest) ->
     assert counts.sum() == 240 * top_k
 
 
-def test_a_round_repeats_and_the_next_differs(cell: Cell) -> None:
+def test_a_round_repeats_and_the_next_differs(cell):
     first, again, second = (vars(Inputs(cell).batch(index)) for index in (0, 0, 1))
     assert (first['indices'][:, 0] != first['indices'][:, 1]).all()
     for name, value in first.items():
@@ -160,14 +152,14 @@ def counted_macs(contender: Contender, use_oracle: bool = False) -> float:
 
 
 @pytest.mark.parametrize('build', [ours.dense, ours.bound, ours.loop])
-def test_floors_and_loop_do_the_experts_work(build) -> None:
+def test_floors_and_loop_do_the_experts_work(build):
     (contender,) = build(CELL, Settings(), Inputs(CELL))
     assert contender.macs == counted_macs(contender) == EXPERT_MACS
 
 
 # the grouped operator is opaque to the counter, so the loops behind the oracles are counted
 @pytest.mark.parametrize('name', OURS)
-def test_formulas_of_ours_equal_a_count_of_their_oracles(name: str) -> None:
+def test_formulas_of_ours_equal_a_count_of_their_oracles(name):
     try:
         (contender,) = OURS[name](CELL, Settings(), Inputs(CELL))
     except UnsuitableError as reason:  # of a method that has no form with two experts per token
@@ -179,7 +171,7 @@ def test_formulas_of_ours_equal_a_count_of_their_oracles(name: str) -> None:
 
 @pytest.mark.parametrize('name', PEERS)
 @pytest.mark.parametrize('backward', [True, False])
-def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> None:
+def test_peers_do_the_work_they_are_compared_at(name, backward):
     if name not in REFERENCES:
         pytest.importorskip(name.replace('-', '_'))
     made = PEERS[name](CELL, Settings(backward=backward), Inputs(CELL))

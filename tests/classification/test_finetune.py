@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
+from vqmoe_vision.classification import datasets
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
 
-from ..rows import CONFIGS, leaves
+from .. import cases
+from ..rows import CONFIGS, leaves, printed_config
 from ..runs import score, train
 
-LEAVES = leaves('classification/finetune')
 FOLDERS = 'classification/finetune/class_folders.py'
 SIZES: dict[str, Any] = dict(embed_dim=12, depth=4, num_heads=3)
 NAME = 'vit_small_patch16_224.augreg_in21k_ft_in1k'
@@ -61,21 +62,20 @@ def log(work: Path) -> str:
     return next(work.glob('*/*.log')).read_text()
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
-def test_two_iterations_of_each_config(leaf: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize('leaf', leaves('classification/finetune'))
+def test_two_iterations_of_each_config(leaf, tmp_path):
     config = write_config(tmp_path, leaf)
     work = train(config, tmp_path / 'w')
     saved = content(work)
     assert saved['meta']['iter'] == 2
     assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in log(work)
     groups = saved['optimizer']['param_groups']
-    # four blocks between the stem and the head
     rates = sorted({round(group['initial_lr'] / groups[-1]['initial_lr'], 6) for group in groups})
     assert rates == sorted({round(0.65**i, 6) for i in range(6)})
     assert 0 <= score(config, work / 'epoch_1.pth', work)['accuracy/top1'] <= 100
 
 
-def test_weights_by_name_bring_their_normalisation(tmp_path: Path) -> None:
+def test_weights_by_name_bring_their_normalisation(tmp_path):
     file = dict(file=str(tmp_path / 'dense.pth'))  # in the place of the hub
     given = dict(pretrained=True, checkpoint=None, pretrained_cfg_overlay=file, patch_size=8)
     config = write_config(tmp_path, FOLDERS, **given)
@@ -93,21 +93,18 @@ def test_weights_by_name_bring_their_normalisation(tmp_path: Path) -> None:
         assert torch.equal(value, state[f'model.{name}'])
 
 
-OWN: dict[str, Any] = dict(
-    model_name='vit_small_smoe', pretrained=False, moe=dict(_delete_=True, num_experts=2)
-)
+MOE: Any = dict(_delete_=True, num_experts=2)
+OWN: Any = dict(model_name='vit_small_smoe', pretrained=False, moe=MOE)
 
 
-@pytest.mark.parametrize(
+@cases(
     'given',
-    [
-        dict(pretrained=True, pretrained_cfg_overlay=dict(file='{}/model.safetensors')),
-        dict(OWN, upcycle='local-dir:{}'),
-        dict(OWN, checkpoint='{}/model.safetensors'),
-    ],
+    dict(pretrained=True, pretrained_cfg_overlay=dict(file='{}/model.safetensors')),
+    dict(OWN, upcycle='local-dir:{}'),
+    dict(OWN, checkpoint='{}/model.safetensors'),
     ids=lambda given: ' '.join(given),
 )
-def test_nobody_needs_what_a_run_started_from(given: dict[str, Any], tmp_path: Path) -> None:
+def test_nobody_needs_what_a_run_started_from(given, tmp_path):
     source = tmp_path / 'source'
     dense = timm.create_model('deit_tiny_patch16_224', img_size=32, patch_size=8, **SIZES)
     save_for_hf(dense, source, safe_serialization=True)
@@ -128,3 +125,40 @@ def test_nobody_needs_what_a_run_started_from(given: dict[str, Any], tmp_path: P
     publish([str(work), str(tmp_path / 'out')])
     published: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert published.pretrained_cfg['mean'][0] == pytest.approx(0.485)
+
+
+TINY = """
+_base_ = 'mine.py'
+model = dict(img_size=32, depth=4, embed_dim=12, num_heads=3, moe=dict(num_experts=2))
+small = dict(num_workers=0, dataset=dict(transform=dict(input_size=32)))
+train_dataloader = dict(batch_size=4, **small)
+val_dataloader = small
+test_dataloader = small
+train_cfg = dict(max_epochs=1)
+param_scheduler = []
+del small
+"""
+
+
+def test_trains_and_tests(tmp_path):
+    for name in [f'{split}/{name}' for split in ('train', 'val') for name in ('cat', 'dog', 'owl')]:
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for side in (20, 50):
+            pixels = np.random.randint(0, 256, (side, 30, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'data' / name / f'{side}.jpg')
+    (tmp_path / 'mine.py').write_text(printed_config('Classification', str(tmp_path / 'data')))
+    (tmp_path / 'tiny.py').write_text(TINY)
+    work = train(tmp_path / 'tiny.py', tmp_path / 'w')
+    metrics = score(tmp_path / 'tiny.py', work / 'epoch_1.pth', work)
+    assert 0 <= metrics['accuracy/top1'] <= 100 == metrics['accuracy/top5']
+
+
+def test_files_that_are_left_out_for_their_ending_are_told(tmp_path, monkeypatch):
+    for name in ('cat/a.png', 'cat/b.heic', 'cat/c.gif'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new('RGB', (4, 4)).save(path, 'png')
+    told: list[str] = []
+    monkeypatch.setattr(datasets, 'print_log', lambda text, *_: told.append(text))
+    assert len(datasets._image_folder(tmp_path)) == 1
+    assert len(told) == 1 and '2 files are left out' in told[0]

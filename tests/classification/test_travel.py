@@ -23,6 +23,8 @@ from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.models.create import create_model
 
+from .. import refused
+from ..damaged import flip
 from ..rows import CONFIGS, ROWS, row_options
 from ..runs import NORMALIZATION, leave_run, score, train
 
@@ -36,7 +38,7 @@ CODE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory) -> Path:
     """Work dir of a run of one epoch that was validated, and what its test has written."""
     folder = tmp_path_factory.mktemp('trained')
     options = {**OPTIONS, 'train_cfg': dict(max_epochs=1, val_interval=1)}
@@ -61,9 +63,7 @@ def same(model: Any, again: Any) -> None:
     equal(again.eval()(images), model.eval()(images))
 
 
-def test_the_run_as_a_folder_of_timm(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_the_run_as_a_folder_of_timm(trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'sub/my-model'
     numbers = trained.parent / 'scores.json'
     # the line of the page, with the reader's own files in their place
@@ -75,16 +75,13 @@ def test_the_run_as_a_folder_of_timm(
     assert sorted(path.name for path in out.parent.iterdir()) == ['my-model']
     files = ['README.md', 'config.json', 'model.safetensors', 'tiny.py']
     assert sorted(path.name for path in out.iterdir()) == files
-
     model: Any = timm.create_model(f'local-dir:{out}', pretrained=True)
     config = load_config(str(trained / 'tiny.py'))
     (best,) = trained.glob('best_*.pth')
     same(load_trained(config, str(best), 'cpu').model, model)
-    # images reach it as those of the run's test did
     data = digits('test', config.test_dataloader.dataset.transform)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 60, 3), np.uint8))
     equal(create_transform(**resolve_model_data_config(model))(photo), data.transform(photo))
-
     card = ModelCard.load(out / 'README.md')
     scores = json.loads(numbers.read_text())
     assert re.findall(r'^- (\w+): `digits`, split `(\w+)`$', card.text, re.M) == [
@@ -96,7 +93,6 @@ def test_the_run_as_a_folder_of_timm(
     assert f'| test | accuracy/top1 | {scores["accuracy/top1"]:.4g} |' in card.text
     assert 'python tools/train.py tiny.py' in card.text
     assert best.name in card.text and 'mean of 0.3, 0.3, 0.3 and' in card.text
-
     # what the card says is run, and so is the config in the folder
     photo.save(out / 'image.png')
     monkeypatch.chdir(out)
@@ -109,12 +105,11 @@ def test_the_run_as_a_folder_of_timm(
     assert load_config('tiny.py').model == config.model
 
 
-def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Path) -> None:
+def test_timms_files_are_tested_as_the_checkpoint_is(trained, tmp_path):
     folder, run_config = tmp_path / 'out', str(trained / 'tiny.py')
     publish([str(trained), str(folder)])
     expected = json.loads((trained.parent / 'scores.json').read_text())
     assert score(run_config, folder, tmp_path) == pytest.approx(expected)
-
     config = load_config(run_config)
     (best,) = trained.glob('best_*.pth')
     model, weights = load_trained(config, str(best), 'cpu'), folder / 'model.safetensors'
@@ -130,7 +125,7 @@ def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize('row', ROWS)
-def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
+def test_every_row_of_a_comparison(row, tmp_path):
     options = {**OPTIONS, **row_options(row), 'model.drop_path_rate': 0.1}
     run = leave_run(tmp_path / 'run', DIGITS, options, 'abcdefghij')
     publish([str(tmp_path / 'run'), str(tmp_path / 'out')])
@@ -138,8 +133,6 @@ def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
     same(run.model, model)
     assert model.pretrained_cfg['label_names'] == list('abcdefghij')
     assert model.pretrained_cfg['mean'] == pytest.approx(NORMALIZATION.mean)
-
-    # and back: a training that starts from the file has the weights, and feeds what they want
     file = tmp_path / 'out/model.safetensors'
     again = Classifier(**{**load_config(DIGITS, options).model, 'type': None}, checkpoint=str(file))
     again.init_weights()
@@ -149,7 +142,7 @@ def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
         equal(value, run.model.get_parameter(name))
 
 
-def test_numbers_of_another_epoch_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_numbers_of_another_epoch_are_refused(trained, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(trained, run)
     (best,) = run.glob('best_*.pth')
@@ -163,12 +156,10 @@ def test_numbers_of_another_epoch_are_refused(trained: Path, tmp_path: Path) -> 
     publish([str(run), str(tmp_path / 'out'), *numbers, '--checkpoint', str(run / 'epoch_1.pth')])
 
 
-def test_a_flipped_bit_of_published_weights_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_published_weights_is_refused(trained, tmp_path):
     publish([str(trained), str(tmp_path / 'out')])
     weights = tmp_path / 'out/model.safetensors'
-    content = bytearray(weights.read_bytes())
-    content[-9] ^= 1
-    weights.write_bytes(content)
+    flip(weights, -9)
     source = f'local-dir:{tmp_path / "out"}'
     config = json.loads((tmp_path / 'out/config.json').read_text())
     name, options = config['architecture'], config['model_args']
@@ -184,7 +175,7 @@ def test_a_flipped_bit_of_published_weights_is_refused(trained: Path, tmp_path: 
             load()
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path):
     run, out = tmp_path / 'run', tmp_path / 'out'
     leave_run(run, DIGITS, OPTIONS, 'abcdefghij')
     full, bad = tmp_path / 'full', tmp_path / 'bad.json'
@@ -215,7 +206,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([run, out, '--numbers', bad], r'numbers=.*bad\.json'),
         ([run, out, '--checkpoint', tmp_path / 'none.pth'], r"none\.pth'"),
     ):
-        with pytest.raises(SystemExit, match=named) as caught:
-            publish([str(argument) for argument in arguments])
-        assert '\n' not in str(caught.value)
+        refused(named, publish, [str(argument) for argument in arguments], error=SystemExit)
     assert not out.exists() and sorted(path.name for path in full.iterdir()) == ['mine']

@@ -73,8 +73,7 @@ SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder."""
+def repository(tmp_path, monkeypatch) -> Path:
     (tmp_path / 'tools').mkdir()
     (tmp_path / 'tools/train.py').write_text(TRAIN)
     (tmp_path / 'tools/test.py').write_text(TEST)
@@ -84,21 +83,20 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def spec(repository: Path) -> Callable[..., str]:
+def spec(repository) -> Callable[..., str]:
     """Writes a comparison with rows besides dense; gives its path."""
 
     def write(more: str = '', **rows: str) -> str:
         given = {'dense': 'dense_1x', **rows}
-        Path('spec.py').write_text(
-            SPEC.format(rows=', '.join(f'{k}={v!r}' for k, v in given.items())) + more
-        )
+        listed = ', '.join(f'{k}={v!r}' for k, v in given.items())
+        Path('spec.py').write_text(SPEC.format(rows=listed) + more)
         return 'spec.py'
 
     return write
 
 
 @pytest.fixture
-def fill(spec: Callable[..., str]) -> Callable[..., str]:
+def fill(spec) -> Callable[..., str]:
     """Writes results as finished runs leave them: scores by row, one for each seed from 1 on."""
 
     def write(scores: dict[str, list[float]], more: str = '', **changes: Any) -> str:
@@ -112,22 +110,12 @@ def fill(spec: Callable[..., str]) -> Callable[..., str]:
             for seed, value in enumerate(values, 1):
                 run = Run(comparison, row, seed, Path('work_dirs/comparisons'))
                 run.folder.mkdir(parents=True)
-                record = {
-                    'seed': seed,
-                    'commit': 'abc',
-                    'device': 'cpu',
-                    'hardware': 'stub',
-                    'minutes': 9.0,
-                    'cpu_minutes': 1.5,
-                    'params': 2_000_000,
-                    'active_params': 1_000_000,
-                    'macs': 10_000_000,
-                    'iterations': 2,
-                    'first_losses': [1.0 / i for i in range(1, 21)],
-                    'training_loss': [[1, 2.0], [2, 1.0]],
-                    'held_out': [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]],
-                    **changes.get(row, {}),
-                }
+                record = dict(seed=seed, commit='abc', device='cpu', hardware='stub', iterations=2)
+                record |= dict(minutes=9.0, cpu_minutes=1.5, params=2 * 10**6, active_params=10**6)
+                record |= dict(macs=10**7, first_losses=[1.0 / i for i in range(1, 21)])
+                record |= dict(training_loss=[[1, 2.0], [2, 1.0]], **changes.get(row, {}))
+                held_out = [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]]
+                record = {'held_out': held_out, **record}
                 test = {'mIoU': value, 'weights': '0123456789abcdef'}
                 for layer, unused in (('blocks.1.mlp', 0.0), ('blocks.3.mlp', 1.0)):
                     test[f'{layer}/load_unused'] = unused
@@ -141,7 +129,7 @@ def fill(spec: Callable[..., str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def says(capsys) -> Callable[..., str]:
     """What the program says; of one that fails the line of its error."""
 
     def run(*arguments: str) -> str:
@@ -156,7 +144,7 @@ def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 
 
 @pytest.fixture
-def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tables_alone(request, monkeypatch) -> None:
     """Figures take seconds, so only the tests that are about them draw them."""
     if not any(word in request.node.name for word in ('figure', 'images')):
         monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])

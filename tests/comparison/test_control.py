@@ -16,10 +16,12 @@ from vqmoe_vision.comparison.control import Source, all_rows, find_rows
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.routing import Router
 
+from .. import cases
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_clusters_stand_at_right_angles_and_each_has_its_own_labels() -> None:
+def test_clusters_stand_at_right_angles_and_each_has_its_own_labels():
     source = Source(2.0, 1)
     basis = torch.cat([source.directions, source.others])
     torch.testing.assert_close(basis @ basis.T, torch.eye(64), atol=1e-5, rtol=0)
@@ -36,14 +38,14 @@ def test_clusters_stand_at_right_angles_and_each_has_its_own_labels() -> None:
     assert shares.sub(0.25).abs().max() < 0.06
 
 
-def test_layers_that_read_the_image_find_the_tokens_in_it() -> None:
+def test_layers_that_read_the_image_find_the_tokens_in_it():
     tokens = Source(3.0, 1).draw()[0]
     images = control.as_images(tokens)
     assert images.shape == (64, 4, 16, 16)
     assert torch.equal(METHODS['stablemoe'].read_patches(images, (4, 4)), tokens)
 
 
-def test_rows_follow_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_follow_the_table(monkeypatch):
     config = METHODS['smoe'].config
     added = type('Added', (config,), {'PRESETS': {**config.PRESETS, 'mine': {'top_k': 3}}})
     monkeypatch.setitem(METHODS, 'added', replace(METHODS['smoe'], config=added))
@@ -56,7 +58,7 @@ def test_rows_follow_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows['position'].method == 'hashmoe' and rows['frozen'].method == 'smoe'
 
 
-def test_every_row_is_trained_and_tells_what_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_trained_and_tells_what_chooses(monkeypatch):
     monkeypatch.setattr(control, 'TESTED', 1)
     rows, state = all_rows(), torch.get_rng_state()
     for name, row in rows.items():
@@ -72,7 +74,7 @@ def test_every_row_is_trained_and_tells_what_chooses(monkeypatch: pytest.MonkeyP
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_path) -> None:
+def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_path):
     monkeypatch.setattr(control, 'score', partial(control.score, steps=1))
     monkeypatch.setattr(control, 'TESTED', 1)
     monkeypatch.chdir(tmp_path)
@@ -94,7 +96,7 @@ def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_p
         assert says('control', *flags).startswith(f'error: {flags[0]}')
 
 
-def test_the_table_of_the_documents_is_that_of_the_scores() -> None:
+def test_the_table_of_the_documents_is_that_of_the_scores():
     rows = json.loads((ROOT / 'docs/results/control.json').read_text())['rows']
     table = control.table_of(rows)
     assert table in (ROOT / 'docs/results/tables/control.md').read_text()
@@ -118,7 +120,7 @@ LEARNED = ('smoe', 'xmoe', 'vqmoe', 'vqmoe_discrete')
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # a minute of one core, on a machine that may be busy
-def test_learned_routers_find_clusters_that_stand_apart(bar: float) -> None:
+def test_learned_routers_find_clusters_that_stand_apart(bar):
     found = {name: accuracy(name) for name in LEARNED}
     assert min(found.values()) > bar, found
     # codes reach it; of 32,768 tokens 98 % are right to within 0.1 points
@@ -142,7 +144,6 @@ def weight_detached(layer: nn.Module) -> None:
 
 
 def wrong_index(layer: nn.Module) -> None:
-    """That of the token before."""
     changed(layer, lambda decided: replace(decided, indices=decided.indices.roll(1, 0)))
 
 
@@ -152,18 +153,14 @@ def state_not_updated(layer: nn.Module) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ('name', 'fault'),
-    [
-        *((name, fault) for name in LEARNED for fault in (not_trained, wrong_index)),
-        ('smoe', weight_detached),  # the weight of a code is one
-        ('xmoe', weight_detached),
-        ('vqmoe_discrete', state_not_updated),  # the router of the full form would take over
-    ],
+@cases(
+    'name, fault',
+    *((name, fault) for name in LEARNED for fault in (not_trained, wrong_index)),
+    ('smoe', weight_detached),  # the weight of a code is one
+    ('xmoe', weight_detached),
+    ('vqmoe_discrete', state_not_updated),  # the router of the full form would take over,
 )
-def test_a_broken_router_falls_out(
-    name: str, fault: Callable, bar: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_router_falls_out(name, fault, bar, monkeypatch):
     class Broken(control.Bed):
         def __init__(self, row: control.Row) -> None:
             super().__init__(row)

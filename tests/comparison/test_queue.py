@@ -18,16 +18,17 @@ from vqmoe_vision.comparison.queue import _lock, visible_gpus
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run
 
+from .. import cases
 from .conftest import SPEC
 
 WORK = Path('work_dirs/comparisons')
 ROWS = Path('docs/results/rows')
 QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
+LONG = pytest.mark.long
 needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
 
 
 def calls() -> list[str]:
-    """Command lines of all trainings so far."""
     return Path('calls').read_text().splitlines() if Path('calls').exists() else []
 
 
@@ -40,7 +41,7 @@ def until(happens: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_finished_runs_leave_rows_and_are_not_repeated(spec, says) -> None:
+def test_finished_runs_leave_rows_and_are_not_repeated(spec, says):
     path = spec(other='train_cfg.row=3')
     assert '0 of 4 runs are there already' in says('run', path)
     assert len(collected()) == len(calls()) == 4
@@ -54,7 +55,7 @@ def test_finished_runs_leave_rows_and_are_not_repeated(spec, says) -> None:
     assert len(calls()) == 4
 
 
-def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, capsys) -> None:
+def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, capsys):
     path = spec('seeds = [1]', bad='train_cfg.kind=fails', dead='train_cfg.kind=killed', good='')
     line = says('run', path)
     assert line == 'error: 2 of 4 runs failed: bad-seed1, dead-seed1'
@@ -64,16 +65,14 @@ def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, c
     assert 'dead-seed1 failed: killed by SIGKILL' in said
 
 
-@pytest.mark.parametrize(
-    ('harm', 'said'),
-    [
-        (lambda folder: (folder / 'progress').write_text(''), None),
-        (lambda folder: (folder / 'train.log').mkdir(), 'train.log'),
-        (lambda folder: (folder / 'lock').mkdir(), 'lock'),
-        (lambda folder: (folder / 'run.json').write_text('{}'), 'last_checkpoint'),
-    ],
+@cases(
+    'harm, said',
+    (lambda folder: (folder / 'progress').write_text(''), None),
+    (lambda folder: (folder / 'train.log').mkdir(), 'train.log'),
+    (lambda folder: (folder / 'lock').mkdir(), 'lock'),
+    (lambda folder: (folder / 'run.json').write_text('{}'), 'last_checkpoint'),
 )
-def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, said) -> None:
+def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, said):
     """Beside one that runs meanwhile, and one that would come later."""
     path = spec('seeds = [1]', slow='train_cfg.kind=slow', good='')
     folder = Run(read_comparison(path), 'dense', 1, WORK).folder
@@ -90,16 +89,14 @@ def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, s
         assert f'{folder}/{said}' in shown.split('dense-seed1 failed: ')[1].splitlines()[0]
 
 
-def test_jobs_run_at_the_same_time(spec, says) -> None:
+def test_jobs_run_at_the_same_time(spec, says):
     """Each of two waits until the other is there."""
     says('run', spec(both='train_cfg.kind=meets'), '--rows', 'both', '--jobs', '2')
     assert len(collected()) == 2
 
 
-@pytest.mark.parametrize(
-    'signal_', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
-)
-def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
+@pytest.mark.parametrize('signal_', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=LONG)])
+def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_):
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
     queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)
     until(Path('pid').exists)
@@ -122,7 +119,7 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
     assert '--resume' not in slow[0] and '--resume' in slow[1]
 
 
-def test_two_queues_do_not_work_on_the_same_run(spec, says) -> None:
+def test_two_queues_do_not_work_on_the_same_run(spec, says):
     path = spec('seeds = [1]')
     run = Run(read_comparison(path), 'dense', 1, WORK)
     run.folder.mkdir(parents=True)
@@ -138,7 +135,7 @@ def test_two_queues_do_not_work_on_the_same_run(spec, says) -> None:
 
 
 @needs_proc
-def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says) -> None:
+def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says):
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
     pause, states = Path('work_dirs/comparisons/spec/PAUSE'), []
 
@@ -163,18 +160,16 @@ def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says) -> None:
     assert len(collected()) == 2
 
 
-@pytest.mark.parametrize(
-    ('named', 'count', 'gpus'),
-    [
-        (None, 2, ['0', '1']),
-        ('', 0, []),  # hides all
-        ('3,1', 2, ['3', '1']),
-        ('0,-1,2', 1, ['0']),  # what follows is hidden
-        ('MIG-a1,MIG-b2', 1, ['MIG-a1', 'MIG-b2']),  # of which a process opens one
-        ('MIG-a1', 0, []),
-    ],
+@cases(
+    'named, count, gpus',
+    (None, 2, ['0', '1']),
+    ('', 0, []),  # hides all
+    ('3,1', 2, ['3', '1']),
+    ('0,-1,2', 1, ['0']),  # what follows is hidden
+    ('MIG-a1,MIG-b2', 1, ['MIG-a1', 'MIG-b2']),  # of which a process opens one
+    ('MIG-a1', 0, []),
 )
-def test_runs_get_the_gpus_that_cuda_sees(named: str | None, count: int, gpus: list[str]) -> None:
+def test_runs_get_the_gpus_that_cuda_sees(named, count, gpus):
     assert visible_gpus(named, count) == gpus
 
 
@@ -198,7 +193,7 @@ def trained() -> list[str]:
     return [f'{f.parent.name}/{f.name.rpartition("-")[0]}' for f in folders]
 
 
-def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, says) -> None:
+def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, says):
     path = started()
     says('run', 'first.py')
     rmtree(WORK)
@@ -206,7 +201,6 @@ def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, s
     before = {path: path.stat().st_mtime_ns for path in (ROWS / 'first').iterdir()}
     said = says('run', path)
     assert '2 runs that others start from come first: first/dense-seed1, first/dense-seed2' in said
-    # a seed is whole before the next begins
     one = ['first/dense-seed1', 'spec/dense-seed1', 'spec/started-seed1']
     assert trained() == [*one, *(name.replace('seed1', 'seed2') for name in one)]
     assert {path: path.stat().st_mtime_ns for path in (ROWS / 'first').iterdir()} == before
@@ -216,7 +210,7 @@ def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, s
     assert len(trained()) == 6
 
 
-def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) -> None:
+def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says):
     path = started('dense_1x')  # as the row dense of the other
     said = says('run', path, '--rows', 'dense', 'started', '--seeds', '2')
     assert '0 of 2 runs are there already' in said
@@ -225,7 +219,7 @@ def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) 
     assert '2 of 2 runs are there already' in says('run', path, '--seeds', '2')
 
 
-def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, capsys) -> None:
+def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, capsys):
     path = started('train_cfg.kind=fails', other='train_cfg.row=3')
     line = says('run', path, '--seeds', '1')
     assert line == 'error: 2 of 4 runs failed: first/dense-seed1, started-seed1'
@@ -234,20 +228,20 @@ def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, 
     assert 'started-seed1 failed: first/dense-seed1 has left no work_dirs/' in said
 
 
-def test_runs_wait_while_their_source_is_trained(started, says) -> None:
+def test_runs_wait_while_their_source_is_trained(started, says):
     """Though there is room for all of them at once: they would fail without its checkpoint."""
     says('run', started(), '--jobs', '6')
     assert len(collected()) == 4
 
 
-def test_sources_of_sources_come_first(started, spec, says) -> None:
+def test_sources_of_sources_come_first(started, spec, says):
     Path('second.py').write_text(Path(started()).read_text())
     path = spec("start = 'second.py started iter_2.pth'", third=STARTED)
     says('run', path, '--rows', 'third', '--seeds', '1')
     assert trained() == ['first/dense-seed1', 'second/started-seed1', 'spec/third-seed1']
 
 
-def test_a_source_that_was_trained_and_not_tested_is_tested(started, says) -> None:
+def test_a_source_that_was_trained_and_not_tested_is_tested(started, says):
     path = started()
     says('run', path, '--seeds', '1')
     next((WORK / 'first').rglob('test.json')).unlink()

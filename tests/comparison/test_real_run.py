@@ -3,7 +3,6 @@
 import json
 import math
 from base64 import b64decode
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,7 @@ shifts = dict(
 """
 
 
-def test_a_run_leaves_every_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)
     (tmp_path / 'digits.py').write_text(SPEC)
     folders = ['--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]
@@ -53,7 +50,6 @@ def test_a_run_leaves_every_number(
     bits = np.unpackbits(np.frombuffer(b64decode(row['correct']), np.uint8), count=360)
     assert bits.sum() == round(right)
     assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
-    # what stage='dev' has for it
     record = json.loads(next((tmp_path / 'work').rglob('run.json')).read_text())
     assert record['held_out'][-1][1].keys() == row['test'].keys()
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
@@ -61,7 +57,6 @@ def test_a_run_leaves_every_number(
     assert row['threads'] == 1 and row['device'] in ('cpu', 'cuda') and row['hardware']
     samples = {split: data['samples'] for split, data in row['data'].items()}
     assert samples == {'train': 1257, 'val': 180, 'test': 360}
-
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
     content = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())
     shifts, shifted = content['shifts'], content['shift_routing']
@@ -97,16 +92,11 @@ def test_a_run_leaves_every_number(
     assert capsys.readouterr().out.strip().endswith('the training of: vqmoe-seed3')
 
 
-NUMBERS = {
-    'effective_rank_before': 10.0,
-    'effective_rank_after': 5.0,
-    'similarity_outputs': 0.5,
-    'router/load_entropy': 0.9,
-    'router/normalized_mutual_information': 0.1,
-}
+NUMBERS = dict(effective_rank_before=10.0, effective_rank_after=5.0, similarity_outputs=0.5)
+NUMBERS |= {'router/load_entropy': 0.9, 'router/normalized_mutual_information': 0.1}
 
 
-def test_what_stays_is_counted_beyond_chance() -> None:
+def test_what_stays_is_counted_beyond_chance():
     # of two layers chance would change 80 % and 50 %
     layers = {n: {**NUMBERS, 'router/changed_by_chance': c} for n, c in (('a', 0.8), ('b', 0.5))}
     shifts = {'flip': {'a.router': 0.8, 'b.router': 0.5}, 'fog 3': {'a.router': 0, 'b.router': 0.0}}
@@ -126,7 +116,7 @@ def test_what_stays_is_counted_beyond_chance() -> None:
     assert math.isnan(numbers['router/kept when mirrored'])
 
 
-def test_a_corruption_stands_for_all_fifteen() -> None:
+def test_a_corruption_stands_for_all_fifteen():
     tests = expanded('test_dataloader.dataset.transform.shift={corruption}_3')
     names = get_corruption_names('common')
     assert tests == [f'test_dataloader.dataset.transform.shift={name}_3' for name in names]

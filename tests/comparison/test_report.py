@@ -17,6 +17,7 @@ from vqmoe_vision.comparison.frame import contrasts, tidy
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run, Store, images_seen
 
+from .. import cases
 from ..rows import CONFIGS
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
@@ -28,21 +29,6 @@ RESULTS = CONFIGS.parent / 'docs/results'
 CHECKED_IN = sorted(rows.name for rows in (RESULTS / 'rows').glob('*/'))
 
 
-def files() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in TABLES.iterdir()}
-
-
-def test_every_table_and_figure_is_made_from_rows_again(fill, says) -> None:
-    says('table', fill(SCORES))
-    first = files()
-    figures = {'spec-curves.png', 'spec-differences.png'}
-    assert first.keys() == {'spec.md', 'spec.tex', 'spec.csv'} | figures
-    for path in TABLES.iterdir():
-        path.unlink()
-    says('table', 'spec.py')
-    assert files() == first
-
-
 @pytest.mark.parametrize('table', CHECKED_IN)
 def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
@@ -52,13 +38,11 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_pat
     assert made == (RESULTS / f'tables/{table}.md').read_text()
 
 
-IMAGES = [
-    path for path in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in path.read_text()
-]
+IMAGES = [p for p in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in p.read_text()]
 
 
 @pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
-def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch) -> None:
+def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
     made_here = tmp_path / 'images'
@@ -74,7 +58,7 @@ def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monke
             assert made.size == kept.size and made.tobytes() == kept.tobytes(), name
 
 
-def test_numbers_of_the_table_by_hand(fill, says) -> None:
+def test_numbers_of_the_table_by_hand(fill, says):
     says('table', fill(SCORES))
     with (TABLES / 'spec.csv').open() as file:
         rows = {line['row']: line for line in csv.DictReader(file)}
@@ -94,7 +78,7 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     ]  # fmt: skip
 
 
-def test_small_p_and_unequal_compute(fill, says) -> None:
+def test_small_p_and_unequal_compute(fill, says):
     # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
     scores = {'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02], 'dear': [11.0, 21.0, 31]}
     says('table', fill(scores, better={'macs': 10_400_000}, dear={'macs': 10_600_000}))
@@ -107,10 +91,9 @@ def test_small_p_and_unequal_compute(fill, says) -> None:
 
 
 @pytest.mark.parametrize(
-    ('layer', 'value', 'cell'),
-    [(1, None, '0 / 1'), (3, math.nan, '0 / -'), (3, math.inf, '0 / inf')],
+    'layer, value, cell', [(1, None, '0 / 1'), (3, math.nan, '0 / -'), (3, math.inf, '0 / inf')]
 )
-def test_a_statistic_that_a_run_lacks_moves_no_layer(fill, says, layer, value, cell) -> None:
+def test_a_statistic_that_a_run_lacks_moves_no_layer(fill, says, layer, value, cell):
     path = fill(SCORES)
     row = ROWS / 'same-seed2.json'
     content = json.loads(row.read_text())
@@ -123,29 +106,27 @@ def test_a_statistic_that_a_run_lacks_moves_no_layer(fill, says, layer, value, c
     assert cells[-4].strip() == cell
 
 
-def test_nothing_is_finished_yet(spec, says) -> None:
+def test_nothing_is_finished_yet(spec, says):
     path = spec("images = {'curves': 'curves'}\nshifts = {'fog': 'model.fog=1'}")
     for action in ('table', 'check', 'shifts', 'routing'):
         assert says(action, path).startswith('error: no run of spec can be ')
 
 
-@pytest.mark.parametrize(
-    ('more', 'flags', 'field'),
-    [
-        ("also = ['mIuO']", ['table'], "also='mIuO'"),
-        ("images = {'shifts': 'fog'}", ['table', '--images', '.'], "images='shifts'"),
-        ('', ['table', '--images', '.'], '--images'),
-        ('', ['check', '--sample', '0'], '--sample=0'),
-        ('', ['run', '--jobs', '0'], '--jobs=0'),
-    ],
+@cases(
+    'more, flags, field',
+    ("also = ['mIuO']", ['table'], "also='mIuO'"),
+    ("images = {'shifts': 'fog'}", ['table', '--images', '.'], "images='shifts'"),
+    ('', ['table', '--images', '.'], '--images'),
+    ('', ['check', '--sample', '0'], '--sample=0'),
+    ('', ['run', '--jobs', '0'], '--jobs=0'),
 )
-def test_mistakes_are_one_line(fill, says, more: str, flags: list[str], field: str) -> None:
+def test_mistakes_are_one_line(fill, says, more, flags, field):
     path = fill(SCORES, more)
     line = says(flags[0], path, *flags[1:])
     assert line.startswith('error: ') and field in line and '\n' not in line
 
 
-def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys) -> None:
+def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys):
     path = fill(SCORES)
     for name in ('hello-seed1.json', 'dense-seed9.json'):
         (ROWS / name).write_text('{}')
@@ -156,7 +137,7 @@ def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys)
     assert f'- `{line.replace(": ", "`: ")}\n' in shown
 
 
-def test_curves_are_means_with_bands_and_other_rows_are_grey(fill) -> None:
+def test_curves_are_means_with_bands_and_other_rows_are_grey(fill):
     path = Path(fill(SCORES))
     more = "highlighted = ['better', 'dense']\nrows['not run'] = 'train_cfg.row=none'"
     path.write_text(f'{path.read_text()}\n{more}\n')
@@ -177,7 +158,7 @@ def test_curves_are_means_with_bands_and_other_rows_are_grey(fill) -> None:
     assert [text.get_text() for text in legend.get_texts()][-1] == 'other rows: 1'
 
 
-def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says) -> None:
+def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says):
     scores = {'dense': [10.0, 20.0, 40.0], 'a': [20.0, 40.0, 50.0], 'none': [0.0, 0.0, 1.0]}
     path = fill(scores, "shifts = {'fog': 'model.fog=1'}")
     shifted = {'dense': {2: 12, 3: 28}, 'a': {1: 12, 2: 26, 3: 40}, 'none': {1: 0, 2: 0, 3: 0.5}}
@@ -198,17 +179,15 @@ def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says) 
     ]
 
 
-@pytest.mark.parametrize(
-    ('by_epoch', 'drop_last', 'iterations', 'images'),
-    [
-        # ten images in batches of four, of which the third holds two: 4 + 4 + 2, 4
-        (True, False, 4, 14),
-        (True, False, 6, 20),
-        (True, True, 6, 24),  # 4 + 4 an epoch
-        (False, False, 6, 24),  # a sampler that goes on fills the batch
-    ],
+@cases(
+    'by_epoch, drop_last, iterations, images',
+    # ten images in batches of four, of which the third holds two: 4 + 4 + 2, 4
+    (True, False, 4, 14),
+    (True, False, 6, 20),
+    (True, True, 6, 24),  # 4 + 4 an epoch
+    (False, False, 6, 24),  # a sampler that goes on fills the batch,
 )
-def test_images_seen(by_epoch: bool, drop_last: bool, iterations: int, images: int) -> None:
+def test_images_seen(by_epoch, drop_last, iterations, images):
     loader = dict(batch_size=4, drop_last=drop_last)
     config = dict(train_cfg=dict(max_epochs=2) if by_epoch else {}, train_dataloader=loader)
     record = dict(iterations=iterations, data=dict(train=dict(samples=10)))
@@ -216,7 +195,6 @@ def test_images_seen(by_epoch: bool, drop_last: bool, iterations: int, images: i
 
 
 def found(path: str) -> pd.DataFrame:
-    """Its contrasts, a line each."""
     work = {'work_dir': Path('work'), 'results': Path('docs/results'), 'rows': None, 'seeds': None}
     of = cli.Work(Namespace(spec=path, **work))
     results = of.read()
@@ -227,7 +205,7 @@ def found(path: str) -> pd.DataFrame:
 SURE = {'dense': [10.0, 20.0, 30.0], 'sure': [12.0, 22.001, 32.0], 'near': [11.0, 21.1, 31.3]}
 
 
-def test_contrasts_are_corrected_among_themselves(fill, says) -> None:
+def test_contrasts_are_corrected_among_themselves(fill, says):
     """By the noise of all rows; other rows have a p in brackets, which is not corrected."""
     path = fill(SURE, "contrasts = ['sure - dense', 'near - dense']\nmargin = 1.5")
     says('table', path)
@@ -245,7 +223,7 @@ def test_contrasts_are_corrected_among_themselves(fill, says) -> None:
     assert 'for all 2 contrasts' in shown and '(4 degrees of freedom)' in shown
 
 
-def test_what_is_found_is_one_of_four_words(fill) -> None:
+def test_what_is_found_is_one_of_four_words(fill):
     rows = {'a': [10.0, 20.0, 30.0], 'b': [10.1, 20.0, 29.9], 'c': [7.0, 17.1, 26.9]}
     named = "contrasts = ['a - b', 'c - a', 'd - a']\nmargin = 0.5"
     path = fill({**rows, 'd': [10.3, 20.9, 30.6], 'e': [10.0, 20.4, 29.7]}, named)
@@ -255,7 +233,7 @@ def test_what_is_found_is_one_of_four_words(fill) -> None:
     assert found(path)['finding']['a - b'] == 'open'
 
 
-def test_noise_is_that_of_all_comparisons_of_the_budget_and_data(fill) -> None:
+def test_noise_is_that_of_all_comparisons_of_the_budget_and_data(fill):
     path = fill(SURE, "contrasts = ['near - dense']")
     alone = found(path).iloc[0]
     other, budget = Path('docs/results/rows/other'), Path('docs/results/rows/longer')
@@ -273,7 +251,7 @@ def test_noise_is_that_of_all_comparisons_of_the_budget_and_data(fill) -> None:
     assert found(path).iloc[0].equals(alone)
 
 
-def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says) -> None:
+def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says):
     first = fill(SURE, "contrasts = ['near - dense', 'sure - near']")
     Path('first.py').write_text(Path(first).read_text().replace(", 'sure - near'", ''))
     ROWS.rename(ROWS.with_name('first'))

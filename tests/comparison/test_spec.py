@@ -21,30 +21,22 @@ from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 
+from .. import cases
 from ..rows import CONFIGS
 
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
 # Options that rows of finished comparisons had: they can be read, and not be trained again.
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
+
+
 # the paper's tables: docs/how-to/compare.md
-PAPER = (
-    'classification/cifar100.py',
-    'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
-)
-# models of timm, with weights
-KEPT = (
-    'classification/finetune/imagenette.py',
-    'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',
-)
-
-
 @pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
+def root(monkeypatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
 
 
 @pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
-def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> None:
+def test_every_row_of_every_comparison_can_be_built(path, root):
     comparison = read_comparison(str(path))
     for row in comparison.rows:
         run = Run(comparison, row, comparison.seeds[0], Path('work_dirs'))
@@ -61,7 +53,7 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
 
 
 @pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
-def test_whatever_learns_to_route_meets_both_controls(path: Path, root: None) -> None:
+def test_whatever_learns_to_route_meets_both_controls(path, root):
     """From scratch those from scratch, and from a checkpoint those from it."""
     comparison = read_comparison(str(path))
     if comparison.name == 'digits':  # which decides nothing
@@ -78,8 +70,12 @@ def test_whatever_learns_to_route_meets_both_controls(path: Path, root: None) ->
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
-@pytest.mark.parametrize('leaf', PAPER)
-def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
+@cases(
+    'leaf',
+    'classification/cifar100.py',
+    'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+)
+def test_a_config_is_a_comparison_of_all_rows(leaf, root):
     comparison = read_comparison(f'configs/{leaf}')
     assert comparison.name == '-'.join(Path(leaf).with_suffix('').parts[-2:])
     assert comparison.rows.keys() == {*ROWS, *CONTROLS}
@@ -92,8 +88,12 @@ def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')
 
 
-@pytest.mark.parametrize('leaf', KEPT)
-def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> None:
+@cases(
+    'leaf',
+    'classification/finetune/imagenette.py',
+    'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',
+)
+def test_rows_keep_a_model_of_timm_and_its_weights(leaf, root):
     comparison = read_comparison(f'configs/{leaf}')
     assert comparison.rows.keys() == {*ROWS, *CONTROLS} - {'dense_2x'}  # whose weights fit none
     for row in comparison.rows:
@@ -108,18 +108,14 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> Non
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense_1x')
 
 
-@pytest.mark.parametrize(
-    ('name', 'options', 'of_all_rows', 'moe_blocks'),
-    [
-        ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='last2')), [], 2),
-        ('vit_tiny_vqmoe', dict(moe=dict()), ['model.depth=6'], 3),  # every second block
-        ('vit_tiny_vqmoe', dict(depth=4, moe=dict(moe_layers=[0])), [], 1),
-        ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe')), [], 6),
-    ],
+@cases(
+    'name, options, of_all_rows, moe_blocks',
+    ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='last2')), [], 2),
+    ('vit_tiny_vqmoe', dict(moe=dict()), ['model.depth=6'], 3),  # every second block
+    ('vit_tiny_vqmoe', dict(depth=4, moe=dict(moe_layers=[0])), [], 1),
+    ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe')), [], 6),
 )
-def test_dense_2x_has_the_compute_of_two_experts_in_every_config(
-    name: str, options: dict, of_all_rows: list[str], moe_blocks: int, tmp_path: Path
-) -> None:
+def test_dense_2x_has_the_compute_of_two_experts(name, options, of_all_rows, moe_blocks, tmp_path):
     own = dict(type='Classifier', model_name=name, num_classes=10, img_size=32, patch_size=4)
     own |= {**options, 'moe': {'preset': 'matched', **options['moe']}, '_delete_': True}
     path, spec = tmp_path / 'own.py', tmp_path / 'compared.py'
@@ -139,7 +135,7 @@ def test_dense_2x_has_the_compute_of_two_experts_in_every_config(
     assert macs['dense_2x'] > 1.05 * macs['dense_1x']
 
 
-def test_options_of_the_row_win_over_the_budget(spec) -> None:
+def test_options_of_the_row_win_over_the_budget(spec):
     own = 'smoe train_cfg.max_iters=9 model.moe.moe_layers="(1, 3)"'
     comparison = read_comparison(spec("options = ['train_cfg.max_iters=7']", own=own))
     run, other = (Run(comparison, row, 2, Path('work')) for row in ('own', 'dense'))
@@ -152,7 +148,7 @@ def test_options_of_the_row_win_over_the_budget(spec) -> None:
     assert len({each.folder for each in (run, other, Run(longer, 'dense', 2, Path('work')))}) == 3
 
 
-def test_rows_follow_the_table_of_methods(spec) -> None:
+def test_rows_follow_the_table_of_methods(spec):
     more = 'all_methods = True\nall_presets = True'
     rows = read_comparison(spec(more, more_experts='smoe model.moe.num_experts=16')).rows
     differing = {
@@ -166,7 +162,7 @@ def test_rows_follow_the_table_of_methods(spec) -> None:
     assert rows['smoe_frozen'][-1] == 'model.moe.preset=frozen'
 
 
-def test_rows_that_start_from_another_run_take_it_at_their_seed(spec) -> None:
+def test_rows_that_start_from_another_run_take_it_at_their_seed(spec):
     Path('first.py').write_text(Path(spec(other='smoe')).read_text())
     given = "start = 'first.py dense iter_2.pth'\nall_methods = True\nall_started = True"
     comparison = read_comparison(spec(given, a='smoe model.checkpoint={start:other}'))
@@ -186,63 +182,59 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec) -> None:
 FROM = "start = 'first.py dense a.pth'\n"
 
 
-@pytest.mark.parametrize(
-    ('more', 'field'),
-    [
-        ("start = 'dense'", 'start='),
-        ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
-        ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
-        (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
-        (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
-        (f"{FROM}rows['a'] = 'smoe a={{start :dense}}'", 'rows.a='),
-        ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe']"),
-        ("all_methods = 'False'", 'all_methods='),
-        *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', '[-1]', '[1, 1]')),
-        ('seeds = 5', 'seeds='),
-        ("rows['lr/2'] = 'smoe'", "row='lr/2'"),
-        ("rows['one'] = 'smoke'", "row='smoke'"),
-        ("rows['one'] = 'dense_1x a=\\'1'", 'rows.one='),
-        ("rows['one'] = 'dense_1x optimiser.lr=3'", 'optimiser.lr=3'),
-        ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
-        ("options = ['randomness.seed=3']", 'randomness.seed=3'),
-        ("shifts = dict(fog='a.b=1')", 'shifts.fog='),
-        ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
-        ("stage = 'val'", 'stage='),
-        ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
-        ('metric = 3', 'metric='),
-        ("contrasts = ['dense']", 'contrasts='),
-        ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
-        ('margin = -1.0', 'margin='),
-        ("budget = 'long'", "fields ['budget']"),
-        ("config = 'first.py'", 'model.model_name=None'),
-        ('rows = dict(', 'spec.py, line 5'),
-    ],
+@cases(
+    'more, field',
+    ("start = 'dense'", 'start='),
+    ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
+    ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
+    (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
+    (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
+    (f"{FROM}rows['a'] = 'smoe a={{start :dense}}'", 'rows.a='),
+    ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe']"),
+    ("all_methods = 'False'", 'all_methods='),
+    *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', '[-1]', '[1, 1]')),
+    ('seeds = 5', 'seeds='),
+    ("rows['lr/2'] = 'smoe'", "row='lr/2'"),
+    ("rows['one'] = 'smoke'", "row='smoke'"),
+    ("rows['one'] = 'dense_1x a=\\'1'", 'rows.one='),
+    ("rows['one'] = 'dense_1x optimiser.lr=3'", 'optimiser.lr=3'),
+    ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
+    ("options = ['randomness.seed=3']", 'randomness.seed=3'),
+    ("shifts = dict(fog='a.b=1')", 'shifts.fog='),
+    ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
+    ("stage = 'val'", 'stage='),
+    ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
+    ('metric = 3', 'metric='),
+    ("contrasts = ['dense']", 'contrasts='),
+    ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
+    ('margin = -1.0', 'margin='),
+    ("budget = 'long'", "fields ['budget']"),
+    ("config = 'first.py'", 'model.model_name=None'),
+    ('rows = dict(', 'spec.py, line 5'),
 )
-def test_mistakes_are_one_line_and_start_no_run(spec, says, more: str, field: str) -> None:
+def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
     Path('first.py').write_text(Path(spec()).read_text())
     line = says('run', spec(more))
     assert line.startswith('error: ') and field in line and '\n' not in line
     assert not Path('calls').exists()
 
 
-@pytest.mark.parametrize(
-    ('config', 'said'),
-    [
-        ('classification/finetune/imagenette.py', 'extra_mlps=2'),
-        ('classification/test_vit.py', "model.model_name='test_vit_vqmoe'"),
-        ('classification/imagenet/vit_tiny_dense_imagenet.py', 'model.moe=None'),
-    ],
+@cases(
+    'config, said',
+    ('classification/finetune/imagenette.py', 'extra_mlps=2'),
+    ('classification/test_vit.py', "model.model_name='test_vit_vqmoe'"),
+    ('classification/imagenet/vit_tiny_dense_imagenet.py', 'model.moe=None'),
 )
-def test_models_that_rows_cannot_be_made_of(says, root: None, tmp_path, config, said) -> None:
+def test_models_that_rows_cannot_be_made_of(says, root, tmp_path, config, said):
     fields = (
-        "metric = 'accuracy/top1'\nseeds = [1]\nrows = {'dense_2x': 'dense_2x', 'smoe': 'smoe'}\n"
+        "metric = 'accuracy/top1'\nseeds = [1]\nrows = dict(dense_2x='dense_2x', smoe='smoe')\n"
     )
     (tmp_path / 'own.py').write_text(f"config = 'configs/{config}'\n{fields}")
     folders = ['--work-dir', str(tmp_path), '--results', str(tmp_path)]
     assert said in says('run', str(tmp_path / 'own.py'), *folders)
 
 
-def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:
+def test_every_option_of_vqmoe_has_a_line_on_its_default():
     page = (CONFIGS.parent / 'docs/explanation/methods.md').read_text()
     lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
     measured, names = set(), set[str]()

@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 
 from vqmoe_vision.comparison import cli
+from vqmoe_vision.comparison import spec as spec_module
+from vqmoe_vision.comparison.cli import compared
 from vqmoe_vision.comparison.queue import Queue, Task
 from vqmoe_vision.comparison.report import draw_figures
-from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.store import FIELDS, Run, Store
+from vqmoe_vision.comparison.spec import canonical, read_comparison, recipe_of
+from vqmoe_vision.comparison.store import FIELDS, SPLITS, Run, Store
+from vqmoe_vision.moe import METHODS
+
+from .. import cases
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
@@ -23,7 +28,6 @@ SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 @pytest.fixture
 def finished(spec, says) -> list[Run]:
-    """Runs that have rows."""
     path = spec()
     says('run', path)
     comparison = read_comparison(path)
@@ -34,7 +38,7 @@ def row(run: Run) -> dict[str, Any]:
     return json.loads((ROWS / f'{run.name}.json').read_text())
 
 
-def test_another_queue_leaves_what_was_measured_meanwhile(finished) -> None:
+def test_another_queue_leaves_what_was_measured_meanwhile(finished):
     """It took the runs up before they were finished, and comes to them when they are."""
     store = Store(ROWS)
     store.add(finished[0], shifts={'fog': {'a': 1.0}})
@@ -43,7 +47,7 @@ def test_another_queue_leaves_what_was_measured_meanwhile(finished) -> None:
     assert row(finished[0])['shifts'] == {'fog': {'a': 1.0}}
 
 
-def test_many_writers_at_the_same_moment(finished) -> None:
+def test_many_writers_at_the_same_moment(finished):
     run, names = finished[0], {str(number) for number in range(16)}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda n: Store(ROWS).add(run, shifts={n: {n: 1.0}}), names))
@@ -51,7 +55,7 @@ def test_many_writers_at_the_same_moment(finished) -> None:
     assert {path.name for path in ROWS.iterdir()} == {f'{run.name}.json' for run in finished}
 
 
-def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
+def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch):
     monkeypatch.setattr(cli, 'draw_figures', draw_figures)
     path = fill(SCORES)
     for file in ROWS.iterdir():
@@ -61,8 +65,6 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
 
 
 def having(**changes: Any) -> Callable[[str], str]:
-    """Without what is None."""
-
     def harm(text: str) -> str:
         content = {**json.loads(text), **changes}
         return json.dumps({n: v for n, v in content.items() if v is not None})
@@ -70,21 +72,19 @@ def having(**changes: Any) -> Callable[[str], str]:
     return harm
 
 
-@pytest.mark.parametrize(
-    ('harm', 'said'),
-    [
-        *((having(**{name: None}), name) for name in ('row', 'test', 'held_out')),
-        (having(test={'mIoU': math.nan}), 'test'),
-        (having(test={'mAcc': 3.0}), 'test'),
-        (having(version=1), 'version 1'),
-        (having(seed=3), 'seed=3'),
-        (having(metric='mAcc'), "metric='mAcc'"),
-        (having(stage='dev'), "stage='dev'"),
-        (lambda text: '<<<<<<< HEAD', 'Expecting value'),
-        (lambda text: '[]', 'version None'),
-    ],
+@cases(
+    'harm, said',
+    *((having(**{name: None}), name) for name in ('row', 'test', 'held_out')),
+    (having(test={'mIoU': math.nan}), 'test'),
+    (having(test={'mAcc': 3.0}), 'test'),
+    (having(version=1), 'version 1'),
+    (having(seed=3), 'seed=3'),
+    (having(metric='mAcc'), "metric='mAcc'"),
+    (having(stage='dev'), "stage='dev'"),
+    (lambda text: '<<<<<<< HEAD', 'Expecting value'),
+    (lambda text: '[]', 'version None'),
 )
-def test_a_damaged_row_is_left_out_alone(fill, says, harm: Any, said: str) -> None:
+def test_a_damaged_row_is_left_out_alone(fill, says, harm, said):
     path = fill(SCORES)
     damaged = ROWS / 'same-seed1.json'
     damaged.write_text(harm(damaged.read_text()))
@@ -95,7 +95,7 @@ def test_a_damaged_row_is_left_out_alone(fill, says, harm: Any, said: str) -> No
 
 
 @pytest.mark.parametrize('harm', ['{', '{}', '{"first_losses": 3}'])
-def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys, harm: str) -> None:
+def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys, harm):
     for run in finished:
         (ROWS / f'{run.name}.json').unlink()
     (finished[0].folder / 'run.json').write_text(harm)
@@ -105,9 +105,7 @@ def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys, harm: 
     assert 'dense-seed1 failed: ' in said and str(finished[0].folder) in said
 
 
-def test_of_stage_dev_the_score_is_that_of_the_last_validation(
-    repository: Path, spec, says, capsys
-) -> None:
+def test_of_stage_dev_the_score_is_that_of_the_last_validation(repository, spec, says, capsys):
     (repository / 'tools/test.py').write_text("import sys; sys.exit('error: it was tested')")
     path = spec("stage = 'dev'", other='train_cfg.row=3')
     says('run', path, '--rows', 'dense')
@@ -120,9 +118,265 @@ def test_of_stage_dev_the_score_is_that_of_the_last_validation(
     assert 'the same on held-out images' not in shown  # they are these
     assert says('shifts', path) == 'error: spec.py: shifts names none'
     assert "routing is measured on test data, which stage='dev' spares" in says('routing', path)
-    # a training that does not end with a validation
     train = (repository / 'tools/train.py').read_text()
     (repository / 'tools/train.py').write_text(train.replace('iterations=2', 'iterations=3'))
     assert says('run', path, '--seeds', '1') == 'error: 1 of 1 runs failed: other-seed1'
     said = capsys.readouterr().out
     assert 'other-seed1: held_out=2 ' in said and 'after 3 iterations' in said
+
+
+USUAL = {split: {'samples': 40_000, 'digest': f'usual {split}'} for split in SPLITS}
+
+
+def table() -> str:
+    return Path('docs/results/tables/spec.md').read_text()
+
+
+def change(name: str, **fields: Any) -> None:
+    path = ROWS / f'{name}.json'
+    content = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({n: v for n, v in content.items() if v is not None}))
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_rows_of_other_data_are_listed_and_not_mixed_in(fill, says, split):
+    path = fill(SCORES, dense={'data': USUAL}, same={'data': USUAL})
+    change('same-seed1', data={**USUAL, split: {'samples': 40_000, 'digest': 'other'}})
+    says('table', path)
+    said = f'its {split} data are 40,000 samples (other), those of 5 others'
+    assert f'- `same-seed1.json`: mixed: {said}' in table()
+    assert '| 24.50 ' in table()  # of the two that are left
+    assert 'Data: train 40,000 samples (usual train); val 40,000' in table()
+    assert 'not recorded' not in table()
+    # nor is it trained again: with the data that are here, that would end as it did
+    assert '6 of 6 runs are there already' in says('run', path)
+
+
+def test_rows_whose_data_were_not_recorded_count(fill, says):
+    path = fill(SCORES)
+    change('same-seed1', data=USUAL)
+    change('same-seed2', data={'test': USUAL['test']})
+    says('table', path)
+    assert 'mixed' not in table() and '| 20.00 ' in table()
+    assert 'Which data they saw is not recorded of 4 of 6 runs.' in table()
+
+
+def test_rows_that_are_about_other_data_are_not_mixed(fill, says):
+    """Such as those with a long tail, whose config says so."""
+    tail = {**USUAL, 'train': {'samples': 900, 'digest': 'tail'}}
+    option = "rows['same'] += ' train_dataloader.dataset.imbalance=100'"
+    path = fill(SCORES, option, dense={'data': USUAL}, same={'data': tail})
+    says('table', path)
+    assert 'mixed' not in table() and 'stale' not in table()
+    assert 'train 40,000 samples (usual train) and 900 samples (tail)' in table()
+
+
+STARTED = {
+    'dense': 'dense_1x',
+    'one': 'dense_1x model.checkpoint={start}',
+    'two': 'smoe model.checkpoint={start}',
+    'three': 'dense_1x train_cfg.more=1 load_from={start}',
+}
+
+
+@pytest.fixture
+def started(spec, says) -> str:
+    """Rows that start from the dense one of their seed, whose runs are finished."""
+    Path('first.py').write_text(Path(spec('seeds = [1, 2]')).read_text())
+    path = spec("seeds = [1]\nstart = 'first.py dense iter_2.pth'\n", **STARTED)
+    says('run', path)
+    return path
+
+
+def test_rows_that_began_with_other_weights_are_left_out(started, says):
+    says('table', started)
+    assert 'mixed' not in table()
+    change('three-seed1', starting_weights={'load_from': 'other'})
+    says('table', started)
+    (line,) = [line for line in table().splitlines() if 'mixed' in line]
+    assert line.startswith('- `three-seed1.json`: mixed: its starting weights are first/dense-')
+    assert '/iter_2.pth (other), those of 2 others first/dense-seed1-' in line
+    assert '4 of 4 runs are there already' in says('run', started)
+
+
+def test_where_as_many_began_with_either_none_is_taken_for_the_right_ones(started, says):
+    change('one-seed1', starting_weights=None)
+    change('two-seed1', starting_weights={'model.checkpoint': 'other'})
+    says('table', started)
+    lines = [line for line in table().splitlines() if 'mixed' in line]
+    assert [line[3 : line.index('-seed1')] for line in lines] == ['two', 'three']
+
+
+def test_a_check_does_not_take_other_weights_for_other_code(started, says, monkeypatch):
+    change('two-seed1', starting_weights={'model.checkpoint': 'lost'})
+    change('one-seed1', starting_weights={'model.checkpoint': 'lost'})
+    monkeypatch.setenv('DRIFT', '0.1')
+    assert says('check', started, '--rows', 'one').endswith(': one-seed1')
+    assert 'checked' not in json.loads((ROWS / 'one-seed1.json').read_text())
+
+
+def test_a_refuted_row_is_left_out_until_it_is_trained_anew(spec, says, monkeypatch):
+    path = spec()
+    says('run', path)
+    says('check', path, '--seeds', '1')
+    with monkeypatch.context() as elsewhere:  # a machine that rounds otherwise
+        elsewhere.setenv('DRIFT', '0.01')
+        assert (
+            says('check', path, '--seeds', '2')
+            == 'error: 1 rows did not come out again: dense-seed2'
+        )
+    says('table', path)
+    assert '`dense-seed2.json`: stale: loss ' in table()
+    Path('calls').unlink()
+    assert '1 of 2 runs are there already' in says('run', path)
+    (call,) = Path('calls').read_text().splitlines()
+    assert '--resume' not in call
+    assert len(list(Path('work_dirs/comparisons/spec').glob('dense-seed2-*-stale1'))) == 1
+    says('table', path)
+    assert 'stale' not in table()
+    assert 'The first losses of 1 of 2 runs came out again, at ' in table()
+    assert 'Not checked: dense-seed2.' in table()
+    assert '2 of 2 runs are there already' in says('run', path)
+
+
+def test_a_training_that_fails_refutes_nothing_and_loses_no_other(spec, says, repository, capsys):
+    path = spec('seeds = [1]', other='train_cfg.row=3')
+    says('run', path)
+    train = (repository / 'tools/train.py').read_text()
+    fails = "import sys\nif 'train_cfg.row=3' not in sys.argv: sys.exit('error: no data')\n"
+    (repository / 'tools/train.py').write_text(fails + train)
+    assert says('check', path) == 'error: 1 rows did not come out again: dense-seed1'
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        'dense-seed1 cannot be repeated: error: no data',
+        'the first losses of 1 of 2 rows came out again',
+    ]
+    says('table', path)
+    assert 'stale' not in table()
+
+
+@cases(
+    'now, equal, number',
+    ([2.0, 2.001, 2.0], True, 2),
+    ([2.0, 2.0, 2.003], False, 3),
+    ([2.0, float('nan'), 2.0], False, 2),
+    ([2.0, 2.0, float('inf')], False, 3),
+)
+def test_a_loss_that_is_no_number_never_came_out_again(now, equal, number):
+    found = compared(now, [2.0, 2.0, 2.0])
+    assert found['equal'] is equal
+    assert found['finding'].startswith(f'loss {number} is ')
+    # nor does one of a row that was no number in the first place
+    assert not compared([2.0, float('nan')], [2.0, float('nan')])['equal']
+
+
+TWO_SEEDS = {'dense': [10.0, 20.0], 'other': [11.0, 20.0]}
+CONFIG: Any = METHODS['smoe'].config
+MODEL = {'type': 'Classifier', 'model_name': 'vit_tiny_vqmoe', 'moe': {'preset': 'matched'}}
+# An option that a method gets belongs into `spec._ADDED`, with the value that changes nothing. A
+# default that changes makes another recipe, and all rows that had it stale: then its line changes.
+RECIPES = {
+    'smoe': '512ba48df4e4b278',
+    'xmoe': 'c77d062be8bb875b',
+    'stablemoe': '466f7bbc6cff6f8b',
+    'softmoe': '76971d7955890699',
+    'vqmoe': '55751df684565036',
+    'ecmoe': 'aaa079d26de7a2ff',
+    'hashmoe': 'c68418b1b471d22a',
+    'mocle': 'c0d20abfb7a55e51',
+}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_recipes_of_today_are_those_of_the_rows(method):
+    config = {'model': {'model_name': f'vit_tiny_{method}', 'moe': {'preset': 'paper'}}}
+    if METHODS[method].needs_features:
+        config['model']['features'] = 'dense.pth'
+    assert recipe_of(config) == RECIPES[method]
+
+
+@cases(
+    'change',
+    {'work_dir': 'elsewhere', 'resume': True, 'launcher': 'pytorch'},
+    {'randomness': {'seed': 7}},
+    {'default_hooks': {'checkpoint': {'interval': 7}, 'logger': {'interval': 7}}},
+    {'tta_model': {'type': 'SegTTAModel'}, 'tta_pipeline': [{'type': 'TestTimeAug'}]},
+    {'model': {**MODEL, 'drop': 0}},  # given as 0.0
+    {'custom_hooks': [{'type': 'B'}, {'type': 'A', 'momentum': 0.1}]},
+    {'val_cfg': {}},
+)
+def test_what_changes_no_number_leaves_a_recipe(change):
+    config = {
+        'model': {**MODEL, 'drop': 0.0},
+        'custom_hooks': [{'type': 'A', 'momentum': 0.1}, {'type': 'B'}],
+    }
+    assert recipe_of({**config, **change}) == recipe_of(config)
+
+
+@cases(
+    'change',
+    {'custom_hooks': [{'type': 'EMAHook'}]},
+    {'default_hooks': {'param_scheduler': None}},
+    {'randomness': {'seed': 7, 'deterministic': True}},
+    {'train_cfg': {'max_epochs': 7}},
+    {'model': {**MODEL, 'moe': {'preset': 'matched', 'moe_layers': (2, 3)}}},
+    {'model': {**MODEL, 'moe': {'preset': 'matched', 'ema_decay': 0.9}}},
+    {'model': {**MODEL, 'moe': {'preset': 'paper'}}},
+    {'a_field_that_nobody_knows': 1},
+)
+def test_what_may_change_a_number_changes_the_recipe(change):
+    assert recipe_of({'model': MODEL, **change}) != recipe_of({'model': MODEL})
+
+
+def test_an_option_that_is_added_leaves_recipes_unless_it_is_used(monkeypatch):
+    config, used = {'model': MODEL}, {'model': {**MODEL, 'moe': {'output_norm': True}}}
+    before, other = canonical(config), recipe_of(used)
+    monkeypatch.setattr(spec_module, '_ADDED', {'moe.output_norm': False})
+    assert canonical(config) == {n: v for n, v in before.items() if n != 'moe.output_norm'}
+    assert recipe_of(used) == other
+
+
+@pytest.mark.parametrize('of_preset', [False, True])
+def test_a_changed_default_or_preset_makes_rows_stale(fill, says, monkeypatch, of_preset):
+    path = fill(TWO_SEEDS, "rows['dense'] = 'dense_1x train_cfg.row=dense'")
+    says('table', path)
+    assert 'stale' not in table()
+    defaults = CONFIG.PRESETS['paper'] if of_preset else CONFIG.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, 'router_noise', 0.125)
+    says('table', path)
+    recipe_then = json.loads((ROWS / 'other-seed1.json').read_text())['recipe']
+    reason = f'stale: recipe {recipe_then} of commit abc, today '
+    assert f'`other-seed1.json`: {reason}' in table() and f'`other-seed2.json`: {reason}' in table()
+    assert '2 of 4 runs are there already' in says('run', path)
+    says('table', path)
+    assert 'stale' not in table()
+
+
+@pytest.fixture
+def rows_of_a_start(spec, says) -> str:
+    """A comparison with results whose rows start from another's, and the row behind each."""
+    says('run', spec())
+    for folder in Path('work_dirs/comparisons/spec').glob('dense-seed*'):
+        (folder / 'iter_2.pth').touch()
+    text = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\n"
+    text += "start = 'spec.py dense iter_2.pth'\n"
+    Path('started.py').write_text(text + "rows = dict(one='model.checkpoint={start}')\n")
+    assert says('run', 'started.py').startswith('0 of 2')
+    return 'started.py'
+
+
+@cases(
+    'change',
+    ('spec.py', 'dense=', 'plain='),
+    ('spec.py', "'dense_1x'", "'dense_1x train_cfg.max_iters=3'"),
+    ('started.py', 'iter_2', 'iter_1'),
+)
+def test_rows_that_would_start_from_another_run_are_stale(rows_of_a_start, says, change):
+    file, before, after = change
+    path = Path(file)
+    path.write_text(path.read_text().replace(before, after))
+    if after == 'plain=':
+        own = Path(rows_of_a_start).read_text().replace('spec.py dense', 'spec.py plain')
+        Path(rows_of_a_start).write_text(own)
+    line = says('table', rows_of_a_start, '--work-dir', 'elsewhere')
+    assert 'one-seed1.json: stale: recipe ' in line

@@ -1,15 +1,42 @@
 """MoCLE against a plain reading of its equations, and what holds of clusters in any training."""
 
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
 import pytest
+import timm
 import torch
-from torch import nn
+from mmengine.registry import MODELS
+from timm.models import save_for_hf
+from torch import Tensor, nn
 
-from vqmoe_vision.contrib.mocle import ClusterRouter, Clusters, MoCLEConfig
-from vqmoe_vision.moe.raw_patches import Host, RawPatches
+from vqmoe_vision.contrib.mocle import (
+    ClusterRouter,
+    Clusters,
+    MoCLEConfig,
+    fit_reader,
+    load_features,
+)
+from vqmoe_vision.engine.checkpoint import read_state
+from vqmoe_vision.engine.cli import load_config, train
+from vqmoe_vision.engine.model import scope_of
+from vqmoe_vision.models import convert_to_moe
+from vqmoe_vision.models.compat import misfit_of
+from vqmoe_vision.models.fitting import transfer
+from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe.raw_patches import Host, RawPatches, image_reader
 
+from .. import cases, refused
+from ..models.conftest import TINY, fit_state, make
 from ..moe.by_hand import assert_by_hand, expert
 from ..moe.conftest import OneLayer as make_layer
 from ..moe.conftest import Pixels
+from ..runs import leave_dense
+from ..soak.kinds import FOUR_SCENES, SCENES, same
 
 D, E = 8, 4
 
@@ -17,7 +44,6 @@ D, E = 8, 4
 def naive(net, x):
     """Images (B, N, D), one token after the other."""
     out, router, experts = torch.zeros_like(x), net.layer.router, net.layer.experts
-
     for b, image in enumerate(x):
         distances = (net.reader.centroids - image.detach().mean(dim=0)).norm(dim=1)
         embedding = router.cluster_embed[distances.argmin()]
@@ -118,3 +144,218 @@ def test_a_network_is_frozen_whatever_the_model_does():
     assert not features.requires_grad and torch.equal(features, reader.features(images))
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(features, reader.features(images))
+
+
+METHOD = next(name for name, method in METHODS.items() if method.needs_features)
+
+
+def dense(**kwargs: Any) -> Any:
+    return timm.create_model('vit_tiny_patch16_224', **{**TINY, **kwargs})
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    return image_reader(model).features(images)
+
+
+@cases(
+    'kwargs',
+    {},
+    {'class_token': False, 'global_pool': 'avg'},
+    {'reg_tokens': 2},
+    {'class_token': False, 'global_pool': 'map'},
+    {'global_pool': 'prr'},
+    {'global_pool': 'avg', 'pool_include_prefix': True},
+)
+@torch.no_grad()
+def test_features_are_those_of_the_dense_model(images, kwargs):
+    source = dense(**kwargs).eval()
+    tokens, state = source.forward_features(images), source.state_dict()
+    expected = source.fc_norm(tokens[:, source.num_prefix_tokens :].mean(dim=1))
+    loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
+    load_features(loaded, state, 'dense.pth')
+    upcycled.load_state_dict(transfer(upcycled, state, 'dense.pth')[0], strict=False)
+    convert_to_moe(converted, METHOD)
+    for model in (loaded, upcycled, converted):
+        torch.testing.assert_close(features(model.train(), images), expected)
+        assert not image_reader(model).fitted
+
+
+def loaded(model: nn.Module, strict: bool, assign: bool = False) -> nn.Module:
+    other = make(METHOD, num_clusters=2, device='meta' if assign else None)
+    other.load_state_dict(model.state_dict(), strict=strict, assign=assign)
+    return other.train()
+
+
+AGAIN = {
+    'itself': lambda model: model,
+    'copy': copy.deepcopy,
+    'pickle': lambda model: pickle.loads(pickle.dumps(model)),
+    'strict': lambda model: loaded(model, strict=True),
+    'lenient': lambda model: loaded(model, strict=False),
+    'assigned': lambda model: loaded(model, strict=True, assign=True),
+    'double': lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize('fitted', [True, False])
+@pytest.mark.parametrize('again', AGAIN.values(), ids=AGAIN)
+def test_a_model_knows_whether_it_is_fitted_wherever_from(images, again, fitted, monkeypatch):
+    monkeypatch.setattr(layer_module, '_said', set())  # as if nothing had been warned of yet
+    model = make(METHOD, num_clusters=2)
+    if fitted:
+        fit_reader(model, [images])
+    model = again(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        model(images)
+    said = [w for w in caught if 'not fitted to the training set' in str(w.message)]
+    assert len(said) == (not fitted)
+    assert bool(image_reader(model).fitted) == fitted
+
+
+def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> Any:
+    """A model of other sizes with the weights of one."""
+    if how == 'folder':
+        save_for_hf(model, folder, model_args={**TINY, **sizes}, safe_serialization=True)
+        return timm.create_model(f'local-dir:{folder}', pretrained=True)
+    again, state = make(METHOD, **sizes), model.state_dict()
+    if how == 'path':
+        torch.save(state, folder.with_suffix('.pth'))
+        return make(METHOD, checkpoint_path=str(folder.with_suffix('.pth')), **sizes)
+    if how == 'fitted':
+        assert misfit_of(again, state) == ''
+        sizes_of_images = [tuple(model.patch_embed.img_size)]
+        state = fit_state(again, state, 'f.pth', sizes_of_images)[0]
+    if how == 'cast':  # which averages and tools that cast whole files do
+        state = {name: value.float() for name, value in state.items()}
+    again.load_state_dict(state, assign=how == 'assigned')
+    return again
+
+
+@pytest.mark.parametrize('how', ['folder', 'path', 'assigned', 'cast', 'fitted'])
+@cases(
+    'before, after',
+    ({}, {'img_size': 48}),
+    ({'img_size': (32, 64)}, {'img_size': (64, 32)}),  # as many positions
+    ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
+    ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
+)
+def test_a_network_keeps_the_size_that_clusters_were_fitted_at(before, after, how, tmp_path):
+    model, images = make(METHOD, **before), torch.randn(8, 3, 32, 64)
+    fit_reader(model, [images.repeat(8, 1, 1, 1) + torch.randn(64, 3, 32, 64)])
+    network, expected = image_reader(model).network, features(model, images)
+    model.set_input_size(**after)
+    assert torch.equal(features(model, images), expected)
+    again = moved(how, model, {**before, **after}, tmp_path / 'model')
+    reader = image_reader(again)
+    assert reader.network.sizes == tuple(reader.sizes.tolist()) == network.sizes
+    assert list(reader.parameters()) == [] and reader.sizes.dtype == torch.int64
+    assert torch.equal(features(again, images), expected)
+    small = torch.randn(2, 3, *model.patch_embed.img_size)
+    assert torch.equal(again.eval()(small), model.eval()(small))
+
+
+@cases(
+    'call, said',
+    (lambda model: load_features(model, dense(embed_dim=48).state_dict(), 'f'), r'\(1, 1, 48\)'),
+    (lambda model: load_features(model, dense(depth=5).state_dict(), 'f'), r'unexpected keys: '),
+    (lambda model: load_features(model, dense(depth=3).state_dict(), 'f'), r'missing keys: '),
+    (lambda model: load_features(model, make('smoe').state_dict(), 'f'), "'f' has experts"),
+    (lambda model: load_features(model, 'dense.pth', 'f'), 'state_dict='),
+    (lambda model: fit_reader(model, [torch.zeros(3, 32, 32)]), 'batches='),
+    (lambda model: fit_reader(model, [torch.full((8, 3, 32, 32), torch.nan)]), 'features='),
+    (lambda model: fit_reader(model, [torch.zeros(3, 3, 32, 32)]), 'num_clusters=4 .* at most 3'),
+    (lambda model: fit_reader(make('smoe'), []), 'model='),
+    (lambda model: fit_state(model, make(METHOD).state_dict(), 'f'), r'cluster_embed is \(64, 32'),
+)
+def test_mistakes_change_nothing(call, said):
+    model = make(METHOD, num_clusters=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    refused(said, call, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+SIZES = 'patch_size=16, embed_dim=12, depth=2, num_heads=3'
+MOE = 'moe=dict(_delete_=True, num_experts=3, num_clusters=4)'
+CLASSIFICATION = f"""
+_base_ = {str(DIGITS)!r}
+experiment_name = NAME
+model = dict(model_name='vit_tiny_{METHOD}', {SIZES}, {MOE})
+train_dataloader = dict(batch_size=600)
+train_cfg = dict(max_epochs=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
+"""
+SEGMENTATION = f"""
+_base_ = {str(SCENES)!r}
+experiment_name = NAME
+model = dict(
+    backbone=dict(model_name='vit_tiny_{METHOD}', {SIZES}, {MOE}), decode_head=dict(num_layers=1)
+)
+{FOUR_SCENES}
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
+"""
+READER = '.reader.'
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / 'tiny.py').write_text(text.replace('NAME', repr(folder.name)))
+    return str(folder / 'tiny.py')
+
+
+def part(state: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key.partition(name)[2]: value for key, value in state.items() if name in key}
+
+
+def test_clusters_come_first_and_a_resumed_run_is_the_same(tmp_path):
+    field, files = 'model.backbone', ('iter_1.pth', 'iter_2.pth')
+    config, work = write(tmp_path, SEGMENTATION), tmp_path / 'work'
+    dense = leave_dense(tmp_path / 'dense.pth', config, field)
+    given = ['--cfg-options', f'{field}.features={dense}']
+    train([config, '--work-dir', str(work), *given])
+    first, last = (read_state(str(work / file)) for file in files)
+    assert part(first, READER)['fitted']
+    assert len(part(first, READER)['centroids'].unique(dim=0)) == 4
+    network = part(first, f'{READER}network.')
+    saved = read_state(dense)
+    assert network and all(
+        any(key.endswith(name) and torch.equal(value, other) for key, other in saved.items())
+        for name, value in network.items()
+    )
+    assert same(part(first, READER), part(last, READER))
+    (work / files[1]).unlink()
+    (work / 'last_checkpoint').write_text(files[0])
+    named = f'experiment_name=resumed {tmp_path.name}'  # it may start within the same second
+    train([config, '--resume', '--work-dir', str(work), '--cfg-options', named])
+    assert same(read_state(str(work / files[1])), last)
+
+
+def test_a_dense_checkpoint_to_start_from_is_enough(tmp_path):
+    config, work = write(tmp_path, CLASSIFICATION), tmp_path / 'work'
+    file = leave_dense(tmp_path / 'dense.pth', config, 'model')
+    given = [f'model.checkpoint={file}', 'train_cfg.max_epochs=1']
+    train([config, '--work-dir', str(work), '--cfg-options', *given])
+    state = read_state(str(work / 'epoch_1.pth'))
+    assert part(state, READER)['fitted']
+    assert not torch.equal(state['model.pos_embed'], part(state, READER)['network.pos_embed'])
+
+
+def test_without_features_a_training_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r'^error: features=None is not possible: the checkpoint'):
+        train([write(tmp_path, CLASSIFICATION), '--work-dir', str(tmp_path / 'work')])
+
+
+def test_images_are_normalised_as_the_features_want_it(tmp_path):
+    config = write(tmp_path, CLASSIFICATION)
+    kept = torch.tensor([[0.5] * 3, [0.25] * 3])
+    file = leave_dense(tmp_path / 'dense.pth', config, 'model', normalization=kept)
+    settings = load_config(config)
+    with scope_of(settings):
+        model = MODELS.build(settings.model).model
+    found = image_reader(model).before_start(file, False, None)
+    assert found.std == (0.25,) * 3
+    assert image_reader(model).before_start(file, True, found) == found
+    other = type(found)(found.mean, (0.5,) * 3)
+    with pytest.raises(ValueError, match=r'features=.* is not possible: weights for images with m'):
+        image_reader(model).before_start(file, True, other)

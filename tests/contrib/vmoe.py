@@ -147,9 +147,7 @@ def padded_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
     return 4 * math.ceil(math.ceil(tokens * top_k * factor / experts) / 4)
 
 
-def write_files(
-    prefix: Path, tree: Tree, shards: int = 2, version: str | None = '20220622'
-) -> None:
+def write_files(prefix: Path, tree: Tree, shards: int = 2, version: Any = '20220622') -> None:
     """A checkpoint in V-MoE's files: arrays are halved, and halves lie in different shards."""
     nested: dict[str, Any] = {}
     for name, value in tree.items():
@@ -175,8 +173,7 @@ def shard_file(prefix: Path, shard: int = 0, shards: int = 2) -> Path:
 
 
 def _packed(content: Any) -> bytes:
-    packed: bytes = msgpack.packb(content, strict_types=True)
-    return packed
+    return msgpack.packb(content, strict_types=True)
 
 
 def _indexed(node: Any, files: list[dict[str, Any]], place: list[int]) -> Any:
@@ -203,8 +200,7 @@ def _indexed(node: Any, files: list[dict[str, Any]], place: list[int]) -> Any:
 
 
 def _slices(box: Sequence[tuple[int, int]]) -> bytes:
-    packed: bytes = msgpack.packb([msgpack.packb((a, b, None)) for a, b in box])
-    return packed
+    return msgpack.packb([msgpack.packb((a, b, None)) for a, b in box])
 
 
 def _array(values: Tensor) -> msgpack.ExtType:

@@ -26,7 +26,6 @@ GRACE = 10.0
 
 
 def rank(folder: Path, tool: str, variables: dict[str, str], arguments: list[str]) -> int:
-    """Starts a rank, and returns its process."""
     process = os.fork()
     if process:
         return process

@@ -13,29 +13,26 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine import checkpoint
 from vqmoe_vision.engine import model as model_module
 from vqmoe_vision.engine.checkpoint import read_state, start_from
-from vqmoe_vision.engine.model import start_model, weights_normalization
+from vqmoe_vision.engine.model import read_normalization, start_model, weights_normalization
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.normalization import Normalization
 
-from ..models.test_stated_experts import left_by_timm
+from .. import cases, refused
+from ..damaged import Call
+from ..models.test_origin import left_by_timm
 
-SIZES: dict[str, Any] = dict(
-    img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7
-)
+SIZES: Any = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
 
 
-def write(path: Path) -> dict:
-    """A checkpoint as a validated run leaves it."""
+def test_weights_and_log_are_read_as_data(tmp_path):
     hub = {'log': HistoryBuffer([1.0, 3.0], [1, 1]), 'mIoU': np.float32(0.5), 'iter': np.int64(2)}
-    torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': hub}, path)
-    return hub
-
-
-def test_weights_and_log_are_read_as_data(tmp_path: Path) -> None:
-    hub = write(tmp_path / 'a.pth')
+    torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': hub}, tmp_path / 'a.pth')
     for _ in range(2):  # some mmengine takes its own list back after each checkpoint
         _load_checkpoint(str(tmp_path / 'a.pth'), map_location='cpu')
         read = torch.load(tmp_path / 'a.pth', weights_only=True)
@@ -44,25 +41,12 @@ def test_weights_and_log_are_read_as_data(tmp_path: Path) -> None:
         assert read['message_hub']['mIoU'] == hub['mIoU'] and read['message_hub']['iter'] == 2
 
 
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
-
 def leaves(path: Path) -> Call:
-    """Code that leaves a file."""
     return Call(open, str(path), 'w')
 
 
 @pytest.mark.parametrize('variable', ['', 'FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY', 'both'])
-def test_no_loader_of_mmengine_runs_code(
-    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_loader_of_mmengine_runs_code(variable, tmp_path, monkeypatch):
     for name in ('FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY'):
         if variable in (name, 'both'):
             monkeypatch.setenv(f'TORCH_{name}_LOAD', '1')
@@ -75,7 +59,6 @@ def test_no_loader_of_mmengine_runs_code(
     for content, sound in (({'w': leaves(tmp_path / 'ran')}, False), ({'w': torch.ones(2)}, True)):
         for path in (tmp_path / 'a.pth', hub / 'hub/checkpoints/a.pth'):
             torch.save(content, path)
-        # our own readers too, under the same variables
         for read in (read_state, *(partial(_load_checkpoint, name) for name in names)):
             given = names[:1] if read is read_state else []
             if sound:
@@ -86,9 +69,7 @@ def test_no_loader_of_mmengine_runs_code(
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_loader_that_is_called_by_its_name_runs_no_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loader_that_is_called_by_its_name_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path / 'hub/checkpoints').mkdir(parents=True)
     torch.save({'w': leaves(tmp_path / 'ran')}, tmp_path / 'hub/checkpoints/a.pth')
@@ -97,7 +78,7 @@ def test_a_loader_that_is_called_by_its_name_runs_no_code(
     assert not (tmp_path / 'ran').exists()
 
 
-def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path):
     torch.save({'w': torch.ones(2)}, tmp_path / 'a.pth')
 
     def read(_: int) -> bool:
@@ -107,7 +88,7 @@ def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path: Path) -> 
         assert all(pool.map(read, range(200)))
 
 
-def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
+def test_onedl_reads_data_alone_from_every_store(tmp_path):
     load = getattr(upstream, '_safe_torch_load', None)
     if load is None:
         pytest.skip('mmengine has no such function')
@@ -119,7 +100,7 @@ def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
+def test_a_log_changes_no_other_log(tmp_path):
     hostile = HistoryBuffer([1.0], [1])  # the first of a process fills the table
     methods = dict(HistoryBuffer._statistics_methods)
     try:
@@ -136,16 +117,14 @@ def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
     assert HistoryBuffer([1.0, 3.0], [1, 1]).statistics('mean') == 2  # (1 + 3) / 2
 
 
-@pytest.mark.parametrize(
+@cases(
     'config',
-    [
-        "model = dict(type='A', sizes=(1, -2.5), names=['a', None])\nx = {'a': True}\n",
-        "__import__('os').system('true')\n",
-        'a = (\n',
-        7,
-    ],
+    "model = dict(type='A', sizes=(1, -2.5), names=['a', None])\nx = {'a': True}\n",
+    "__import__('os').system('true')\n",
+    'a = (\n',
+    7,
 )
-def test_no_text_of_a_config_is_seen(config: Any, tmp_path: Path) -> None:
+def test_no_text_of_a_config_is_seen(config, tmp_path):
     meta = {'iter': 3, 'cfg': config, 'config': config}
     # mmengine's inferencers prefer the one of the message hub
     hub = {'runtime_info': {'iter': 3, 'cfg': config}}
@@ -154,7 +133,7 @@ def test_no_text_of_a_config_is_seen(config: Any, tmp_path: Path) -> None:
     assert read['meta'] == {'iter': 3} and read['message_hub'] == {'runtime_info': {'iter': 3}}
 
 
-def test_no_text_of_a_config_hides_in_another_container(tmp_path: Path) -> None:
+def test_no_text_of_a_config_hides_in_another_container(tmp_path):
     """In a record of numpy, which has names too, or behind a method that a file brings."""
     names = Call(np.dtype, [('runtime_info', [('cfg', 'U5')]), ('cfg', 'U5')])
     scalar = np.float32(0).__reduce__()[0]
@@ -170,17 +149,15 @@ def test_no_text_of_a_config_hides_in_another_container(tmp_path: Path) -> None:
         assert type(read) is dict and read['meta'] == {}
         assert read.get('message_hub', {}) == {}
     torch.save(info, tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='is a void and no dictionary'):
-        _load_checkpoint(str(tmp_path / 'a.pth'))
+    refused('is a void and no dictionary', _load_checkpoint, str(tmp_path / 'a.pth'))
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
     path, content = tmp_path / 'a.pth', {'state_dict': {'w': torch.arange(500.0)}}
     torch.save(content, path)
     sound, draw, found = path.read_bytes(), random.Random(0), 0
     weights = sound.index(torch.arange(500.0).numpy().tobytes())
     for number in range(200):
-        # every second one in the weights
         place = draw.randrange(len(sound)) if number % 2 else weights + draw.randrange(2000)
         spoilt = bytearray(sound)
         spoilt[place] ^= 1 << draw.randrange(8)
@@ -195,27 +172,26 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     assert found >= 100
 
 
-def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path: Path) -> None:
+def saved_bytes(folder: Path) -> tuple[Path, bytearray]:
+    torch.save({'w': torch.arange(500.0)}, folder / 'a.pth')
+    return folder / 'a.pth', bytearray((folder / 'a.pth').read_bytes())
+
+
+def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
     """torch leaves the memory of its tensor as it was, and no checksum sees it."""
-    path = tmp_path / 'a.pth'
-    torch.save({'w': torch.arange(500.0)}, path)
-    content = bytearray(path.read_bytes())
+    path, content = saved_bytes(tmp_path)
     entry = content.rindex(b'PK\x01\x02', 0, content.rindex(b'data/0'))
     content[entry + 38] ^= 0x10  # of the attributes in the central directory
     path.write_bytes(content)
-    with pytest.raises(ValueError, match='is damaged'):
-        read_state(str(path))
+    refused('is damaged', read_state, str(path))
 
 
 @pytest.mark.parametrize('more', [0, 65_540, 65_550])
-def test_a_flipped_bit_is_found_whatever_follows_the_file(more: int, tmp_path: Path) -> None:
-    path = tmp_path / 'a.pth'
-    torch.save({'w': torch.arange(500.0)}, path)
-    content = bytearray(path.read_bytes())
+def test_a_flipped_bit_is_found_whatever_follows_the_file(more, tmp_path):
+    path, content = saved_bytes(tmp_path)
     content[content.index(torch.arange(500.0).numpy().tobytes()) + 7] ^= 1
     path.write_bytes(content + bytes(more))  # torch reads on to the end; zipfile looks less far
-    with pytest.raises(ValueError, match='is damaged'):
-        read_state(str(path))
+    refused('is damaged', read_state, str(path))
 
 
 def built_by(field: str, path: str) -> dict[str, Any]:
@@ -227,9 +203,7 @@ def built_by(field: str, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize('averages', [None, 'state_dict_ema', 'model_ema'])
 @pytest.mark.parametrize('field', ['load_from', 'checkpoint', 'checkpoint_path', 'upcycle', 'file'])
-def test_a_checkpoint_of_timms_script_is_read_by_every_way(
-    field: str, averages: str | None, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_timms_script_is_read_by_every_way(field, averages, tmp_path):
     source = tiny('vit_tiny_smoe')
     path = left_by_timm(source, tmp_path / 'out', 'vit_tiny_smoe', model_kwargs={})
     if averages is not None:  # which count, before the weights of the last step
@@ -251,9 +225,7 @@ def tiny(name: str, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize('field', ['checkpoint', 'checkpoint_path', 'upcycle', 'file'])
-def test_layers_begin_a_new_training_and_the_log_says_so(
-    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_begin_a_new_training_and_the_log_says_so(field, tmp_path, monkeypatch):
     lines: list[str] = []
     for module in (checkpoint, model_module):
         monkeypatch.setattr(module, 'print_log', lambda line, logger: lines.append(line))
@@ -275,3 +247,73 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(images), finished(images))
     assert '1 layers that were frozen learn to route again, in a first stage' in lines
+
+
+SMALL: dict[str, Any] = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3)
+DEIT, AUGREG = 'deit_tiny_patch16_224', 'vit_tiny_patch16_224'
+IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+GREY = Normalization((0.5,) * 3, (0.5,) * 3)
+SEGMENTATION = 'model = dict(data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3))'
+
+
+def dense(folder: Path, name: str = DEIT) -> None:
+    """Weights of a model as a file without more, and as timm's folder."""
+    model = timm.create_model(name, **SMALL)
+    torch.save(model.state_dict(), folder / 'bare.pth')
+    save_for_hf(model, folder / 'hub', safe_serialization=True)
+
+
+def run_file(folder: Path, **state: torch.Tensor) -> str:
+    torch.save({'state_dict': state, 'meta': {'cfg': SEGMENTATION}}, folder / 'run.pth')
+    return str(folder / 'run.pth')
+
+
+@cases(
+    'name, arguments, expected',
+    ('vit_tiny_smoe', {}, None),
+    (AUGREG, {}, None),  # its configuration is there, weights are not
+    ('vit_tiny_smoe', {'upcycle': 'local-dir:{}/hub'}, IMAGENET),
+    ('vit_tiny_smoe', {'upcycle': '{}/bare.pth'}, None),
+    ('vit_tiny_smoe', {'upcycle': '{}/hub/model.safetensors'}, IMAGENET),
+    ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/hub/model.safetensors'}, IMAGENET),
+    ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth'}, None),
+    (AUGREG, {'checkpoint_path': '{}/hub/model.safetensors'}, IMAGENET),
+    (AUGREG, {'checkpoint_path': '{}/bare.pth'}, None),
+    ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth', **vars(GREY)}, GREY),
+    (DEIT, {'pretrained': True, 'file': '{}/bare.pth'}, IMAGENET),
+    (AUGREG, {'pretrained': True, 'file': '{}/bare.pth'}, GREY),
+    (AUGREG, {'pretrained': True, 'cfg': '{}/bare.pth', **vars(GREY)}, GREY),
+    ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/hub/model.safetensors'}, IMAGENET),
+    ('vit_tiny_smoe', {'pretrained': True, 'cfg': '{}/bare.pth'}, None),
+)
+def test_weights_that_timm_loads(name, arguments, expected, tmp_path):
+    dense(tmp_path)
+    placed = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in arguments.items()}
+    said = {k: placed.pop(k) for k in ('file', 'cfg', 'mean', 'std') if k in placed}
+    if 'cfg' in said:
+        placed['pretrained_cfg'] = {'file': said.pop('cfg'), **said}
+    elif said:
+        placed['pretrained_cfg_overlay'] = said
+    model = create_model(name, **{**SMALL, 'num_classes': 1000}, **placed)
+    assert weights_normalization(model, None, placed) == expected
+
+
+@pytest.mark.parametrize('way', ['upcycle', 'overlay', 'stated'])
+def test_timm_loads_a_checkpoint_of_a_run(way, tmp_path):
+    state = timm.create_model(AUGREG, **SMALL).state_dict()
+    kept = {f'model.{name}': value for name, value in state.items()}
+    path = run_file(tmp_path, normalization=IMAGENET.values(), **kept)
+    stated = vars(GREY) if way == 'stated' else {}
+    overlay = {'pretrained': True, 'pretrained_cfg_overlay': {'file': path, **stated}}
+    arguments: dict[str, Any] = {'upcycle': path} if way == 'upcycle' else overlay
+    model = create_model('vit_tiny_smoe', **SMALL, **arguments)
+    found = weights_normalization(model, None, arguments)
+    assert found is not None
+    assert not found.differing(GREY if stated else IMAGENET)
+
+
+def test_it_is_what_the_model_kept(tmp_path):
+    assert read_normalization(run_file(tmp_path, normalization=GREY.values())) == GREY
+    # of a model that was saved before a training, and of a run of mmseg
+    assert read_normalization(run_file(tmp_path, normalization=torch.zeros(2, 3))) is None
+    assert read_normalization(run_file(tmp_path)) is None

@@ -25,6 +25,7 @@ from vqmoe_vision.engine.checkpoint_files import (
 )
 from vqmoe_vision.engine.cli import train
 
+from ..damaged import flip
 from ..forked import METHOD, ROOT, spawn
 
 OWN = 'a run'
@@ -37,12 +38,6 @@ def write(path: Path, iteration: int, saved_at: float | None, size: int = 1000) 
     hub = {'runtime_info': {RUN: OWN}}
     content = {'meta': meta, 'state_dict': {'w': torch.ones(size)}, 'message_hub': hub}
     torch.save(content, path)
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def write_limited(_rank: int, path: Path, killed: bool) -> None:
@@ -58,9 +53,7 @@ def write_limited(_rank: int, path: Path, killed: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_bytes_reach_the_disk_before_their_name_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
     """No kill can show this, only a machine without power: the calls themselves are watched."""
     steps: list[str] = []
     fsync, replace = os.fsync, os.replace
@@ -82,7 +75,7 @@ def test_bytes_reach_the_disk_before_their_name_does(
 
 
 @pytest.mark.parametrize('killed', [False, True])
-def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed: bool, tmp_path: Path) -> None:
+def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed, tmp_path):
     path = tmp_path / 'a.pth'
     path.write_bytes(b'old')
     with pytest.raises((ProcessExitedException, ProcessRaisedException)) as ended:
@@ -99,7 +92,7 @@ def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed: bool, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
 
 
-def test_the_newest_file_that_reads_completely_is_found(tmp_path: Path) -> None:
+def test_the_newest_file_that_reads_completely_is_found(tmp_path):
     # times of the files, as a copy leaves them, say the opposite of what is in them
     for age, iteration in enumerate((3, 4, 2)):
         write(tmp_path / f'iter_{iteration}.pth', iteration, 100.0 + iteration)
@@ -110,7 +103,6 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path, said.append).name == 'iter_4.pth'
     (reason,) = said
     assert "weights.pth' is no checkpoint of a run" in reason
-
     flip(tmp_path / 'iter_4.pth', (tmp_path / 'iter_4.pth').stat().st_size // 2)
     cut_off = (tmp_path / 'iter_3.pth').read_bytes()[:2000]
     (tmp_path / 'iter_3.pth').write_bytes(cut_off)
@@ -121,14 +113,13 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path: Path) -> None:
     # a run that is started again does not go on from what was there before it
     with pytest.raises(FileNotFoundError, match=r"iter_4\.pth' is damaged"):
         newest_checkpoint(tmp_path, said.append, after=102.0)
-
     for path in candidates(tmp_path):
         path.write_bytes(b'')
     with pytest.raises(FileNotFoundError, match=r'finds no checkpoint in .* reads completely: '):
         newest_checkpoint(tmp_path, said.append)
 
 
-def test_a_file_that_is_cut_off_anywhere_is_passed_over(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_anywhere_is_passed_over(tmp_path):
     for iteration in (1, 2):
         write(tmp_path / f'iter_{iteration}.pth', iteration, float(iteration), size=20_000)
     content = (tmp_path / 'iter_2.pth').read_bytes()
@@ -145,7 +136,7 @@ def hold(folder: Path) -> None:
         time.sleep(600)
 
 
-def test_a_work_dir_is_for_one_training_at_a_time(tmp_path: Path) -> None:
+def test_a_work_dir_is_for_one_training_at_a_time(tmp_path):
     process = get_context(METHOD).Process(target=hold, args=(tmp_path,))
     process.start()
     while not (tmp_path / 'held').exists():
@@ -160,7 +151,7 @@ def test_a_work_dir_is_for_one_training_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_names_reach_nothing_outside_the_folder(tmp_path: Path) -> None:
+def test_names_reach_nothing_outside_the_folder(tmp_path):
     work, other = tmp_path / 'work', tmp_path / 'thesis.pth'
     work.mkdir()
     for path in (other, work / 'notes.txt', work / 'iter_1.pth'):
@@ -174,9 +165,7 @@ def test_names_reach_nothing_outside_the_folder(tmp_path: Path) -> None:
     assert last_checkpoint(work) == work / 'thesis.pth'
 
 
-def test_a_restart_knows_which_checkpoints_are_older(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restart_knows_which_checkpoints_are_older(tmp_path, monkeypatch):
     known: list[float | None] = []
 
     def attempt(number: int, saved_at: float) -> None:

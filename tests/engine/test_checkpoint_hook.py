@@ -15,6 +15,7 @@ from vqmoe_vision.engine.checkpoint_files import RUN, newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
 from vqmoe_vision.engine.cli import load_config, train
 
+from .. import cases
 from ..forked import run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,7 @@ def write_config(folder: Path) -> str:
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Work dir of two epochs."""
+def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('two_epochs')
     train([write_config(folder), '--work-dir', str(folder / 'work')])
     return folder / 'work'
@@ -46,7 +46,7 @@ def names(work: Path) -> list[str]:
     return sorted(p.name for p in work.iterdir() if p.suffix in ('.pth', '.part'))
 
 
-def test_files_name_each_other_without_folders(trained: Path) -> None:
+def test_files_name_each_other_without_folders(trained):
     last, best = names(trained)[1], names(trained)[0]
     assert last == 'epoch_2.pth' and best.startswith('best_accuracy_top1_epoch_')
     assert (trained / 'last_checkpoint').read_text() == last
@@ -66,9 +66,7 @@ def resumed(config: str, work: Path, epochs: int = 3) -> Runner:
     return runner
 
 
-def test_a_copied_work_dir_leaves_the_original_alone(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copied_work_dir_leaves_the_original_alone(trained, tmp_path, monkeypatch):
     work = tmp_path / 'copy'
     shutil.copytree(trained, work)
     before = {path: path.read_bytes() for path in trained.glob('*.pth')}
@@ -89,9 +87,7 @@ def crafted(trained: Path, work: Path, **info: Any) -> None:
 
 
 @pytest.mark.parametrize('run', [32 * 'a', None, 7])
-def test_no_checkpoint_deletes_a_file_of_another_run(
-    run: Any, trained: Path, tmp_path: Path
-) -> None:
+def test_no_checkpoint_deletes_a_file_of_another_run(run, trained, tmp_path):
     work = tmp_path / 'work'
     theirs = ['best_thesis.pth', 'epoch_1.pth', 'epoch_0.pth', 'thesis.pth']
     outdated = ['thesis.pth', 'best_thesis.pth', 5000 * 'n' + '.pth', 'other.pth']
@@ -107,35 +103,30 @@ def test_no_checkpoint_deletes_a_file_of_another_run(
     part.touch()
     resumed(write_config(tmp_path), work)
     assert {*theirs, 'other.pth', '.thesis.part'} < {*names(work)}
-    # its own, once there is a newer one
     assert (work / 'epoch_2.pth').exists() == (run != 32 * 'a')
     assert part.is_file()
 
 
-def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_path: Path) -> None:
+def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained, tmp_path):
     thesis, folder = tmp_path / 'best_thesis.pth', tmp_path / 'epoch_..'
     thesis.touch()
+    best = dict(best_ckpt=str(thesis), best_score=-1.0)
+    kept = ['../epoch_..', f'/../{thesis.name}', 0, 1, 2]
+    outdated = [str(thesis), '../best_thesis.pth', str(folder)]
     folder.mkdir()
-    crafted(
-        trained,
-        tmp_path / 'work',
-        best_ckpt=str(thesis),
-        best_score=-1.0,
-        keep_ckpt_ids=['../epoch_..', f'/../{thesis.name}', 0, 1, 2],
-        outdated_ckpts=[str(thesis), '../best_thesis.pth', str(folder)],
-    )
+    crafted(trained, tmp_path / 'work', **best, keep_ckpt_ids=kept, outdated_ckpts=outdated)
     resumed(write_config(tmp_path), tmp_path / 'work')
     assert thesis.is_file() and folder.is_dir()
     assert len(names(tmp_path / 'work')) == 2
 
 
 @pytest.mark.parametrize(
-    ('last', 'outdated'),
+    'last, outdated',
     [(7, 'epoch_2.pth'), ('epoch_1.pth', 'epoch_2.pth'), ('epoch_2.pth', 'epoch_1.pth')],
 )
 def test_at_the_end_goes_what_a_kill_has_left_and_not_the_last_checkpoint(
-    last: Any, outdated: str, trained: Path, tmp_path: Path
-) -> None:
+    last, outdated, trained, tmp_path
+):
     work = tmp_path / 'work'
     crafted(trained, work, outdated_ckpts=[outdated], last_ckpt=last)
     if outdated == 'epoch_1.pth':  # killed before the newer one was named
@@ -147,26 +138,19 @@ def test_at_the_end_goes_what_a_kill_has_left_and_not_the_last_checkpoint(
         assert (work / 'last_checkpoint').read_text() == 'epoch_2.pth'
 
 
-@pytest.mark.parametrize(
-    ('option', 'value'),
-    [
-        *(
-            ('filename_tmpl', n)
-            for n in ('epoch_{x}.pth', 'epoch_{}_{}.pth', 'best_{}.pth', '../{}')
-        ),
-        ('out_dir', 'x'),
-        ('backend_args', {'backend': 'petrel'}),
-        ('max_kep_ckpts', 3),  # on which the first save would fail
-    ],
+@cases(
+    'option, value',
+    *(('filename_tmpl', n) for n in ('epoch_{x}.pth', 'epoch_{}_{}.pth', 'best_{}.pth', '../{}')),
+    ('out_dir', 'x'),
+    ('backend_args', {'backend': 'petrel'}),
+    ('max_kep_ckpts', 3),  # on which the first save would fail,
 )
-def test_options_that_no_run_could_follow_are_refused(option: str, value: Any) -> None:
+def test_options_that_no_run_could_follow_are_refused(option, value):
     with pytest.raises(ValueError, match=rf'{option}='):
         HOOKS.build(dict(type='AtomicCheckpointHook', interval=1, **{option: value}))
 
 
-def test_a_damaged_file_is_passed_over_and_partial_ones_go(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_is_passed_over_and_partial_ones_go(trained, tmp_path, capsys):
     work = tmp_path / 'work'
     shutil.copytree(trained, work)
     (work / 'epoch_3.pth').write_bytes((work / 'epoch_2.pth').read_bytes()[:-5000])
@@ -179,13 +163,12 @@ def test_a_damaged_file_is_passed_over_and_partial_ones_go(
     assert len(names(work)) == 2 and read_content(str(work / 'epoch_3.pth'))['meta']['epoch'] == 3
 
 
-def test_a_clock_that_was_set_back_does_not_mislead(trained: Path, tmp_path: Path) -> None:
+def test_a_clock_that_was_set_back_does_not_mislead(trained, tmp_path):
     content = torch.load(trained / 'epoch_2.pth', weights_only=True)
     tomorrow = content['meta']['saved_at'] + 86_400
     content['meta']['saved_at'] = tomorrow
     (tmp_path / 'work').mkdir()
     torch.save(content, tmp_path / 'work/epoch_2.pth')
-    # epoch 2 stays, so that there is something to choose
     options = ['train_cfg.max_epochs=4', 'default_hooks.checkpoint.max_keep_ckpts=3']
     command = [write_config(tmp_path), '--work-dir', str(tmp_path / 'work'), '--resume']
     train([*command, '--cfg-options', *options])
@@ -197,7 +180,7 @@ def test_a_clock_that_was_set_back_does_not_mislead(trained: Path, tmp_path: Pat
     assert times[0] == tomorrow and times == sorted(set(times))
 
 
-def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: Path) -> None:
+def test_a_validation_that_was_cut_off_is_made_up_for(trained, tmp_path):
     # a kill in the validation of the last epoch leaves its checkpoint as it was before
     content = torch.load(trained / 'epoch_2.pth', weights_only=True)
     info = content['message_hub']['runtime_info']
@@ -213,9 +196,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: P
     assert 0 < info['best_score'] <= best
 
 
-def test_a_limit_on_file_sizes_is_one_line_and_the_older_checkpoint_is_intact(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_a_limit_on_file_sizes_is_one_line_and_the_older_checkpoint_is_intact(trained, tmp_path):
     work = tmp_path / 'work'
     shutil.copytree(trained, work)
     before = {name: (work / name).read_bytes() for name in names(work)}
@@ -231,7 +212,7 @@ def test_a_limit_on_file_sizes_is_one_line_and_the_older_checkpoint_is_intact(
     assert {name: (work / name).read_bytes() for name in names(work)} == before
 
 
-def test_a_new_best_deletes_no_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
+def test_a_new_best_deletes_no_checkpoint_that_a_run_goes_on_from(tmp_path):
     hook = AtomicCheckpointHook(interval=3, save_best='mIoU')
     hook.out_dir = str(tmp_path)
     hook._run = 'a run'

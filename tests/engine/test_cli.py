@@ -1,7 +1,12 @@
 """The command line from end to end, on the embedded digits and a model of a few hundred weights."""
 
+import argparse
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +14,17 @@ import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import _load_checkpoint
+from torch.multiprocessing import ProcessExitedException
 
 from vqmoe_vision.engine import cli, optim
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import load_config, train
+from vqmoe_vision.engine.cli import load_config, run, train
 from vqmoe_vision.engine.optim import use_amp
 
+from .. import cases, refused
+from ..forked import spawn
 from ..rows import CONFIGS
+from ..runs import reports
 
 DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 TINY = f"""
@@ -31,15 +40,14 @@ default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
 
 
 @pytest.fixture
-def config(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+def config(tmp_path, request) -> str:
     path = tmp_path / 'tiny.py'
     path.write_text(TINY.replace('NAME', repr(request.node.name)))
     return str(path)
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Work dir of an uninterrupted run of two epochs."""
+def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('trained')
     path = folder / 'tiny.py'
     path.write_text(TINY.replace('NAME', repr(f'trained {folder}')))
@@ -55,9 +63,7 @@ def equal(a: object, b: object) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
-    trained: Path, config: str, tmp_path: Path
-) -> None:
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(trained, config, tmp_path):
     work_dir = tmp_path / 'resumed'
     work_dir.mkdir()
     shutil.copy(trained / 'epoch_1.pth', work_dir)
@@ -73,14 +79,13 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
 
 
 @pytest.mark.parametrize('line', ['', "runner_type = 'Runner'\n"])
-def test_a_test_leaves_the_config_of_its_run(line: str, trained: Path, tmp_path: Path) -> None:
+def test_a_test_leaves_the_config_of_its_run(line, trained, tmp_path):
     shutil.copytree(trained, tmp_path / 'run')
     config = tmp_path / 'run/tiny.py'
     config.write_text(
         config.read_text() + f'resume = True\n{line}'
     )  # as one may have been left by a run
     before = config.read_text()
-    # weights alone, of which nothing can go on
     weights = tmp_path / 'weights.pth'
     torch.save({'state_dict': load(trained / 'epoch_2.pth')['state_dict']}, weights)
     options = (f'experiment_name={tmp_path.name}', 'test_dataloader.batch_size=50')
@@ -91,16 +96,12 @@ def test_a_test_leaves_the_config_of_its_run(line: str, trained: Path, tmp_path:
     assert 'batch_size=50' in of_test.read_text()
 
 
-@pytest.mark.parametrize(
-    ('saved', 'option', 'what'),
-    [
-        ({'ema_state_dict': {}}, 'log_level=INFO', 'EMAHook=False is not possible: True, as wh'),
-        ({}, 'default_hooks.ema.type=EMAHook', 'EMAHook=True is not possible: False, as when'),
-    ],
+@cases(
+    'saved, option, what',
+    ({'ema_state_dict': {}}, 'log_level=INFO', 'EMAHook=False is not possible: True, as wh'),
+    ({}, 'default_hooks.ema.type=EMAHook', 'EMAHook=True is not possible: False, as when'),
 )
-def test_a_run_goes_on_with_averages_if_it_has_them(
-    saved: dict, option: str, what: str, trained: Path, config: str, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_with_averages_if_it_has_them(saved, option, what, trained, config, tmp_path):
     shutil.copytree(trained, tmp_path / 'run')
     content = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=True)
     torch.save({**content, **saved}, tmp_path / 'run/epoch_2.pth')
@@ -110,9 +111,7 @@ def test_a_run_goes_on_with_averages_if_it_has_them(
 
 
 @pytest.mark.parametrize('linked', [False, True])
-def test_test_writes_metrics_and_routing(
-    linked: bool, trained: Path, config: str, tmp_path: Path
-) -> None:
+def test_test_writes_metrics_and_routing(linked, trained, config, tmp_path):
     out = tmp_path / ('link.json' if linked else 'new/metrics.json')
     work = str(tmp_path / 'run')
     if linked:  # as /dev/stdout is one
@@ -125,71 +124,47 @@ def test_test_writes_metrics_and_routing(
     assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'model.moe.top_k=3 is not'),
-        (['model.moe.foo=1'], 'model.moe.foo=1 is not'),
-        (['model.model_name=vit_tiny_vqmo'], "model.model_name='vit_tiny_vqmo' is not"),
-        (['model.moe=None', 'model.moe.top_k=2'], '--cfg-options model.moe model.moe.top_k: '),
-        (['model.num_classes=7'], 'model.num_classes=7'),
-        (["activation_checkpointing=['model.blocks.1.mlp.router']"], 'activation_checkpointing='),
-        (['runner_type=Foo'], "runner_type='Foo' is not"),
-        (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
-        (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not'),
-        (['max_epochs'], "--cfg-options='max_epochs' is not possible: written as name=value"),
-        (['default_hooks.loger=None'], 'default_hooks.loger=None is not'),
-        (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
-        (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
-        (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not"),
-        (["custom_hooks=[{'type': 'EMAHook'}]"], "custom_hooks=['EMAHook'] is not"),
-    ],
+@cases(
+    'arguments, message',
+    (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'model.moe.top_k=3 is not'),
+    (['model.moe.foo=1'], 'model.moe.foo=1 is not'),
+    (['model.moe=None', 'model.moe.top_k=2'], '--cfg-options model.moe model.moe.top_k: '),
+    (['model.num_classes=7'], 'model.num_classes=7'),
+    (["activation_checkpointing=['model.blocks.1.mlp.router']"], 'activation_checkpointing='),
+    (['runner_type=Foo'], "runner_type='Foo' is not"),
+    (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
+    (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not'),
+    (['default_hooks.loger=None'], 'default_hooks.loger=None is not'),
+    (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
+    (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
+    (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not"),
+    (["custom_hooks=[{'type': 'EMAHook'}]"], "custom_hooks=['EMAHook'] is not"),
 )
-def test_mistake_in_options_is_one_line(
-    config: str, tmp_path: Path, arguments: list[str], message: str
-) -> None:
+def test_mistake_in_options_is_one_line(config, tmp_path, arguments, message):
     command = [config, '--amp', '--work-dir', str(tmp_path / 'w'), '--cfg-options', *arguments]
-    with pytest.raises(SystemExit) as caught:
-        train(command)
-    text = caught.value.code
-    assert isinstance(text, str)  # which python prints, and exits with 1
-    assert text.startswith('error: ') and message in text and '\n' not in text
+    assert message in refused('^error: ', train, command, error=SystemExit)
     with pytest.raises(Exception, match=r'.+'):  # and so not SystemExit, which is no Exception
         train([*command, '--debug'])
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['none.py'], r"No such file or directory: 'none.py'"),
-        (
-            [str(CONFIGS / 'comparisons/cifar10_budget.py')],
-            'model=None is not possible',
-        ),
-        (['CONFIG', '--resume', '--work-dir', 'no'], '--resume finds no checkpoint in .*no'),
-        (['CONFIG', '--launcher', 'pytorch'], "--launcher='pytorch' .* RANK is not set"),
-        (['CONFIG', 'none.pth'], "checkpoint 'none.pth' does not exist"),
-        (['CONFIG', 'CONFIG', '--out', '.'], r"--out='\.' is not possible: a file"),
-        (['CONFIG', 'CONFIG', '--out', 'tiny.py/m.json'], r'folder tiny\.py cannot be written'),
-        (['CONFIG', 'CONFIG'], 'is damaged, or holds more than weights'),
-    ],
+@cases(
+    'arguments, message',
+    ([str(CONFIGS / 'comparisons/cifar10_budget.py')], 'model=None is not possible'),
+    (['CONFIG', '--launcher', 'pytorch'], "--launcher='pytorch' .* RANK is not set"),
+    (['CONFIG', 'none.pth'], "checkpoint 'none.pth' does not exist"),
+    (['CONFIG', 'CONFIG', '--out', '.'], r"--out='\.' is not possible: a file"),
+    (['CONFIG', 'CONFIG', '--out', 'tiny.py/m.json'], r'folder tiny\.py cannot be written'),
     ids=str,
 )
-def test_mistake_in_arguments_is_one_line(
-    config: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistake_in_arguments_is_one_line(config, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [config if argument == 'CONFIG' else argument for argument in arguments]
     tool = train if len(command) == 1 or command[1].startswith('-') else cli.test
-    with pytest.raises(SystemExit, match=f'^error: .*{message}') as caught:
-        tool(command)
-    assert '\n' not in str(caught.value)
+    refused(f'^error: .*{message}', tool, command, error=SystemExit)
 
 
-@pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, 'float16')])
-def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
-    config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str
-) -> None:
+@pytest.mark.parametrize('supported, dtype', [(True, 'bfloat16'), (False, 'float16')])
+def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(config, monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
     settings = load_config(config, {'optim_wrapper.dtype': None})
@@ -200,12 +175,11 @@ def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
     assert wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
 
 
-@pytest.mark.parametrize(
-    'options', [{}, {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}]
-)
-def test_amp_on_a_cpu_takes_a_config_for_a_gpu(
-    config: str, options: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FOR_GPUS = {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}
+
+
+@pytest.mark.parametrize('options', [{}, FOR_GPUS])
+def test_amp_on_a_cpu_takes_a_config_for_a_gpu(config, options, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(optim, 'print_log', lambda line, logger: lines.append(line))
     settings, plain = (
@@ -230,7 +204,7 @@ def averaged(config: str, folder: Path, book: str, *more: str) -> dict[str, Any]
 
 
 @pytest.mark.parametrize('book', ['ema', 'cvq'])
-def test_a_run_with_averages_resumes_exactly(book: str, config: str, tmp_path: Path) -> None:
+def test_a_run_with_averages_resumes_exactly(book, config, tmp_path):
     """Codes that statistics move are copied; codes that are weights are averaged."""
     whole, folder = averaged(config, tmp_path / 'whole', book), tmp_path / 'resumed'
     one, other = (
@@ -248,3 +222,49 @@ def test_a_run_with_averages_resumes_exactly(book: str, config: str, tmp_path: P
     resumed = averaged(config, folder, book, '--resume')
     for part in ('state_dict', 'ema_state_dict'):
         equal(resumed[part], whole[part])
+
+
+def prints(length: int, _: argparse.Namespace) -> None:
+    print('-' * length)
+
+
+def tool(_rank: int, action: Callable[[argparse.Namespace], None], errors: Path) -> None:
+    parser = argparse.ArgumentParser()
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    run(parser, [], action)
+
+
+@pytest.mark.parametrize('length', [1, 100_000], ids=['as_it_ends', 'as_it_prints'])
+def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length, tmp_path):
+    with pytest.raises(ProcessExitedException) as ended:
+        spawn(tool, (partial(prints, length), tmp_path / 'errors'), 1)
+    assert ended.value.exit_code == -signal.SIGPIPE
+    assert (tmp_path / 'errors').read_text() == ''
+
+
+SHORT = 'model.depth=2 model.embed_dim=12 model.patch_size=16 train_cfg.max_epochs=1 '
+SHORT += 'train_cfg.val_interval=1 train_dataloader.batch_size=600'
+
+
+@pytest.mark.parametrize('choice', ['bar', 'plain', None])
+def test_a_terminal_shows_a_bar_and_a_file_every_line(choice, tmp_path, capsys):
+    options = ['--cfg-options', *SHORT.split(), f'experiment_name=terminal_{choice}']
+    asked = [] if choice is None else ['--log', choice]  # what is no terminal is plain
+    run = tmp_path / 'run'
+    cli.train([str(DIGITS), '--work-dir', str(run), *asked, *options])
+    shown = capsys.readouterr().out
+    assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
+    assert f'last {run}/epoch_1.pth' in shown and 'Trained, accuracy/top1 ' in shown
+    bar = choice == 'bar'
+    assert ('| 2/2 [' in shown and ', loss ' in shown) == bar
+    assert 'Config:' not in shown  # which the file has
+    assert ('Epoch(val) [1][1/1]' in shown) != bar
+    (log,) = run.glob('*/*.log')
+    assert 'Config:' in log.read_text()
+    assert any('Epoch(val)' in line for line in reports(run))
+    tested = ['--work-dir', str(run), *asked, *options[:-1], f'experiment_name=test_{choice}']
+    cli.test([str(DIGITS), str(run / 'epoch_1.pth'), *tested])
+    assert 'Tested  accuracy/top1 ' in capsys.readouterr().out

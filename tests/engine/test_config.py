@@ -1,16 +1,21 @@
 """`--cfg-options`, also as docs/how-to/commands.md writes them."""
 
 import argparse
+import math
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
 from mmengine.registry import MODELS
+from torch import nn
 
+import vqmoe_vision  # noqa: F401
 from vqmoe_vision.engine.cli import load_config, run
 from vqmoe_vision.engine.config import (
     add_config_options,
@@ -20,16 +25,22 @@ from vqmoe_vision.engine.config import (
     parse_options,
 )
 from vqmoe_vision.engine.model import scope_of
+from vqmoe_vision.engine.optim import (
+    CpuAmpOptimWrapper,
+    TimmOptimWrapperConstructor,
+    undecayed_parameters,
+)
 
+from .. import cases
 from .test_cli import DIGITS
 
 DOCUMENT = (Path(__file__).parents[2] / 'docs/how-to/commands.md').read_text().replace('\\\n', ' ')
 DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCUMENT, re.M)
 
 
-@pytest.mark.parametrize(
-    ('written', 'value'),
-    [
+@cases(
+    'written, value',
+    
         ("{'layer_decay': 0.8}", {'layer_decay': 0.8}),
         ("{'custom_keys': {'head': {'lr_mult': 2}}}", {'custom_keys': {'head': {'lr_mult': 2}}}),
         ('{}', {}),
@@ -38,13 +49,12 @@ DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCU
         ('[(1,2),(a,b)]', [(1, 2), ('a', 'b')]),
         ('epoch_{}.pth', 'epoch_{}.pth'),
         ('1,2', [1, 2]),
-    ],
 )  # fmt: skip
-def test_values(written: str, value: Any) -> None:
+def test_values(written, value):
     assert parse_options([f'a.b={written}']) == {'a.b': value}
 
 
-def test_only_a_hook_that_is_there_is_left_out() -> None:
+def test_only_a_hook_that_is_there_is_left_out():
     hooks = {'logger2': {'type': 'LoggerHook'}, 'runtime': {'type': 'StepValuesHook'}}
     config = Config({'default_hooks': hooks})
     merge_options(config, {'default_hooks.logger2': None, 'default_hooks.timer': None})
@@ -66,22 +76,18 @@ PLACES = {
 }
 
 
-def test_the_folder_of_the_user_is_known_in_every_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_of_the_user_is_known_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     expected = {
         name: value if value == 'a~b' else value.replace('~', str(tmp_path))
         for name, value in flat(PLACES).items()
     }
-    # in a file of the user, and among options
     own = tmp_path / 'own.py'
     load_config(str(DIGITS), PLACES).dump(own)
     own.write_text(own.read_text().replace(str(tmp_path), '~'))
     for config in (load_config(str(own)), load_config(str(DIGITS), PLACES)):
         found = flat(config.to_dict())
         assert {name: found[name] for name in expected} == expected
-
     parser = argparse.ArgumentParser()
     parser.add_argument('files', nargs='+')
     parser.add_argument('--out', type=Path)
@@ -97,28 +103,75 @@ def test_the_folder_of_the_user_is_known_in_every_path(
 
 
 @pytest.mark.parametrize('options', DOCUMENTED)
-def test_documented_options_are_read_and_make_an_optimizer(options: str) -> None:
+def test_documented_options_are_read_and_make_an_optimizer(options):
     given = parse_options(shlex.split(options, comments=True))
-    # nothing is left as text that was meant as more
     assert not [v for v in flat(given).values() if isinstance(v, str) and v[:1] in '{[(']
     config = load_config(str(DIGITS), given)
     with scope_of(config):
         build_optim_wrapper(MODELS.build(config.model), config.optim_wrapper)
 
 
-CIFAR = 'classification/cifar10.py'
-NAME = f'vqmoe_vision::{CIFAR}'
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = timm.create_model(
+            'vit_tiny_vqmoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3,
+            num_classes=2, num_experts=2, codebook='cvq',
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    'base', [repr(NAME), f'[{NAME!r}]', f'__import__("vqmoe_vision").config_path({CIFAR!r})']
+SGD = {'type': 'SGD', 'lr': 1.0, 'weight_decay': 0.3}
+
+
+def test_the_longest_custom_key_wins_as_in_mmengine():
+    model = Wrapped()
+    keys = {
+        'blocks': {'lr_mult': 0.5},
+        'blocks.1': {'lr_mult': 0.1, 'decay_mult': 2.0},
+        'head': {'decay_mult': 0.0},
+    }
+
+    def settings(kind: type) -> dict[str, tuple[float, float]]:
+        build = kind({'optimizer': SGD}, {'custom_keys': keys})
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {
+            names[id(parameter)]: (group['lr'], group['weight_decay'])
+            for group in build(model).optimizer.param_groups
+            for parameter in group['params']
+        }
+
+    ours, theirs = settings(TimmOptimWrapperConstructor), settings(DefaultOptimWrapperConstructor)
+    assert ours['model.blocks.1.attn.qkv.weight'] == (0.1, 0.6)
+    undecayed = undecayed_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1 or name.endswith('.bias') or name in undecayed:
+            assert ours[name] == (theirs[name][0], 0.0)  # timm's rule
+        else:
+            assert ours[name] == theirs[name]
+
+
+@cases(
+    'paramwise, message',
+    ({'norm_decay_mult': 0.0}, r'norm_decay_mult=0\.0 is not possible: .* takes custom_keys'),
+    *(
+        ({'custom_keys': {'head': {name: value}}}, rf"\['head'\]\.{name}=.* lr_mult or decay_mult")
+        for name, value in (('lr', 1.0), *(('lr_mult', v) for v in ('ten', -1.0, math.nan)))
+    ),
+    ({'custom_keys': {'hed': {'lr_mult': 2.0}}}, r"custom_keys='hed' .* model\.cls_token"),
 )
-def test_a_config_outside_builds_on_it(base: str, tmp_path: Path) -> None:
-    path = tmp_path / 'mine.py'
-    path.write_text(f'_base_ = {base}\nmodel = dict(num_classes=7)\n')
-    expected = load_config(NAME, {'model.num_classes': 7}).to_dict()
-    assert load_config(str(path)).to_dict() == expected
-    # nothing tells registries to look for a package
-    assert '_scope_' not in load_config(str(path)).dump()
-    if base.startswith('__import__'):  # as any program of mmengine reads it
-        assert Config.fromfile(path).to_dict() == expected
+def test_constructor_refuses_what_it_would_ignore(paramwise, message):
+    config = {'optimizer': {'type': 'SGD', 'lr': 1.0}}
+    with pytest.raises(ValueError, match=message):
+        TimmOptimWrapperConstructor(config, paramwise)(Wrapped())
+
+
+def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32():
+    layer = nn.Linear(3, 2)
+    wrapper = CpuAmpOptimWrapper(optimizer=torch.optim.SGD(layer.parameters(), lr=1.0))
+    before = layer.weight.detach().clone()
+    with wrapper.optim_context(layer):
+        out = layer(torch.ones(4, 3))
+    assert out.dtype == torch.bfloat16
+    wrapper.update_params(out.sum())
+    # d(sum of 4 rows)/dw = 4 for each weight
+    torch.testing.assert_close(layer.weight.detach(), before - 4)

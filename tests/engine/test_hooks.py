@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -6,15 +7,17 @@ import pytest
 import timm
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from PIL import Image
 from timm.optim import Lamb
 from torch import nn
 from torch.utils.data import ConcatDataset
 
 from vqmoe_vision.classification.datasets import ImageClassification, class_folder
-from vqmoe_vision.engine import NonFiniteError, hooks
+from vqmoe_vision.engine import NonFiniteError, hooks, step_values
+from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.hooks import (
     CheckpointFitHook,
     ClassCountHook,
@@ -24,22 +27,23 @@ from vqmoe_vision.engine.hooks import (
     check_hooks,
 )
 from vqmoe_vision.engine.model import RoutingStatistics
+from vqmoe_vision.engine.step_values import check_losses
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.optimizer import check_optimizer
 
-from ..logs import messages
-from .tiny import NO_VALIDATION, config_of, trained
+from .. import cases, refused
+from ..runs import messages
+from .tiny import NO_VALIDATION, TRANSFORM, config_of, trained, write_image
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
 
 
-def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -> None:
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded():
     model = timm.create_model('vit_tiny_smoe', **SIZES)
     optimizer = Lamb(model.parameters())
     wrapper = OptimWrapper(optimizer)
-    with pytest.raises(ValueError, match='Lamb'):
-        check_optimizer(optimizer, model)
+    refused('Lamb', check_optimizer, optimizer, model)
     for _ in range(2):  # a test after the training runs too
         MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
     check_optimizer(optimizer, model)
@@ -48,7 +52,7 @@ def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded() -
 
 
 @pytest.mark.parametrize('kind', ['parameter', 'buffer'])
-def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> None:
+def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind):
     model = nn.BatchNorm1d(2)
     model.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
     name = {'parameter': 'weight', 'buffer': 'running_mean'}[kind]
@@ -62,7 +66,7 @@ def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> N
         guard.before_save_checkpoint(runner, content)
 
 
-def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_moves_once_per_step_of_the_optimizer(monkeypatch):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapper = OptimWrapper(optimizer, accumulative_counts=2)
@@ -87,17 +91,10 @@ def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPa
 ONCE = {**NO_VALIDATION, 'train_cfg.max_epochs': 1}
 
 
-def runner_of(folder: Path, **options: Any) -> Runner:
-    return Runner.from_cfg(config_of(folder / 'run', **ONCE, **options))
-
-
 @pytest.mark.parametrize(
-    ('method', 'options'),
-    [('vqmoe', {}), ('smoe', {}), ('vqmoe', {'model.moe.codebook': 'plain'})],
+    'method, options', [('vqmoe', {}), ('smoe', {}), ('vqmoe', {'model.moe.codebook': 'plain'})]
 )
-def test_a_runner_without_the_hook_says_that_state_stands_still(
-    method: str, options: dict, tmp_path: Path
-) -> None:
+def test_a_runner_without_the_hook_says_that_state_stands_still(method, options, tmp_path):
     config = config_of(tmp_path / 'run', **ONCE, **{'model.model_name': f'vit_tiny_{method}'})
     config.merge_from_dict(options)
     config.custom_hooks = []
@@ -108,39 +105,28 @@ def test_a_runner_without_the_hook_says_that_state_stands_still(
 
 
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST', 'NORMAL'])
-def test_averages_are_taken_between_the_codebooks_and_the_save(
-    priority: str, tmp_path: Path
-) -> None:
+def test_averages_are_taken_between_the_codebooks_and_the_save(priority, tmp_path):
     ema = {'default_hooks.ema.type': 'EMAHook', 'default_hooks.ema.priority': priority}
-    runner = runner_of(tmp_path / priority, **ema)
+    runner = Runner.from_cfg(config_of(tmp_path / 'run', **ONCE, **ema))
     if priority == 'NORMAL':
         check_hooks(runner)
         return
     said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook "
-    with pytest.raises(ValueError, match=said):
-        check_hooks(runner)
-
-
-TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
+    refused(said, check_hooks, runner)
 
 
 def classes(root: Path, part: str, dev_size: int) -> ImageClassification:
     for name in ('cat', 'dog'):
         for number in range(10):
-            path = root / 'train' / name / f'{number}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new('RGB', (8, 8)).save(path)
+            write_image(root / 'train' / name / f'{number}.png')
     return class_folder(str(root), part, TRANSFORM, dev_size=dev_size)
 
 
-def test_validation_sees_no_image_of_training(tmp_path: Path) -> None:
+def test_validation_sees_no_image_of_training(tmp_path):
     dev, other = classes(tmp_path, 'dev', 8), classes(tmp_path / 'other', 'train', 3)
-    # the same folder, however it is written
     seen = classes(tmp_path / '..' / tmp_path.name, 'train', 3)
     for one in (seen, ConcatDataset([other, seen])):
-        with pytest.raises(ValueError, match=r'^val_dataloader\.dataset\.dev_size=8 '):
-            check_held_out(one, dev)
-    # who trains on both parts means to
+        refused(r'^val_dataloader\.dataset\.dev_size=8 ', check_held_out, one, dev)
     for one in (other, classes(tmp_path, 'train', 8), classes(tmp_path, 'trainval', 3)):
         check_held_out(one, dev)
 
@@ -154,33 +140,29 @@ def runner_for(num_classes: int = 2, **of_loaders: Any) -> Any:
     return SimpleNamespace(model=model, val_loop='a loop', cfg={}, **loaders)
 
 
-@pytest.mark.parametrize(
-    ('runner', 'message'),
-    [
-        (runner_for(3), 'num_classes=3 is not possible: 2, the number of classes'),
-        (runner_for(train=()), r'train_dataloader\.dataset\.classes='),
-        (runner_for(val='ac'), r"val_dataloader\.dataset\.classes=\['b', 'c'\]"),
-        (runner_for(val='ba'), r"val_dataloader\.dataset\.classes='another order'"),
-    ],
+@cases(
+    'runner, message',
+    (runner_for(3), 'num_classes=3 is not possible: 2, the number of classes'),
+    (runner_for(train=()), r'train_dataloader\.dataset\.classes='),
+    (runner_for(val='ac'), r"val_dataloader\.dataset\.classes=\['b', 'c'\]"),
+    (runner_for(val='ba'), r"val_dataloader\.dataset\.classes='another order'"),
 )
-def test_classes_that_differ(runner: Any, message: str) -> None:
+def test_classes_that_differ(runner, message):
     ClassCountHook().before_train(runner_for(val=['a', 'b']))  # a file of names is read as a list
-    with pytest.raises(ValueError, match=message):
-        ClassCountHook().before_train(runner)
+    refused(message, ClassCountHook().before_train, runner)
 
 
 @pytest.mark.parametrize('stage', ['before_test', 'before_train'])
 @pytest.mark.parametrize('trained', ['ba', 'ac'])
-def test_classes_are_those_of_the_training(stage: str, trained: str) -> None:
+def test_classes_are_those_of_the_training(stage, trained):
     hook, meta = ClassCountHook(), {STATED: {'classes': list(trained)}}
     hook.after_load_checkpoint(SimpleNamespace(_resume=stage == 'before_train'), {'meta': meta})
-    with pytest.raises(ValueError, match=r"its class \d is '\w', that of \w+_dataloader"):
-        getattr(hook, stage)(runner_for())
+    refused(r"its class \d is '\w', that of \w+_dataloader", getattr(hook, stage), runner_for())
     hook.after_load_checkpoint(SimpleNamespace(_resume=False), {'meta': meta})
     hook.before_train(runner_for())  # another task may start from weights
 
 
-def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
+def test_routing_of_an_epoch_survives_a_stop_in_its_middle():
     loads = [torch.tensor([share, 1 - share]) for share in (1.0, 0.75, 0.5)]
     models: list[Any] = [nn.Linear(1, 1) for _ in range(3)]
     for model in models:
@@ -202,8 +184,106 @@ def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
     assert checkpoint == {}
 
 
+def smoe_runner(folder: Path, **options: Any) -> Runner:
+    smoe = {'model.model_name': 'vit_tiny_smoe', 'train_cfg.max_epochs': 1}
+    return Runner.from_cfg(config_of(folder, **smoe, **NO_VALIDATION, **options))
+
+
+@pytest.fixture
+def on_device(monkeypatch) -> None:
+    monkeypatch.setattr(step_values, 'READ_AT_ONCE', set())
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = next(folder.glob('*/vis_data/scalars.json')).read_text()
+    read = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if 'time' not in k} for line in read]
+
+
+def scalars(file: Path) -> dict[str, list]:
+    buffers = read_content(str(file))['message_hub']['log_scalars']
+    assert {type(buffer) for buffer in buffers.values()} == {HistoryBuffer}
+    arrays = {name: buffer.data for name, buffer in buffers.items() if 'time' not in name}
+    return {n: [(a.dtype, a.tolist()) for a in both] for n, both in arrays.items()}
+
+
+@pytest.mark.filterwarnings('ignore:Detected call of `scheduler.step')  # the first batch waits
+@pytest.mark.usefixtures('on_device')
+def test_logs_and_checkpoints_are_those_of_mmengines_hook(tmp_path):
+    options = {
+        'default_hooks.logger.interval': 4,
+        'optim_wrapper.accumulative_counts': 2,  # a norm at every second iteration
+        'default_hooks.record.type': 'RunRecordHook',
+    }
+    theirs = {'default_hooks.runtime_info.type': 'RuntimeInfoHook'}
+    for name, hook in (('ours', {}), ('theirs', theirs)):
+        smoe_runner(tmp_path / name, **options, **hook).train()
+    logged = lines(tmp_path / 'ours')
+    assert logged == lines(tmp_path / 'theirs')
+    assert [list(line) for line in logged] == [list(line) for line in lines(tmp_path / 'theirs')]
+    assert 'grad_norm' in logged[0] and 'blocks.1.mlp/importance_loss' in logged[0]
+    ours, theirs = (scalars(tmp_path / name / 'epoch_1.pth') for name in ('ours', 'theirs'))
+    assert ours == theirs and len(ours['train/loss'][0][1]) == 10
+    records = [json.loads((tmp_path / n / 'run.json').read_text()) for n in ('ours', 'theirs')]
+    assert records[0]['first_losses'] == records[1]['first_losses']
+
+
+class Spoil(Hook):
+    """Makes a weight nan before an iteration, or what its gradient will be."""
+
+    priority = 'LOW'
+
+    def __init__(self, iteration: int, gradient: bool) -> None:
+        self.iteration, self.gradient = iteration, gradient
+        self.begun = 0
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        self.begun = runner.iter + 1
+        weight = runner.model.model.head.weight
+        if self.begun == self.iteration and self.gradient:
+            weight.register_hook(lambda gradient: gradient * torch.nan)
+        elif self.begun == self.iteration:
+            weight.data.fill_(torch.nan)
+
+
+EACH_3 = {'default_hooks.checkpoint.by_epoch': False, 'default_hooks.checkpoint.interval': 3}
+LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infinite'
+
+
+@cases(
+    'options, gradient, message, noticed',
+    ({'default_hooks.logger.interval': 6}, False, LOSS, 6),
+    ({'default_hooks.logger.interval': 50, **EACH_3}, False, LOSS, 6),
+    ({'default_hooks.logger.interval': 50}, False, LOSS, 8),  # LONGEST
+    ({'default_hooks.logger.interval': 6}, True, WEIGHT, 6),
+    ids=['line', 'checkpoint', 'longest', 'gradient'],
+)
+@pytest.mark.usefixtures('on_device')
+def test_a_later_look_names_the_iteration_and_saves_nothing(
+    tmp_path, monkeypatch, options, gradient, message, noticed
+):
+    monkeypatch.setattr(step_values, 'LONGEST', 8)
+    runner = smoe_runner(tmp_path / 'run', **options)
+    spoil = Spoil(4, gradient)
+    runner.register_hook(spoil)
+    with pytest.raises(NonFiniteError, match=rf'^{message} at iteration 4[; ]'):
+        runner.train()
+    assert spoil.begun == noticed
+    kept = {'iter_3.pth'} if 'default_hooks.checkpoint.by_epoch' in options else set()
+    assert {path.name for path in (tmp_path / 'run').glob('*.pth')} == kept
+    written = list((tmp_path / 'run').glob('*/vis_data/scalars.json'))
+    assert not any('NaN' in path.read_text() for path in written)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_loss_that_is_not_finite_names_layer_component_and_iteration(value):
+    losses = {'loss': value, 'a/vq_loss': 0.1, 'b/balance_loss': value, 'cross_entropy_loss': value}
+    with pytest.raises(NonFiniteError, match=r'^b/balance became \w+ at iteration 120;'):
+        check_losses(losses, 120)
+
+
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
-def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> None:
+def test_data_sets_of_one_kind_count_classes_from_one_label_on(split):
     def run(trained: bool | None, now: bool | None, **other_data: str) -> None:
         hook, runner = ClassCountHook(), runner_for()
         seen, other = ({'classes': 'ab', 'reduce_zero_label': value} for value in (trained, now))
@@ -217,8 +297,7 @@ def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> No
         hook.before_test(runner) if split == 'test' else hook.before_train(runner)
 
     for value in (True, False):
-        with pytest.raises(ValueError, match=rf'^{split}_dataloader\.dataset\.reduce_zero_label='):
-            run(value, not value)
+        refused(rf'^{split}_dataloader\.dataset\.reduce_zero_label=', run, value, not value)
         run(value, value)
         run(None, value)  # of others, or of classification
         if split != 'train':

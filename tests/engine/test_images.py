@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from vqmoe_vision.engine.images import digit_scans, displayed, opened, orientation, read_rgb, stored
+from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
 
+from .. import cases, refused
 from ..damaged import damaged
 
 TURNS = range(1, 9)
@@ -29,7 +30,7 @@ def read(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize('turn', TURNS)
 @pytest.mark.parametrize('shape', [(2, 3), (2, 3, 3)])
-def test_turns_are_pillows(turn: int, shape: tuple[int, ...]) -> None:
+def test_turns_are_pillows(turn, shape):
     pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
     image = Image.fromarray(pixels)
     image.getexif()[ExifTags.Base.Orientation] = turn
@@ -40,7 +41,7 @@ def test_turns_are_pillows(turn: int, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('turn', TURNS)
-def test_a_file_is_read_as_it_is_displayed(name: str, turn: int, tmp_path: Path) -> None:
+def test_a_file_is_read_as_it_is_displayed(name, turn, tmp_path):
     # a bright corner at the top left of an image that is wider than high, in the file
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:8, :8] = 255
@@ -53,9 +54,7 @@ def test_a_file_is_read_as_it_is_displayed(name: str, turn: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize('name', ['a.png', 'a.tif'])
-def test_16_bits_are_cut_to_the_upper_8_and_floats_are_from_0_to_1(
-    name: str, tmp_path: Path
-) -> None:
+def test_16_bits_are_cut_to_the_upper_8_and_floats_are_from_0_to_1(name, tmp_path):
     ramp = np.array([[0, 255, 256, 0x1234, 0x7FFF, 0xFFFF]], np.uint16)
     Image.fromarray(ramp).save(tmp_path / name)
     grey = [0, 0, 1, 0x12, 0x7F, 0xFF]
@@ -65,19 +64,16 @@ def test_16_bits_are_cut_to_the_upper_8_and_floats_are_from_0_to_1(
     assert found == [0, 64, 128, 255]  # 63.75, and 127.5 to the even
 
 
-@pytest.mark.parametrize(
-    ('pixels', 'message'),
-    [
-        (np.float32([[0, 200]]), r'has floats of 0\.0\.\.200\.0; they must lie in 0\.\.1'),
-        (np.float32([[-0.1, 1]]), r'has floats of -0\.1'),
-        (np.float32([[np.nan, 1]]), 'has floats of nan'),
-        (np.int32([[0, 200]]), 'has integers of 32 bits'),
-    ],
+@cases(
+    'pixels, message',
+    (np.float32([[0, 200]]), r'has floats of 0\.0\.\.200\.0; they must lie in 0\.\.1'),
+    (np.float32([[-0.1, 1]]), r'has floats of -0\.1'),
+    (np.float32([[np.nan, 1]]), 'has floats of nan'),
+    (np.int32([[0, 200]]), 'has integers of 32 bits'),
 )
-def test_pixels_without_a_meaning(pixels: np.ndarray, message: str, tmp_path: Path) -> None:
+def test_pixels_without_a_meaning(pixels, message, tmp_path):
     Image.fromarray(pixels).save(tmp_path / 'a.tif')
-    with pytest.raises(ValueError, match=rf'a\.tif {message}'):
-        read(tmp_path / 'a.tif')
+    refused(rf'a\.tif {message}', read, tmp_path / 'a.tif')
 
 
 def bomb(path: Path) -> Path:
@@ -92,7 +88,7 @@ def bomb(path: Path) -> Path:
     return path
 
 
-def test_a_bomb_is_named_before_it_goes_off(tmp_path: Path) -> None:
+def test_a_bomb_is_named_before_it_goes_off(tmp_path):
     path = bomb(tmp_path / 'a.png')
     message = r'a\.png is too large .*1600000000 pixels.*MAX_IMAGE_PIXELS'
     with pytest.raises(ValueError, match=message), opened(path, str(path)):
@@ -113,17 +109,9 @@ def _sound_files() -> list[bytes]:
 @settings(max_examples=200)
 @given(damaged(_sound_files()))
 @pytest.mark.filterwarnings('ignore::UserWarning:PIL', 'ignore::RuntimeWarning:PIL')
-def test_a_damaged_file_is_an_image_or_one_line(content: bytes) -> None:
+def test_a_damaged_file_is_an_image_or_one_line(content):
     try:
         with opened(io.BytesIO(content), 'a.file') as image:
             assert read_rgb(image, 'a.file').mode == 'RGB'
     except ValueError as error:
         assert str(error).startswith('a.file ') and '\n' not in str(error)
-
-
-def test_splits_are_disjoint_and_together_every_scan() -> None:
-    parts = {split: digit_scans(split) for split in ('train', 'dev', 'test')}
-    assert [len(scans) for scans, _ in parts.values()] == [1257, 180, 360]
-    seen = [{scan.tobytes() for scan in scans} for scans, _ in parts.values()]
-    assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
-    assert all(np.bincount(digits, minlength=10).min() > 0 for _, digits in parts.values())

@@ -32,7 +32,6 @@ test_dataloader = dict(batch_size=77)
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
 """
-# an odd number of scenes
 SEGMENTATION = f"""
 _base_ = {str(SCENES)!r}
 model = dict(
@@ -44,7 +43,6 @@ train_cfg = dict(max_iters=4, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2))
 test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=5))
 """
-# rank 1 in the second epoch
 DIES = """
 import os, time
 from mmengine.hooks import Hook
@@ -77,28 +75,19 @@ NAMES = {
 }
 
 
-def ranks(
-    tool: str,
-    *arguments: str,
-    launcher: str = 'pytorch',
-    more: tuple[tuple[str, ...], ...] = ((), ()),
-) -> dict[str, Any]:
+def ranks(tool: str, *arguments: str, launcher='pytorch', more: Any = ((), ())) -> dict[str, Any]:
     """A run of a rank for each tuple in `more`, its own arguments."""
     size = str(len(more))
     if tool == 'train' and len(more) > 1:  # several processes are asked for their batch
         batch = 2 if Path(arguments[0]).stem == 's' else 200
         stated = ('--cfg-options', f'train_dataloader.batch_size={batch}')
         arguments = (arguments[0], *stated, *arguments[1:])
-    return {
-        'tool': tool,
-        'ranks': [
-            {
-                'variables': dict(zip(NAMES[launcher], (str(rank), size, str(rank)), strict=True)),
-                'arguments': [*arguments, '--launcher', launcher, *own],
-            }
-            for rank, own in enumerate(more)
-        ],
-    }
+    runs = []
+    for rank, own in enumerate(more):
+        variables = dict(zip(NAMES[launcher], (str(rank), size, str(rank)), strict=True))
+        given = [*arguments, '--launcher', launcher, *own]
+        runs.append({'variables': variables, 'arguments': given})
+    return {'tool': tool, 'ranks': runs}
 
 
 def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:
@@ -115,23 +104,20 @@ def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def said(folder: Path, run: str) -> list[str]:
-    """What each rank wrote to stderr."""
     folders = sorted((folder / run).iterdir())
     return [(rank / 'err').read_text() for rank in folders]
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
-    """A folder of runs, and how their ranks ended."""
+def run(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     folder = tmp_path_factory.mktemp('ranks')
     config, work = str(folder / 'c.py'), str(folder / 'w')
+    out = ('--out', f'{folder}/2.json')
     kill = ('--cfg-options', 'default_hooks.dies.type=Dies', 'default_hooks.dies.how="9"')
     runs = {
         'killed': ranks('train', config, '--work-dir', work, *kill),
         'resumed': ranks('train', config, '--work-dir', work, '--resume'),
-        'tested': ranks(
-            'test', config, f'{work}/epoch_2.pth', '--work-dir', work, '--out', f'{folder}/2.json'
-        ),
+        'tested': ranks('test', config, f'{work}/epoch_2.pth', '--work-dir', work, *out),
         'different': ranks(
             'train', config, '--work-dir', work,
             more=((), ('--cfg-options', 'optim_wrapper.optimizer.lr=0.5')),
@@ -141,7 +127,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
     return folder, start(folder, runs)
 
 
-def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run) -> None:
+def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run):
     folder, ended = run
     assert ended['killed'][1] == -9
     first, other = said(folder, 'killed')
@@ -152,7 +138,7 @@ def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run) -> None:
     assert first.count('\n') == 1 and not other
 
 
-def test_the_run_goes_on_from_its_last_checkpoint(run) -> None:
+def test_the_run_goes_on_from_its_last_checkpoint(run):
     folder, ended = run
     assert ended['resumed'] == [0, 0]
     assert 'resumed epoch: 1, iter: 3' in (folder / 'resumed/0/out').read_text()
@@ -160,17 +146,16 @@ def test_the_run_goes_on_from_its_last_checkpoint(run) -> None:
     assert (content['meta']['epoch'], content['meta']['iter']) == (2, 6)
 
 
-def test_only_the_first_rank_says_and_writes_something(run) -> None:
+def test_only_the_first_rank_says_and_writes_something(run):
     folder, _ = run
     for name in ('resumed', 'tested'):
         assert (folder / name / '1/out').read_text() == ''
         assert said(folder, name) == ['', '']
-    # one of each run: killed, resumed, tested
     assert len(list((folder / 'w').glob('*/*.log'))) == 3
     assert len(list((folder / 'w').rglob('events.out.tfevents*'))) == 3
 
 
-def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_one_process(run, monkeypatch):
     folder, ended = run
     assert ended['tested'] == [0, 0]
     monkeypatch.syspath_prepend(folder)
@@ -183,7 +168,7 @@ def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -
         assert found[name] == expected[name]
 
 
-def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run) -> None:
+def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run):
     folder, ended = run
     assert ended['sharded'] == [0, 0]
     expected, found = (read_content(str(folder / w / 'epoch_2.pth')) for w in ('w', 'wp'))
@@ -198,7 +183,7 @@ def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_different_configs_are_one_line(run) -> None:
+def test_different_configs_are_one_line(run):
     folder, ended = run
     assert ended['different'][0] == 1 and ended['different'][1] != 0
     assert said(folder, 'different') == [
@@ -209,7 +194,7 @@ def test_different_configs_are_one_line(run) -> None:
 
 
 @pytest.mark.long
-def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
+def test_slurm_segmentation_and_what_goes_wrong(tmp_path):
     config, scenes, work = str(tmp_path / 'c.py'), str(tmp_path / 's.py'), str(tmp_path / 'w')
     test = ('test', scenes, f'{work}s/iter_4.pth', '--work-dir', work)
     hook = ('--cfg-options', 'default_hooks.dies.type=Dies')
@@ -254,7 +239,6 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
         assert ended[name][0] == 1 and ended[name][1] != 0, name
         (line,) = ''.join(said(tmp_path, name)).splitlines()
         assert line.startswith('error: rank 0: ') and message in line
-    # the first one only sees that it is gone
     first, other = said(tmp_path, 'raises')
     assert 0 not in ended['raises'] and other == 'error: rank 1: this rank has had enough\n'
     assert first in ('', f'error: rank 0: {GONE}\n')
@@ -264,7 +248,7 @@ PARTS = 'parallel.state_dict_type=sharded'
 
 
 @pytest.mark.long
-def test_a_run_that_saves_in_parts(tmp_path: Path) -> None:
+def test_a_run_that_saves_in_parts(tmp_path):
     config, whole, parts = str(tmp_path / 'c.py'), tmp_path / 'w', tmp_path / 'wp'
     spread = ('train', config, '--cfg-options', EXPERTS)
     told = ('default_hooks.dies.type=Dies', 'default_hooks.dies.how="15"', 'train_cfg.max_epochs=9')
@@ -292,7 +276,6 @@ def test_a_run_that_saves_in_parts(tmp_path: Path) -> None:
         assert found.keys() == expected.keys()
         for part in {'state_dict', 'optimizer'} & found.keys():
             assert same(found[part], expected[part])
-    # rank 1 was told, and all of them saved
     assert ended['told'] == [-15, -15]
     assert 'SIGTERM: saved iteration 4;' in ''.join(said(tmp_path, 'told'))
     assert read_content(str(tmp_path / 'stopped/iter_4.pth'))['meta']['iter'] == 4

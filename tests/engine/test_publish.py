@@ -1,37 +1,36 @@
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from mmengine.logging import HistoryBuffer
+from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import read_state
-from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.publish import export, publish, publish_folder, upcycle
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
 
+from .. import cases, refused
+from ..runs import NORMALIZATION, leave_run
+
 
 def write(path: Path) -> str:
-    meta = {
-        'cfg': 'model = dict()\n',
-        STATED: {'img_size': [32, 48]},
-        'iter': 2,
-        'dataset_meta': {'classes': 'ab'},
-    }
-    torch.save(
-        {
-            'state_dict': {'w': torch.ones(2)},
-            'meta': {**meta, 'hook_msgs': {'last_ckpt': '/home/me/iter_2.pth'}},
-            'message_hub': {'log': HistoryBuffer([1.0], [1])},
-            'optimizer': {'state': {0: torch.ones(2)}},
-            'param_schedulers': [{'last_step': 2}],
-        },
-        path,
-    )
+    meta: Any = {'cfg': 'model = dict()\n', 'iter': 2, 'dataset_meta': {'classes': 'ab'}}
+    meta[STATED] = {'img_size': [32, 48]}
+    meta['hook_msgs'] = {'last_ckpt': '/home/me/iter_2.pth'}
+    weights, hub = {'w': torch.ones(2)}, {'log': HistoryBuffer([1.0], [1])}
+    content = {'state_dict': weights, 'meta': meta, 'message_hub': hub}
+    more = {'optimizer': {'state': {0: torch.ones(2)}}, 'param_schedulers': [{'last_step': 2}]}
+    torch.save(content | more, path)
     return str(path)
 
 
-def test_weights_config_and_classes_are_kept(tmp_path: Path, capsys) -> None:
+def test_weights_config_and_classes_are_kept(tmp_path, capsys):
     publish([write(tmp_path / 'iter_2.pth'), str(tmp_path / 'out/scenes.pth')])
     (file,) = (tmp_path / 'out').iterdir()
     digits = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
@@ -40,15 +39,13 @@ def test_weights_config_and_classes_are_kept(tmp_path: Path, capsys) -> None:
     content = torch.load(file, weights_only=True)
     assert content.keys() == {'state_dict', 'meta'}
     assert content['meta'].keys() == {'cfg', STATED, 'dataset_meta', 'iter'}
-    # what starting from it reads
     assert read_state(str(file))['w'].tolist() == [1, 1]
     network = network_of(str(file))
     assert network is not None and network.img_size == (32, 48)
-    # nothing that only we allow torch to read
     assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path):
     good, weights, damaged = write(tmp_path / 'iter_2.pth'), tmp_path / 'w.pth', tmp_path / 'd.pth'
     torch.save({'w': torch.ones(2)}, weights)
     damaged.write_bytes(b'no checkpoint')
@@ -61,7 +58,182 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([str(weights), out], '^error: checkpoint='),
         ([str(damaged), out], r"d\.pth' is damaged"),
     ):
-        with pytest.raises(SystemExit, match=message) as caught:
-            publish(arguments)
-        assert '\n' not in str(caught.value)
+        refused(message, publish, arguments, error=SystemExit)
     assert not list(tmp_path.glob('out*'))
+
+
+SIZES = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=5)
+MOE = dict(moe_layers='last1', num_experts=2, renormalize=True)
+NUMBERS = ['pretrained_cfg_overlay.mean=[0.4,0.5,0.6]', 'pretrained_cfg_overlay.std=[0.2,0.3,0.4]']
+OPTIONS = [f'{name}={value}' for name, value in {**SIZES, **MOE}.items()]
+CASE = ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options']
+
+
+@pytest.fixture
+def dense(tmp_path) -> str:
+    model = timm.create_model('vit_tiny_patch16_224', **SIZES)
+    torch.save(model.state_dict(), tmp_path / 'dense.pth')
+    return str(tmp_path / 'dense.pth')
+
+
+def test_the_folder_is_what_create_model_makes(dense, tmp_path, capsys):
+    out = tmp_path / 'new' / 'folder'
+    command = [dense, 'vit_tiny_smoe', str(out), '--seed', '3', '--cfg-options', *OPTIONS, *NUMBERS]
+    upcycle([*command, 'upcycling.noise=0.1'])
+    torch.manual_seed(3)
+    how = dict(upcycle=dense, upcycling=dict(noise=0.1))
+    expected = timm.create_model('vit_tiny_smoe', **how, **SIZES, **MOE)
+    found = timm.create_model(f'local-dir:{out}', pretrained=True)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    config = json.loads((out / 'config.json').read_text())['pretrained_cfg']
+    kept = {name: config[name] for name in ('mean', 'std', 'input_size')}
+    assert kept == dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4], input_size=[3, 32, 32])
+    report, _, each = (out / 'upcycling.txt').read_text().partition('\n\n')
+    assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in report
+    assert capsys.readouterr().out.endswith(f'{report}\nwrote {out}\n')
+    lines = each.splitlines()
+    assert {line.partition(': ')[0] for line in lines} == expected.state_dict().keys()
+    assert 'cls_token: loaded' in lines and len(lines) == len(expected.state_dict())
+    assert 'blocks.1.mlp.experts.fc1.bias: made of blocks.1.mlp.fc1.bias' in lines
+    assert 'blocks.1.mlp.router.weight: as initialised' in lines
+
+
+@pytest.mark.parametrize('classes', [5, 4])
+def test_classes_are_named_as_long_as_the_head_is_kept(classes, tmp_path):
+    names = ['ant', 'bee', 'cat', 'dog', 'elk']
+    config = {'label_names': names, 'license': 'mit', 'mean': [0.5] * 3, 'std': [0.5] * 3}
+    model = timm.create_model('vit_tiny_patch16_224', pretrained_cfg_overlay=config, **SIZES)
+    save_for_hf(model, tmp_path / 'dense', {'label_names': names}, SIZES, safe_serialization=True)
+    options = [f'{name}={value}' for name, value in MOE.items()]
+    options += [] if classes == 5 else [f'num_classes={classes}']
+    out = tmp_path / 'out'
+    source = f'local-dir:{tmp_path / "dense"}'
+    upcycle([source, 'vit_tiny_smoe', str(out), '--cfg-options', *options])
+    found = json.loads((out / 'config.json').read_text())
+    assert found.get('label_names') == (names if classes == 5 else None)
+    assert found['pretrained_cfg']['license'] == 'mit'
+
+
+@pytest.mark.parametrize('channels, numbers', [(1, 1), (4, 1), (4, 4)])
+def test_images_of_other_channels(dense, tmp_path, channels, numbers):
+    out = tmp_path / 'folder'
+    overlay = [f'pretrained_cfg_overlay.{name}={[0.25] * numbers}' for name in ('mean', 'std')]
+    options = [*OPTIONS, f'in_chans={channels}']
+    upcycle([dense, 'vit_tiny_smoe', str(out), '--cfg-options', *options, *overlay])
+    model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    assert model(torch.randn(2, channels, 32, 32)).shape == (2, 5)
+    config = json.loads((out / 'config.json').read_text())['pretrained_cfg']
+    assert config['mean'] == config['std'] == [0.25] * channels
+
+
+@cases(
+    'arguments, message',
+    ([*CASE, *OPTIONS], 'how images were normalis'),
+    ([*CASE, *NUMBERS], 'shapes: '),
+    ([*CASE, *OPTIONS, *NUMBERS, 'in_chans=4'], 'mean='),
+    (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], 'out='),
+    (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model='),
+    (['NONE.pth', 'vit_tiny_smoe', 'OUT'], 'NONE.pth'),
+    ids=str,
+)
+def test_a_mistake_is_one_line(dense, tmp_path, arguments, message):
+    places = {'DENSE': dense, 'OUT': str(tmp_path / 'OUT')}
+    given = [places.get(argument, argument) for argument in arguments]
+    refused(message, upcycle, given, error=SystemExit)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['dense.pth']
+
+
+CONFIG = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+OF_RUN = {
+    'model.depth': 1,
+    'model.embed_dim': 12,
+    'model.moe.num_experts': 2,
+    'model.moe.moe_layers': [0],
+}
+NAME = 'vit_tiny_patch16_224'
+CHANGED = ['--cfg-options']
+SMALL = ['depth=1', 'embed_dim=12', 'img_size=32', 'num_classes=5']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('run') / 'run'
+    leave_run(folder, CONFIG, OF_RUN, '0123456789')
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path) -> str:
+    model = timm.create_model(NAME, depth=1, embed_dim=12, img_size=32, num_classes=5)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    return str(tmp_path / 'weights.safetensors')
+
+
+def about(file: Path) -> dict[str, Any]:
+    extra = {'about.json': ''}
+    torch.export.load(file, extra_files=extra)
+    return json.loads(extra['about.json'])
+
+
+@pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.onnx', marks=pytest.mark.long)])
+def test_a_config_with_its_checkpoint(run, tmp_path, capsys, suffix):
+    if suffix == '.onnx':
+        for name in ('onnx', 'onnxscript', 'onnxruntime'):
+            pytest.importorskip(name)
+    out = tmp_path / 'new' / f'model{suffix}'
+    export([str(run / 'run.py'), str(run / 'epoch_1.pth'), str(out)])
+    written, *compared = capsys.readouterr().out.splitlines()
+    assert written == f'wrote {out}: images (B, 3, 48, 48) float32 to logits'
+    begins = [line.partition(', largest')[0] for line in compared]
+    assert begins == [f'batch {n}, logits: {n} of {n} predictions equal' for n in (1, 4)]
+    assert all(float(line.split()[-1]) < 1e-5 for line in compared)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_work_dir_and_what_is_published_of_it(run, tmp_path):
+    export([str(run), str(tmp_path / 'run.pt2'), '--batch', '2'])
+    publish_folder(str(run), str(tmp_path / 'published'))
+    export([f'local-dir:{tmp_path / "published"}', str(tmp_path / 'folder.pt2'), '--batch', '2'])
+    images = torch.randn(2, 3, 48, 48)
+    one, two = (torch.export.load(tmp_path / n).module()(images) for n in ('run.pt2', 'folder.pt2'))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    for name in ('run.pt2', 'folder.pt2'):
+        assert about(tmp_path / name)['classes'] == list('0123456789')
+    assert about(tmp_path / 'run.pt2')['std'] == pytest.approx(NORMALIZATION.std)
+    assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
+
+
+def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):
+    name, out = 'test_resnet.r160_in1k', tmp_path / 'OUT.pt2'
+    torch.save(timm.create_model(name).state_dict(), tmp_path / 'a.pth')
+    given = ['--batch', '1', '--cfg-options', f'pretrained_cfg_overlay.file={tmp_path / "a.pth"}']
+    with pytest.raises(SystemExit, match=f"weights of '{name}' have nothing for a head of 7 class"):
+        export([name, str(out), *given, 'num_classes=7'])
+    assert not out.exists()
+    export([name, str(out), *given, 'num_classes=0'])  # its features
+    assert out.exists()
+
+
+@cases(
+    'arguments, message',
+    (['RUN', 'OUT.pb'], '^error: out='),
+    (['RUN', 'OUT.pt2', '--opset', '20'], '^error: --opset=20'),
+    (['RUN', 'OUT.pt2', '--size', '32', '32'], r'size=\(32, 32\)'),
+    (['RUN/run.py', 'OUT.pt2'], '^error: source='),
+    (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
+    ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model'),
+    (['vit_tiny_vqmoe', 'OUT.pt2'], '^error: checkpoint=None'),
+    (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], '^error: checkpoint='),
+    (
+        [NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'],
+        "multiple values .* 'checkpoint_path'",
+    ),
+    (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
+    ids=str,
+)
+def test_a_mistake_of_an_export_is_one_line(run, weights, tmp_path, arguments, message):
+    places = {'RUN': str(run), 'WEIGHTS': weights, 'OUT': str(tmp_path / 'OUT')}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    refused(message, export, arguments, error=SystemExit)
+    assert not list(tmp_path.glob('OUT*'))

@@ -1,26 +1,32 @@
 """What a run says of itself covers the whole run, however often it was resumed."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
-from PIL import Image
 from timm.models import create_model, save_for_hf
 
 from vqmoe_vision.classification.datasets import class_folder
-from vqmoe_vision.engine.record import described, starting_weights
+from vqmoe_vision.engine import RoutingStatistics
+from vqmoe_vision.engine.hooks import lines_of
+from vqmoe_vision.engine.record import _change, described, read_history, starting_weights
+from vqmoe_vision.engine.record import _sample as sample
 from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 
-from .tiny import config_of, resumed, trained
+from .. import cases
+from .tiny import TRANSFORM, config_of, resumed, trained, write_image
 
 RECORD = {'default_hooks.record.type': 'RunRecordHook'}
 ONCE = {**RECORD, 'train_cfg.max_epochs': 1}
+ONLY_FIRST = {'default_hooks.record.only_first': True}
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -28,14 +34,11 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """A run of two epochs, trained."""
+def whole(tmp_path_factory) -> Runner:
     return trained(config_of(tmp_path_factory.mktemp('record') / 'whole', **RECORD))
 
 
-def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
-    whole: Runner, tmp_path: Path
-) -> None:
+def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(whole, tmp_path):
     trained(config_of(tmp_path / 'parts', **ONCE))
     before = record(tmp_path / 'parts')
     assert len(before['first_losses']) == 10
@@ -47,7 +50,6 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
     torch.save(content, path)
     trained(resumed(tmp_path / 'parts', **RECORD))
     one, other = record(Path(whole.work_dir)), record(tmp_path / 'parts')
-    # the commit once, not once for each part
     for field in ('first_losses', 'held_out', 'training_loss', 'params', 'macs', 'commit'):
         assert one[field] == other[field], field
     assert len(one['first_losses']) == 20 and len(one['held_out']) == 2
@@ -58,20 +60,16 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
     assert (Path(whole.work_dir) / 'progress').read_text() == '20 20\n'
 
 
-def test_the_first_losses_can_be_had_alone(whole: Runner, tmp_path: Path) -> None:
+def test_the_first_losses_can_be_had_alone(whole, tmp_path):
     with pytest.raises(SystemExit) as end:
-        trained(
-            config_of(tmp_path / 'first', **RECORD, **{'default_hooks.record.only_first': True})
-        )
+        trained(config_of(tmp_path / 'first', **RECORD, **ONLY_FIRST))
     assert end.value.code == 0
     found = record(tmp_path / 'first')
     assert len(found['training_loss']) == 20
     assert found['first_losses'] == record(Path(whole.work_dir))['first_losses']
 
 
-def test_a_run_is_not_resumed_with_other_defaults_or_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_not_resumed_with_other_defaults_or_data(tmp_path, monkeypatch):
     trained(config_of(tmp_path / 'parts', **ONCE))
     with pytest.raises(ValueError, match=r'data.train=.* is not possible: .* as when the run'):
         trained(resumed(tmp_path / 'parts', **RECORD, **{'train_dataloader.dataset.imbalance': 2}))
@@ -80,18 +78,13 @@ def test_a_run_is_not_resumed_with_other_defaults_or_data(
         trained(resumed(tmp_path / 'parts', **RECORD))
 
 
-TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
-
-
 def folder(root: Path, names: list[str]) -> dict[str, Any]:
     for name in names:
-        path = root / 'train' / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (8, 8)).save(path)
+        write_image(root / 'train' / name)
     return described(class_folder(str(root), 'train', TRANSFORM))
 
 
-def test_folders_of_classes(tmp_path: Path) -> None:
+def test_folders_of_classes(tmp_path):
     names = ['cat/1.png', 'cat/2.png', 'dog/3.png']
     one = folder(tmp_path / 'one', names)
     assert one['samples'] == 3
@@ -121,7 +114,7 @@ def digest(path: Path) -> str:
 STATE = {'a': torch.arange(4.0), 'b': torch.tensor(3), 'c': torch.ones(2, dtype=torch.bfloat16)}
 
 
-def test_the_digest_is_of_names_and_values(tmp_path: Path) -> None:
+def test_the_digest_is_of_names_and_values(tmp_path):
     expected = digest(written(tmp_path / 'first.pth', STATE, meta={'time': 'Monday'}))
     turned = dict(reversed(STATE.items()))
     assert digest(written(tmp_path / 'later.pth', turned, meta={'time': 'Tuesday'})) == expected
@@ -134,7 +127,7 @@ def test_the_digest_is_of_names_and_values(tmp_path: Path) -> None:
         assert digest(written(tmp_path / 'other.pth', {**STATE, 'a': a})) != expected
 
 
-def test_weights_count_however_they_are_named(tmp_path: Path) -> None:
+def test_weights_count_however_they_are_named(tmp_path):
     model = create_model('vit_tiny_patch16_224', depth=1, img_size=16)
     save_for_hf(model, str(tmp_path / 'timm'), safe_serialization=True)
     weights, bare = str(tmp_path / 'timm/model.safetensors'), tmp_path / 'bare'
@@ -156,9 +149,7 @@ def test_weights_count_however_they_are_named(tmp_path: Path) -> None:
     assert len(set(found.values())) == 1  # the same values
 
 
-def test_a_run_says_what_it_started_from_and_not_what_is_there_now(
-    whole: Runner, tmp_path: Path
-) -> None:
+def test_a_run_says_what_it_started_from_and_not_what_is_there_now(whole, tmp_path):
     source, folder = tmp_path / 'source.pth', tmp_path / 'run'
     shutil.copy(Path(whole.work_dir) / 'epoch_2.pth', source)
     expected, start = {'model.checkpoint': digest(source)}, {'model.checkpoint': str(source)}
@@ -170,3 +161,122 @@ def test_a_run_says_what_it_started_from_and_not_what_is_there_now(
     torch.save({**content, 'state_dict': changed}, source)
     trained(resumed(folder, **RECORD, **start))
     assert record(folder)['starting_weights'] == expected != {'model.checkpoint': digest(source)}
+
+
+def test_an_expert_that_one_batch_does_not_use_is_not_unused():
+    statistics = RoutingStatistics()
+    statistics.add({'a/load': torch.tensor([1.0, 0.0, 0.0])})
+    statistics.add({'a/load': torch.tensor([0.5, 0.5, 0.0])})
+    # means 0.75, 0.25, 0; entropy 0.75 ln(4 / 3) + 0.25 ln 4 = 0.5623, e^0.5623 = 1.7548
+    assert statistics.summary() == {
+        'a/load_min': 0.0,
+        'a/load_max': 0.75,
+        'a/load_unused': 1,
+        'a/load_perplexity': pytest.approx(1.7548, abs=1e-4),
+    }
+
+
+def test_every_statistic_of_a_layer_is_averaged_and_reported():
+    statistics = RoutingStatistics()
+    share = torch.tensor([0.25, 0.75])
+    statistics.add({'a/load': share, 'a/new': torch.tensor(0.5), 'a/none': torch.tensor(0.0)})
+    statistics.add({'a/load': share, 'a/new': torch.tensor(1.0), 'b/load': share})
+    assert statistics.summary()['a/new'] == 0.75
+    assert statistics.summary()['b/load_max'] == 0.75
+    perplexity = math.exp(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    load = f'load 0.250..0.750 perplexity {perplexity:.2f} unused 0/2'
+    assert lines_of(statistics.means()) == [f'a  {load}  new 0.75', f'b  {load}']
+
+
+def test_values_that_are_not_finite_are_left_out():
+    statistics = RoutingStatistics()
+    statistics.add({'a/error': torch.tensor(0.5), 'a/bad': torch.tensor(torch.nan)})
+    statistics.add({'a/error': torch.tensor(torch.inf), 'a/bad': torch.tensor(torch.nan)})
+    statistics.add({'a/error': torch.tensor(1.0), 'a/bad': torch.tensor(torch.nan)})
+    assert statistics.summary() == {'a/error': 0.75, 'a/bad': 0.0}
+
+
+# of 20 iterations a line after every third, so that a checkpoint after ten lies between two
+HISTORY = {
+    'default_hooks.routing_history.type': 'RoutingHistoryHook',
+    'default_hooks.routing_history.records': 6,
+}
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return read_history(folder / 'routing.jsonl')
+
+
+def losses_of(runner: Runner) -> list[float]:
+    return runner.message_hub.get_scalar('train/loss').data[0].tolist()
+
+
+@pytest.fixture(scope='module')
+def kept_whole(tmp_path_factory) -> Runner:
+    return trained(config_of(tmp_path_factory.mktemp('history') / 'whole', **HISTORY))
+
+
+def test_a_line_holds_shares_and_changes(kept_whole):
+    lines = history(Path(kept_whole.work_dir))
+    assert [line['iteration'] for line in lines] == [3, 6, 9, 12, 15, 18]
+    for line in lines:
+        (layer,) = line['layers'].values()
+        assert sum(layer['load']) == pytest.approx(1, abs=1e-4)
+        assert sum(layer['code_usage']) == pytest.approx(1, abs=1e-4)
+        assert layer['change'].keys() == {'router', 'experts', 'gate', 'quantizer', 'codebook'}
+        assert all(change > 0 for change in layer['change'].values())
+    (first,) = lines[0]['layers'].values()
+    assert first['change']['gate'] == 1  # |w - 0| / |w|: it starts at zero
+
+
+def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(kept_whole, tmp_path):
+    folder = tmp_path / 'parts'
+    half = {**HISTORY, 'default_hooks.routing_history.records': 3, 'train_cfg.max_epochs': 1}
+    trained(config_of(folder, **half))
+    assert [line['iteration'] for line in history(folder)] == [3, 6, 9]
+    with (folder / 'routing.jsonl').open('a') as file:  # work that a kill has lost, and half a line
+        file.write('{"iteration": 11, "layers": {}}\n{"iterat')
+    trained(resumed(folder, **HISTORY))
+    assert history(folder) == history(Path(kept_whole.work_dir))
+
+
+@cases(
+    'method, options',
+    # one that decides by features has to have them first
+    *(
+        pytest.param(name, {}, marks=[pytest.mark.long] * (name != 'vqmoe'))
+        for name, method in METHODS.items()
+        if not method.needs_features
+    ),
+    ('smoe', {'model.moe.router_noise': 0.5}),
+)
+def test_losses_and_weights_are_those_of_a_run_without(method, options, tmp_path):
+    short = {
+        'model.model_name': f'vit_tiny_{method}',
+        **options,
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 2,
+        'train_dataloader.batch_size': 240,
+    }
+    plain = trained(config_of(tmp_path / 'plain', **short))
+    recorded = trained(config_of(tmp_path / 'recorded', **short, **HISTORY))
+    assert not (tmp_path / 'plain' / 'routing.jsonl').exists()
+    assert len(history(tmp_path / 'recorded')) == len(losses_of(plain)) == 5
+    assert losses_of(plain) == losses_of(recorded)
+    with_history = recorded.model.state_dict()
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, with_history[name]), name
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_part_of_a_layer_is_recorded(method):
+    sizes = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3)
+    model = timm.create_model(f'vit_tiny_{method}', **sizes)
+    layer = model.blocks[1].mlp
+    parts = sample(layer)
+    trained_parts = {name.partition('.')[0] for name, _ in layer.named_parameters()}
+    assert trained_parts <= parts.keys()
+    with torch.no_grad():
+        layer.experts.fc1.weight.mul_(1.5)
+    changed = _change(parts, sample(layer))
+    assert {name for name, change in changed.items() if change > 0} == {'experts'}

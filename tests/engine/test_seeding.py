@@ -1,26 +1,39 @@
 import random
+from functools import partial
 from itertools import islice, product
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, DefaultSampler, InfiniteSampler
+from mmengine.logging import MessageHub
 from mmengine.registry import DATASETS
-from mmengine.runner import Runner, loops
-from torch.utils.data import Dataset
+from mmengine.runner import IterBasedTrainLoop, Runner, loops
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
+from vqmoe_vision import collect_losses, update_state
 from vqmoe_vision.engine.config import OURS, renamed
 from vqmoe_vision.engine.seeding import (
+    PROCESSES,
+    SEEN,
     ReseedHook,
+    ResumableEpochLoop,
     SeededInfiniteSampler,
     SeededSampler,
+    check_batches,
+    keep_accumulated,
+    restore_accumulated,
     seed_generators,
     seed_sample,
 )
+
+from .. import cases, refused
 
 
 class Noise(Dataset):
@@ -42,7 +55,7 @@ def loader_of(dataset: Dataset, sampler: str, **options: Any) -> Any:
     return Runner.build_dataloader(config, seed=0)
 
 
-def test_augmentation_differs_between_epochs_and_is_repeated_on_resuming() -> None:
+def test_augmentation_differs_between_epochs_and_is_repeated_on_resuming():
     loader, drawn = loader_of(Noise(), 'DefaultSampler', batch_size=4, num_workers=1), []
     for iteration in (0, 1, 0):
         ReseedHook().before_train_epoch(SimpleNamespace(seed=0, iter=iteration))
@@ -51,14 +64,12 @@ def test_augmentation_differs_between_epochs_and_is_repeated_on_resuming() -> No
 
 
 class Seeded(Noise):
-    """Noise with the seed that the index brings."""
-
     def __getitem__(self, index: Any) -> torch.Tensor:
         seed_generators(*index.parts)
         return torch.stack([torch.tensor(float(index)), torch.rand(())])
 
 
-def test_processes_draw_the_noise_of_one() -> None:
+def test_processes_draw_the_noise_of_one():
     def drawn(rank: int, size: int) -> list[tuple[int, tuple[int, ...]]]:
         sampler = SeededInfiniteSampler(Seeded(), shuffle=True, seed=0)
         sampler.rank, sampler.world_size = rank, size
@@ -68,24 +79,20 @@ def test_processes_draw_the_noise_of_one() -> None:
     assert [sample for pair in pairs for sample in pair] == drawn(0, 1)
 
 
-def test_a_training_by_epochs_draws_anew_in_every_epoch() -> None:
+def test_a_training_by_epochs_draws_anew_in_every_epoch():
     def drawn(seed: int, epoch: int) -> list[float]:
         sampler = SeededSampler(Seeded(), shuffle=False, seed=seed)
         sampler.set_epoch(epoch)
         return [float(Seeded()[index][1]) for index in sampler]
 
-    # two seeds with two epochs of four samples each
     noise = [value for run in product((0, 1), (0, 1)) for value in drawn(*run)]
     assert len(set(noise)) == 16
     assert drawn(0, 1) == noise[4:8]
 
 
-@pytest.mark.parametrize('drop_last', [False, True])
-@pytest.mark.parametrize('num_workers', [0, 2])
+@cases('num_workers, drop_last', (0, False), (0, True), (2, True))
 @pytest.mark.parametrize('sampler', ['SeededInfiniteSampler', 'SeededSampler'])
-def test_a_resumed_run_by_iterations_sees_what_the_whole_one_sees(
-    sampler: str, num_workers: int, drop_last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_by_iterations_sees_the_same(sampler, num_workers, drop_last, monkeypatch):
     """Also after the end of an epoch, whose last batch is smaller or left out."""
     monkeypatch.setattr(loops.time, 'sleep', lambda seconds: None)  # mmengine's, at such an end
 
@@ -126,7 +133,7 @@ NESTED = {
 
 @pytest.mark.parametrize('sampler', [SeededInfiniteSampler, SeededSampler])
 @pytest.mark.parametrize('name', NESTED)
-def test_a_wrapper_keeps_the_seeds_of_samples(name: str, sampler: Any) -> None:
+def test_a_wrapper_keeps_the_seeds_of_samples(name, sampler):
     dataset = DATASETS.build(renamed(NESTED[name], OURS, set()))
     fetch = _MapDatasetFetcher(dataset, True, list, False).fetch
 
@@ -136,5 +143,70 @@ def test_a_wrapper_keeps_the_seeds_of_samples(name: str, sampler: Any) -> None:
 
     first = drawn(0)
     assert drawn(1) == drawn(2) == first
-    # the second round of a sample is no repetition of the first
     assert len(set(first)) == len(dataset)
+
+
+class Recorded(ResumableEpochLoop):
+    def __init__(self, runner: Any, dataloader: DataLoader) -> None:
+        self._runner, self.dataloader, self._epoch = runner, dataloader, 1
+        self.batches: list[tuple[int, list[int]]] = []
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        self.batches.append((idx, data_batch.tolist()))
+
+
+@pytest.mark.parametrize('kind', [SeededSampler, DefaultSampler])
+def test_what_an_epoch_has_seen_is_passed_over_once(kind):
+    hub = MessageHub(kind.__name__)
+    runner = SimpleNamespace(call_hook=lambda *_: None, model=nn.Identity(), message_hub=hub)
+    sampler = kind(range(10), seed=3)
+    loop = Recorded(runner, DataLoader(range(10), batch_size=3, sampler=sampler))
+    loop.run_epoch()
+    whole, loop.batches = loop.batches, []
+    assert [index for index, _ in whole] == [0, 1, 2, 3]  # of 3, 3, 3 and 1
+    hub.update_info(SEEN, 2)  # as a checkpoint after two batches
+    loop.run_epoch()
+    resumed, loop.batches = loop.batches, []
+    assert resumed == whole[2:]
+    loop.run_epoch()
+    assert loop.batches == whole
+    hub.update_info(SEEN, 2)
+    hub.update_info(PROCESSES, 4)
+    refused(r'^number of processes=1 is not possible: 4,', loop.run_epoch)
+
+
+@pytest.mark.parametrize('kind', [SeededSampler, SeededInfiniteSampler, InfiniteSampler])
+def test_a_batch_that_no_epoch_fills_is_refused_and_one_of_several_rounds_is_not(kind):
+    loader = DataLoader(range(4), batch_size=6, sampler=kind(range(4)), drop_last=True)
+    loop = object.__new__(IterBasedTrainLoop)
+    runner: Any = SimpleNamespace(train_dataloader=loader, train_loop=loop)
+    if kind is SeededSampler:
+        refused(r'^train_dataloader\.batch_size=6 .* at most 4', check_batches, runner)
+    else:
+        check_batches(runner)
+        assert len(next(iter(loader))) == 6
+
+
+@pytest.mark.parametrize('method, options', [('vqmoe', {}), ('smoe', {'bias_update_rate': 0.1})])
+def test_what_waits_for_a_step_is_in_the_checkpoint(method, options):
+    sizes = dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, moe_layers=[0])
+    make = partial(timm.create_model, f'vit_tiny_{method}', num_experts=4, **sizes, **options)
+    model, resumed = make(), make()
+    resumed.load_state_dict(model.state_dict())
+    with collect_losses(model, update_state=False):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    wrapper = SimpleNamespace(should_update=lambda: False)
+    runner: Any = SimpleNamespace(model=model, optim_wrapper=wrapper)
+    goes_on, best = dict[str, Any](optimizer={}), dict[str, Any]()
+    for checkpoint in (goes_on, best):  # which is saved without an optimizer
+        keep_accumulated(runner, checkpoint)
+    assert best == {}
+    logger = SimpleNamespace(info=lambda text: None)
+    restore_accumulated(SimpleNamespace(model=resumed, logger=logger), goes_on)  # type: ignore[arg-type]
+    gradients = [[p.grad for p in each.parameters()] for each in (model, resumed)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for each in (model, resumed):
+        update_state(each)
+    torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert any(not torch.equal(before[n], value) for n, value in model.state_dict().items())

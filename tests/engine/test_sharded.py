@@ -1,5 +1,9 @@
 """What a config may say of spreading a model, and gradients whose layouts differ."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,21 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vqmoe_vision import collect_losses
-from vqmoe_vision.engine import sharded
+from vqmoe_vision.engine import processes, sharded
+from vqmoe_vision.engine.processes import (
+    OwnDataParallel,
+    RankError,
+    Unwrapped,
+    check_batch,
+    plain_error,
+    together,
+)
 from vqmoe_vision.engine.sharded import (
     ShardingHook,
     _exchange,
@@ -28,40 +41,35 @@ from vqmoe_vision.engine.sharded import (
 )
 from vqmoe_vision.models.sharding import shard_model
 
+from .. import cases, refused
 from ..forked import spawn
-from ..groups import begin
+from ..groups import alone, begin
 from ..variants import VARIANTS
 
 
-@pytest.mark.parametrize(
-    ('options', 'processes', 'field'),
-    [
-        ({'expert': 2}, 2, 'parallel'),
-        (2, 2, 'parallel'),
-        ({}, 1, 'parallel'),
-        ({'param_dtype': 'float16'}, 2, 'parallel.param_dtype'),
-        ({'state_dict_type': 'parts'}, 2, 'parallel.state_dict_type'),
-    ],
+@cases(
+    'options, processes, field',
+    ({'expert': 2}, 2, 'parallel'),
+    (2, 2, 'parallel'),
+    ({}, 1, 'parallel'),
+    ({'param_dtype': 'float16'}, 2, 'parallel.param_dtype'),
+    ({'state_dict_type': 'parts'}, 2, 'parallel.state_dict_type'),
 )
-def test_options_that_there_are_not(
-    options: Any, processes: int, field: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_that_there_are_not(options, processes, field, monkeypatch):
     monkeypatch.setattr(sharded, 'get_world_size', lambda: processes)
     with pytest.raises(ValueError, match=rf'^{field}='):
         check_parallel(Config({'parallel': options}))
         ShardingHook(**options)
 
 
-def wrapper(
-    kind: str = 'SGD', clip_grad: dict | None = None, loss_scaler: Any = None, **options: Any
-) -> OptimWrapper:
+def wrapper(kind='SGD', clip_grad=None, loss_scaler=None, **options: Any) -> OptimWrapper:
     optimizer = create_optimizer_v2(torch.nn.Linear(3, 2), kind, lr=0.1, **options)
     made: Any = OptimWrapper(optimizer, clip_grad=clip_grad)
     made.loss_scaler = loss_scaler
     return made
 
 
-def test_optimizers_that_see_wholes() -> None:
+def test_optimizers_that_see_wholes():
     check_optim_wrapper(wrapper(clip_grad={'max_norm': 1.0}))
     # what mmengine's `AmpOptimWrapper` has, which needs a GPU
     check_optim_wrapper(wrapper(loss_scaler=torch.amp.GradScaler('cpu', enabled=False)))
@@ -71,12 +79,11 @@ def test_optimizers_that_see_wholes() -> None:
         (wrapper(loss_scaler=torch.amp.GradScaler('cpu')), 'loss_scale'),
         (wrapper('adamw', foreach=True), 'optimizer.foreach'),
     ]:
-        with pytest.raises(ValueError, match=rf'^optim_wrapper\.{field}='):
-            check_optim_wrapper(bad)
+        refused(rf'^optim_wrapper\.{field}=', check_optim_wrapper, bad)
 
 
 @pytest.mark.parametrize('kernels', [{}, {'foreach': True}, {'fused': True}, {'foreach': False}])
-def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels: dict[str, bool]) -> None:
+def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters(), **kernels)
     expected = optimizer.state_dict()
@@ -86,12 +93,16 @@ def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels: dict[st
     assert with_kernels(optimizer.state_dict(), optimizer) == expected
 
 
-@pytest.mark.parametrize(
+@cases(
     'options',
-    [{}, {'norm_type': 'inf'}, {'norm_type': 1}, {'foreach': False}, {'error_if_nonfinite': True}],
+    {},
+    {'norm_type': 'inf'},
+    {'norm_type': 1},
+    {'foreach': False},
+    {'error_if_nonfinite': True},
     ids=str,
 )
-def test_clips_as_torch_does(options: dict[str, Any]) -> None:
+def test_clips_as_torch_does(options):
     one, other = (torch.nn.Linear(3, 2) for _ in range(2))
     other.load_state_dict(one.state_dict())
     x = torch.randn(4, 3)
@@ -104,7 +115,7 @@ def test_clips_as_torch_does(options: dict[str, Any]) -> None:
         torch.testing.assert_close(same.grad, parameter.grad)
 
 
-TINY = {'img_size': 16, 'patch_size': 8, 'depth': 2, 'embed_dim': 16, 'num_heads': 2}
+TINY = {'img_size': 16, 'patch_size': 8, 'depth': 1, 'embed_dim': 16, 'num_heads': 2}
 
 
 class Mixtures(TorchDispatchMode):
@@ -124,7 +135,7 @@ class Mixtures(TorchDispatchMode):
 
 def make(method: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(f'vit_tiny_{method}', num_classes=4, **{**TINY, **options})
+    return timm.create_model(f'vit_tiny_{method}', num_classes=4, moe_layers=[0], **TINY, **options)
 
 
 def take_steps(rank: int, world: int, folder: Path) -> None:
@@ -147,5 +158,106 @@ def take_steps(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_every_method_takes_a_step_in_bfloat16(tmp_path: Path) -> None:
+def test_every_method_takes_a_step_in_bfloat16(tmp_path):
     spawn(take_steps, (2, tmp_path), nprocs=2)
+
+
+SLURM = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '8', 'SLURM_LOCALID': '1'}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch) -> None:
+    """One that a test may change: what it sets is taken back."""
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_RUN_ID', *SLURM):
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(processes, '_PATIENCE', 0.0)
+
+
+def test_processes_without_a_launcher_are_refused(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    with pytest.raises(ValueError, match=r"--launcher='none' .*'pytorch'.* 8 "), together('none'):
+        pass
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    with together('none'):
+        pass
+
+
+def test_a_rank_is_named_in_its_error(monkeypatch, capsys):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"3, ValueError\('mine'\)"), together('slurm'):
+        print('not of the first')
+        assert [os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')] == ['3', '8', '1']
+        raise ValueError('mine')
+    # of a connection that is lost the first one speaks
+    for rank, kind in (('3', SystemExit), ('0', RankError)):
+        monkeypatch.setenv('SLURM_PROCID', rank)
+        with pytest.raises(kind), together('slurm'):
+            raise RuntimeError('Connection closed by peer')
+    assert capsys.readouterr().out == ''
+
+
+ORPHAN = """
+import os, sys, time
+from vqmoe_vision.engine import processes
+os.environ.update(TORCHELASTIC_RUN_ID='none', RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+if child := os.fork():
+    print(child, flush=True)
+    time.sleep(0.5)
+    os._exit(0)
+with processes.together('pytorch'):
+    time.sleep(60)
+"""
+
+
+def test_a_process_ends_with_the_torchrun_that_started_it():
+    done = subprocess.run([sys.executable, '-c', ORPHAN], stdout=subprocess.PIPE, text=True)
+    for _ in range(100):
+        try:
+            os.kill(int(done.stdout), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError('it is an orphan')
+
+
+def test_a_batch_is_not_multiplied_in_silence(monkeypatch):
+    config, name = Config({'train_dataloader': {'batch_size': 8}}), 'train_dataloader.batch_size'
+    monkeypatch.setattr(processes, 'get_world_size', lambda: 8)
+    with pytest.raises(ValueError, match=rf'^{name}=8 .* 64 images'):  # 8 x 8
+        check_batch(config, ())
+    check_batch(config, {name: 8})
+    check_batch(config, {'train_dataloader': {'batch_size': 8}})
+    monkeypatch.setattr(processes, 'get_world_size', lambda: 1)
+    check_batch(config, ())
+
+
+class BiasUnused(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_parameters_without_a_gradient_are_one_line():
+    with alone():
+        model = DistributedDataParallel(BiasUnused(2, 2))
+        model(torch.ones(2)).sum().backward()
+        with pytest.raises(RuntimeError) as raised:
+            model(torch.ones(2))
+    error = plain_error(raised.value)
+    assert isinstance(error, ValueError)
+    assert str(error).startswith('find_unused_parameters=False: some parameters got no gradient')
+
+
+@pytest.mark.parametrize('kind', [OwnDataParallel, Unwrapped])
+def test_batch_norms_over_processes_are_those_of_each_on_a_cpu(kind, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(processes, 'print_log', lambda line, logger: told.append(line))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
+    names = list(model.state_dict())
+    with alone():
+        wrapped = kind(module=model)
+        wrapped(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert [line[:48] for line in told] == ['sync_bn needs GPUs: as sync_bn=None on a CPU, wh']
+    assert list(getattr(wrapped, 'module', wrapped).state_dict()) == names

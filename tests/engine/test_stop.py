@@ -21,6 +21,7 @@ from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import keep_workers
 
+from .. import cases
 from ..forked import ROOT, run_tool
 
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
@@ -90,22 +91,16 @@ def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Completed
     return run_tool('train.py', 'tiny.py', '--work-dir', 'w', *arguments, folder=folder, **options)
 
 
-def write(
-    folder: Path, at: list, signals: list[int], workers: str = '', config: str = TINY
-) -> None:
+def write(folder: Path, at: list, signals: list[int], workers='', config=TINY) -> None:
     folder.mkdir(exist_ok=True)
-    text = config.replace('AT', repr(at)).replace(
-        'SIGNALS', repr([int(number) for number in signals])
-    )
+    text = config.replace('AT', repr(at)).replace('SIGNALS', repr([*map(int, signals)]))
     (folder / 'tiny.py').write_text(text.replace('WORKERS', workers))
     (folder / 'told_to_stop.py').write_text(HOOK)
     (folder / 'armed').touch()
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
-    """What an uninterrupted training of a config leaves."""
-
+def uninterrupted(tmp_path_factory) -> Callable[[str], dict]:
     @functools.cache
     def train(config: str) -> dict:
         folder = tmp_path_factory.mktemp('whole')
@@ -131,54 +126,40 @@ def equal(work: Path, whole: dict) -> None:
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize(
-    ('number', 'at', 'saved', 'workers', 'config', 'last'),
-    [
-        (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', '', TINY, 'epoch_3.pth'),
-        pytest.param(
-            signal.SIGINT, ['iteration', 7], 'iter_8.pth', 'num_workers=1', TINY, 'epoch_3.pth',
-            marks=LONG,
-        ),
-        pytest.param(
-            signal.SIGINT, ['validation', 1, 0], 'epoch_1.pth', '', TINY, 'epoch_3.pth', marks=LONG
-        ),
-        pytest.param(
-            signal.SIGINT, ['iteration', 4], 'iter_5.pth', '', BY_ITERATION, 'iter_12.pth',
-            marks=LONG,
-        ),
-    ],
-)  # fmt: skip
+@cases(
+    'number, at, saved, workers, config',
+    (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', '', TINY),
+    pytest.param(signal.SIGINT, ['iteration', 7], 'iter_8.pth', 'num_workers=1', TINY, marks=LONG),
+    pytest.param(signal.SIGINT, ['validation', 1, 0], 'epoch_1.pth', '', TINY, marks=LONG),
+    pytest.param(signal.SIGINT, ['iteration', 4], 'iter_5.pth', '', BY_ITERATION, marks=LONG),
+)
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    number: int, at: list, saved: str, workers: str, config: str, last: str, uninterrupted,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    number, at, saved, workers, config, uninterrupted, tmp_path
+):
     write(tmp_path, at, [number], workers, config)
     stop_and_go_on(tmp_path, number, saved)
     equal(tmp_path / 'w', uninterrupted(config))
+    last = 'iter_12.pth' if config == BY_ITERATION else 'epoch_3.pth'
     assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {last}
 
 
-@pytest.mark.parametrize(
-    ('config', 'at', 'saved'),
-    [
-        pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=LONG),
-        # in the last iteration of an epoch, and in the middle
-        (ADDED, ['iteration', 3], 'iter_4.pth'),
-        pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=LONG),
-    ],
+@cases(
+    'config, at, saved',
+    pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=LONG),
+    # in the last iteration of an epoch, and in the middle
+    (ADDED, ['iteration', 3], 'iter_4.pth'),
+    pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=LONG),
 )
 def test_a_signal_at_any_moment_loses_no_batch_and_no_gradient(
-    config: str, at: list, saved: str, uninterrupted, tmp_path: Path
-) -> None:
+    config, at, saved, uninterrupted, tmp_path
+):
     write(tmp_path, at, [signal.SIGTERM], config=config)
     stop_and_go_on(tmp_path, signal.SIGTERM, saved)
     equal(tmp_path / 'w', uninterrupted(config))
 
 
 @pytest.mark.long
-def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
-    uninterrupted, tmp_path: Path
-) -> None:
+def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(uninterrupted, tmp_path):
     slow = "num_workers=1, worker_init_fn=dict(type='slow_to_start')"
     write(tmp_path, ['waiting', 1], [signal.SIGTERM], slow, EARLY)
     done = start(tmp_path, new_session=True)
@@ -205,26 +186,21 @@ def stop_and_go_on(tmp_path: Path, number: int, saved: str) -> None:
     assert again.returncode == 0, again.stderr
 
 
-def test_ctrl_c_before_a_training_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_before_a_training_is_one_line(tmp_path):
     write(tmp_path, ['never'], [])
-    (tmp_path / 'told_to_stop.py').write_text(
-        'import os\nos.kill(os.getpid(), 2)'
-    )  # as a config is read
+    # as a config is read
+    (tmp_path / 'told_to_stop.py').write_text('import os\nos.kill(os.getpid(), 2)')
     # from the start of the program on
     command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': f'.:{ROOT}', 'OMP_NUM_THREADS': '1'},
-        # a shell that runs the tests in the background has it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    environment = {**os.environ, 'PYTHONPATH': f'.:{ROOT}', 'OMP_NUM_THREADS': '1'}
+    # a shell that runs the tests in the background has it ignored
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    given = dict(cwd=tmp_path, env=environment, preexec_fn=heard)
+    done = subprocess.run(command, capture_output=True, text=True, **given)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, 'SIGINT: stopped\n')
 
 
-def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
     write(tmp_path, ['iteration', 9], [signal.SIGTERM, signal.SIGTERM])
     done = start(tmp_path)
     assert done.returncode == -signal.SIGTERM
@@ -246,8 +222,12 @@ def work():
     next(batches)
     print(*(child.pid for child in active_children()), flush=True)
 
-if __name__ == '__main__':
-    INSIDE
+if __name__ == '__main__':  # in a process that this one has forked, and in this one
+    child = get_context('fork').Process(target=work)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    work()
 """
 
 
@@ -268,22 +248,21 @@ def begin(worker_id: int) -> None:
     SlowSamples.begun = True
 
 
-@pytest.mark.parametrize(
-    'inside', ['work()', "p = get_context('fork').Process(target=work); p.start(); p.join()"]
-)
-def test_a_process_ends_whose_loader_is_still_at_work(inside: str, tmp_path: Path) -> None:
+def test_a_process_ends_whose_loader_is_still_at_work(tmp_path):
     path = tmp_path / 'at_work.py'
-    path.write_text(AT_WORK.replace('INSIDE', inside))
+    path.write_text(AT_WORK)
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     command = [sys.executable, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, '')
-    (worker,) = done.stdout.split()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(worker), 0)
+    workers = [int(word) for word in done.stdout.split()]
+    assert len(workers) == 2
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
 
 
-def test_a_signal_to_all_processes_leaves_the_workers_of_a_loader_at_work() -> None:
+def test_a_signal_to_all_processes_leaves_the_workers_of_a_loader_at_work():
     loader = DataLoader(SlowSamples(), batch_size=None, num_workers=1, worker_init_fn=begin)
     keep_workers(loader)
     before = set(active_children())

@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
+from PIL import Image
 
 from vqmoe_vision.engine.cli import load_config
 
@@ -21,11 +22,18 @@ OPTIONS = {
     'param_scheduler.1.end': 3,
     'default_hooks.checkpoint.interval': 1,
 }
-# of a training that validates nothing
 NO_VALIDATION = {
     **dict.fromkeys(('val_cfg', 'val_dataloader', 'val_evaluator')),
     'default_hooks.checkpoint.save_best': None,
 }
+
+
+TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8)).save(path)
 
 
 def config_of(folder: Path, **more: Any) -> Config:

@@ -127,9 +127,7 @@ def segment(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in losses.items() if 'loss' in name}
 
 
-def train(
-    model: nn.Module, losses_of: Callable[..., dict[str, Tensor]], images: Tensor
-) -> Iterator[dict[str, Tensor]]:
+def train(model: nn.Module, losses_of: Callable, images: Tensor) -> Iterator[dict[str, Tensor]]:
     """`STEPS` steps; gives the losses of each, with their gradients still in the model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model.train()

@@ -2,7 +2,7 @@
 
 A test that moves is named anew, with its promise; one that is dropped leaves its promise unheld.
 
-an option that would be ignored -> tests/engine/test_optim.py::test_constructor_refuses_what_it_would_ignore
+an option that would be ignored -> tests/engine/test_config.py::test_constructor_refuses_what_it_would_ignore
 restart keeps what was frozen -> tests/moe/methods/test_stablemoe.py::test_restarting_stage_1_keeps_the_frozen_router_and_learns_on
 restart where a run starts -> tests/engine/test_checkpoint.py::test_layers_begin_a_new_training_and_the_log_says_so
 losses that nobody collects -> tests/models/test_citizenship.py::test_training_uncollected_is_said_once
@@ -16,9 +16,9 @@ features_only -> tests/models/test_citizenship.py::test_features_only_equals_int
 nothing is read back -> tests/engine/test_reads_nothing_back.py::test_a_training_step_reads_nothing_back
 what is read back is found -> tests/models/test_reads_nothing_back.py::test_a_single_read_is_seen
 exact upcycling -> tests/models/test_upcycle.py::test_a_model_begins_with_the_answers_of_the_dense_one
-exact upcycling of other hosts -> tests/classification/test_hosts.py::test_it_begins_with_the_answers_of_dense_weights
-DINOv3's names -> tests/classification/test_hosts.py::test_files_of_dinov3s_authors_are_understood
-mmseg's names of a backbone -> tests/segmentation/test_backbone.py::test_weights_of_mmsegs_own_backbone_compute_the_same
+exact upcycling of other hosts -> tests/classification/test_classifier.py::test_it_begins_with_the_answers_of_dense_weights
+DINOv3's names -> tests/classification/test_classifier.py::test_files_of_dinov3s_authors_are_understood
+mmseg's names of a backbone -> tests/segmentation/test_segmentor.py::test_weights_of_mmsegs_own_backbone_compute_the_same
 mmseg's names of a Segmenter -> tests/segmentation/test_published.py::test_files_of_mmseg_give_the_logits_of_mmseg
 the authors' names of a Segmenter -> tests/segmentation/test_published.py::test_files_of_the_authors_give_their_logits
 ONNX parity -> tests/models/test_export.py::test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen
@@ -34,18 +34,19 @@ import ast
 import re
 import shutil
 import signal
-from pathlib import Path
+from collections import Counter
 
 import pytest
 
 from ..forked import ROOT, run_tool
+from .faults.table import FAULTS
 from .runs import runs_in
 
 HELD = re.findall(r'^(.+) -> (\S+)::(\S+)$', __doc__, re.MULTILINE)
 
 
-@pytest.mark.parametrize(('promise', 'file', 'name'), HELD, ids=[promise for promise, *_ in HELD])
-def test_a_test_elsewhere_holds_it(promise: str, file: str, name: str) -> None:
+@pytest.mark.parametrize('promise, file, name', HELD, ids=[promise for promise, *_ in HELD])
+def test_a_test_elsewhere_holds_it(promise, file, name):
     body = ast.parse((ROOT / file).read_text()).body
     found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
     (test,) = found
@@ -61,9 +62,7 @@ AGAIN = (
 )
 
 
-def test_a_kill_inside_a_save_leaves_the_last_checkpoint(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_kill_inside_a_save_leaves_the_last_checkpoint(tmp_path, tmp_path_factory):
     made, runs = runs_in(tmp_path_factory.getbasetemp()), tmp_path
     shutil.copytree(made / 'c', runs / 'c')
     shutil.copy(made / 'tiny.py', runs)
@@ -81,3 +80,22 @@ def test_a_kill_inside_a_save_leaves_the_last_checkpoint(
     assert done.returncode == 0 and 'resumed epoch: 1' in done.stdout
     assert (runs / 'c/epoch_2.pth').is_file()
     assert not list((runs / 'c').glob('.*.part'))
+
+
+def test_at_least_36_and_four_a_room():
+    assert len(FAULTS) >= 36
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    rooms = Counter(fault.room for fault in FAULTS)
+    assert len(rooms) == 8 and min(rooms.values()) >= 4
+
+
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_of_one_line_that_occurs_once(fault):
+    text = (ROOT / fault.file).read_text()
+    assert text.count(fault.old) == 1, f'{fault.file} has moved on: take the fault along'
+    assert '\n' not in fault.old + fault.new
+    changed = text.replace(fault.old, fault.new)
+    assert changed != text
+    compile(changed, fault.file, 'exec')  # no error of syntax, which any test would find
+    assert fault.tests
+    assert all((ROOT / 'tests' / name).is_file() for name in fault.tests.split())

@@ -62,7 +62,7 @@ def image(path: Path, levels: int, mode: str) -> None:
 
 
 @pytest.fixture(scope='module')
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def prepared(tmp_path_factory) -> dict[str, str]:
     """What stands in braces, by name."""
     folder = tmp_path_factory.mktemp('mistakes')
     runs = runs_in(tmp_path_factory.getbasetemp())
@@ -98,9 +98,8 @@ def last_line(command: list[str], folder: Path) -> str:
 
     def start(rank: int) -> tuple[int, str]:
         of_rank = {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if number > 1 else {}
-        done = run_tool(
-            *command, folder=folder, file_size=size and int(size), variables=variables | of_rank
-        )
+        limits = dict(file_size=size and int(size), variables=variables | of_rank)
+        done = run_tool(*command, folder=folder, **limits)
         return done.returncode, done.stderr
 
     with ThreadPoolExecutor(number) as pool:
@@ -111,10 +110,8 @@ def last_line(command: list[str], folder: Path) -> str:
     return said.rstrip('\n').rpartition('\n')[2]
 
 
-@pytest.mark.parametrize(('mistake', 'command', 'name'), MISTAKES, ids=[m for m, *_ in MISTAKES])
-def test_the_last_line_names_it(
-    mistake: str, command: str, name: str, prepared: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize('mistake, command, name', MISTAKES, ids=[m for m, *_ in MISTAKES])
+def test_the_last_line_names_it(mistake, command, name, prepared, tmp_path):
     for short, long in SHORT.items():
         command = re.sub(rf'\b{short}\b', long, command)
     line = last_line(shlex.split(command.format_map(prepared)), tmp_path)

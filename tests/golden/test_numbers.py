@@ -94,27 +94,25 @@ def answers_of(model: nn.Module, number: int, size: int) -> list[list[float]]:
 def close(found: Any, expected: Any, tolerance: float, what: str) -> None:
     ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in (found, expected))
     allowed = tolerance * theirs.abs().max().item()
-    torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=allowed, msg=lambda text: f'{what}: {text}'
-    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=allowed, msg=lambda t: f'{what}: {t}')
 
 
 @pytest.mark.parametrize('variant', probe.variants())
 @pytest.mark.parametrize('task', TASKS)
-def test_losses_of_three_steps(task: str, variant: str) -> None:
+def test_losses_of_three_steps(task, variant):
     recorded, found = read(task)[variant], steps(task, variant)
     assert found.keys() == recorded.keys()
     for name, values in recorded.items():
         close(found[name], values, TRAINED[task], name)
 
 
-def test_every_recorded_variant_is_there() -> None:
+def test_every_recorded_variant_is_there():
     """A preset that is renamed or taken away would leave its record unread."""
     for task in TASKS:
         assert read(task).keys() <= probe.variants().keys()
 
 
-def test_names_and_shapes_of_every_entry_point_and_of_small_models() -> None:
+def test_names_and_shapes_of_every_entry_point_and_of_small_models():
     recorded, found = read('states'), states()
     digests = recorded.pop('digests')
     assert {name: found['digests'].get(name) for name in digests} == digests
@@ -122,7 +120,7 @@ def test_names_and_shapes_of_every_entry_point_and_of_small_models() -> None:
 
 
 @pytest.mark.parametrize('method', SAVED)
-def test_a_saved_model_loads_and_answers(method: str) -> None:
+def test_a_saved_model_loads_and_answers(method):
     """As a folder that says what it is of, and as weights for a model that is asked for by name."""
     folder, recorded = DATA / 'saved' / method, read('answers')[method]
     described = timm.create_model(f'local-dir:{folder}', pretrained=True)
@@ -142,12 +140,12 @@ def maps_of_a_run() -> list[list[float]]:
     return maps.flatten(2).mean(2).tolist()
 
 
-def test_a_checkpoint_of_a_run_starts_a_segmentor() -> None:
+def test_a_checkpoint_of_a_run_starts_a_segmentor():
     close(maps_of_a_run(), read('answers')['run.pth'], GIVEN, 'maps')
 
 
 @pytest.mark.parametrize('name', SHIPPED)
-def test_the_shipped_models_answer_as_they_did(name: str) -> None:
+def test_the_shipped_models_answer_as_they_did(name):
     found = answers_of(timm.create_model(name, pretrained=True), 100, 32)
     close(found, read('answers')[name], GIVEN, 'logits')
 

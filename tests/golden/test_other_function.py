@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 
 import vqmoe_vision  # noqa: F401  registers the models
 
+from .. import cases
 from ..forked import run_tool
 from .runs import runs_in
 
@@ -27,7 +28,6 @@ OURS = 'vit_tiny_smoe'
 WITHOUT_POSITIONS = dict(
     pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False
 )
-# what was saved, the model that takes it, and the words for the field
 FUNCTIONS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str]] = {
     'heads': (OURS, dict(num_heads=4), OURS, {}, 'num_heads'),
     'activation': (OURS, dict(act_layer='quick_gelu'), OURS, {}, 'act_layer|activation'),
@@ -60,15 +60,13 @@ def names(words: str, line: str) -> bool:
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory) -> Path:
     return runs_in(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize('case', FUNCTIONS)
 @pytest.mark.parametrize('way', WAYS)
-def test_weights_with_a_config_beside_them(
-    case: str, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_with_a_config_beside_them(case, way, tmp_path, caplog):
     theirs, saved, ours, given, words = FUNCTIONS[case]
     model = create(theirs, **saved)
     arguments = {**SMALL, **(EXPERTS if theirs == OURS else {}), **saved}
@@ -83,7 +81,6 @@ def test_weights_with_a_config_beside_them(
     assert names(words, told or ''.join(caplog.messages[-1:])) and '\n' not in told
 
 
-# of digits, of which a checkpoint calls the first one 0
 FOLDERS = 'test_dataloader.dataset.type=class_folder test_dataloader.dataset.data_root=folders'
 CLASSES = ('1', '0', 'background', *'23456789')
 ORDER = (
@@ -101,22 +98,20 @@ DINOV3 = (
 )
 
 
-@pytest.mark.parametrize(
-    ('command', 'words'),
-    [
-        (f'{TRAIN} {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-        (f'{TEST} model.moe.top_k=1', 'top_k'),
-        (f'{TEST} ' + MEAN.format(split='test'), 'mean'),
-        (f'{TRAIN} {START} ' + MEAN.format(split='train'), 'mean'),
-        (f'{TEST} {FOLDERS}', 'class|classes'),
-        ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
-        (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-        (f'{TRAIN} {DINOV3}', 'rotary|rope'),
-        (f'{TEST} model.num_heads=4', 'num_heads'),
-        (f'{TEST} model.act_layer=relu', 'act_layer'),
-    ],
+@cases(
+    'command, words',
+    (f'{TRAIN} {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+    (f'{TEST} model.moe.top_k=1', 'top_k'),
+    (f'{TEST} ' + MEAN.format(split='test'), 'mean'),
+    (f'{TRAIN} {START} ' + MEAN.format(split='train'), 'mean'),
+    (f'{TEST} {FOLDERS}', 'class|classes'),
+    ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
+    (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+    (f'{TRAIN} {DINOV3}', 'rotary|rope'),
+    (f'{TEST} model.num_heads=4', 'num_heads'),
+    (f'{TEST} model.act_layer=relu', 'act_layer'),
 )
-def test_weights_of_a_run(command: str, words: str, runs: Path, tmp_path: Path) -> None:
+def test_weights_of_a_run(command, words, runs, tmp_path):
     for name in ('c', 's', 'tiny.py', 'scenes.py'):
         (tmp_path / name).symlink_to(runs / name)
     (tmp_path / 'order.py').write_text(ORDER)

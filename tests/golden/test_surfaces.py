@@ -61,19 +61,17 @@ def table(spec: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def test_every_config_is_as_it_was() -> None:
+def test_every_config_is_as_it_was():
     assert not list(differences(probe.configs(ROOT), read_configs()))
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def outside(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path / 'mine.py'
 
 
-def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(
-    outside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(outside, monkeypatch):
     """Up to where the tool gives it to mmengine, with an option of the command line on top."""
 
     def take(config: Config) -> None:
@@ -90,7 +88,7 @@ def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(
     assert {name: found.get(name) for name in expected} == expected
 
 
-def test_a_config_elsewhere_builds_on_one_of_the_package_by_path(outside: Path) -> None:
+def test_a_config_elsewhere_builds_on_one_of_the_package_by_path(outside):
     """As any program of mmengine or mmseg reads it."""
     path = f"__import__('vqmoe_vision').config_path({CAMVID!r})"
     outside.write_text(f'_base_ = {path}\nmodel = dict(backbone=dict(depth=3))\n')
@@ -99,15 +97,13 @@ def test_a_config_elsewhere_builds_on_one_of_the_package_by_path(outside: Path) 
     assert not list(differences(found, expected))
 
 
-def test_every_program_has_the_flags_it_had() -> None:
+def test_every_program_has_the_flags_it_had():
     assert not list(differences(probe.flags(ROOT), read('flags')))
 
 
 @pytest.mark.parametrize('spec', COMPARISONS, ids=lambda spec: spec.stem)
-def test_numbers_of_tables_are_those_of_the_rows(spec: Path) -> None:
-    recorded = {
-        name: row for name, row in read('tables').items() if name.startswith(f'{spec.stem}/')
-    }
+def test_numbers_of_tables_are_those_of_the_rows(spec):
+    recorded = {n: row for n, row in read('tables').items() if n.startswith(f'{spec.stem}/')}
     assert not list(differences(table(spec), recorded))
 
 

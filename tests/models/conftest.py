@@ -1,7 +1,6 @@
 """Tiny models of every method, of every preset that runs other code, and dense ones beside them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +16,7 @@ from vqmoe_vision.moe import METHODS
 from ..variants import VARIANTS
 
 # 16 patches and a class token per image; blocks 1 and 3 are MoE
-TINY = {
-    'img_size': 32,
-    'patch_size': 8,
-    'embed_dim': 32,
-    'depth': 4,
-    'num_heads': 2,
-    'num_classes': 10,
-}
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
 Make = Callable[..., nn.Module]
 DENSE = 'vit_tiny_patch16_224'
 # every way of every method to begin with the answers of a dense model: name, options, and an id
@@ -33,6 +25,12 @@ EXACT = [
     for name, method in METHODS.items()
     for label, options in method.config.EXACT_UPCYCLING.items()
 ]
+
+
+def pairs(*hosts: str) -> list[tuple[str, str]]:
+    """Hosts with each method that they can have: raw patches are of `VisionTransformer` alone."""
+    anywhere = [name for name, method in METHODS.items() if method.read_patches is None]
+    return [(h, name) for h in hosts for name in (anywhere if 'dinov3' in h else METHODS)]
 
 
 def make(method: str, **kwargs: Any) -> nn.Module:
@@ -64,24 +62,23 @@ def check_complete(report: Report, model: Any, source: dict[str, torch.Tensor]) 
     """Each tensor of the model has one fate, and each of the checkpoint has one."""
     fates = [*report.loaded, *report.resized, *report.copied, *report.initialised]
     assert sorted(fates) == sorted(model.state_dict())
-    # experts and what reads images may be copies of one tensor
     uses = {*report.loaded, *report.resized, *report.copied.values()}
     assert sorted([*uses, *report.unused, *report.outside]) == sorted(source)
 
 
 @pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
+def method(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def tiny(method: str) -> Make:
+def tiny(method) -> Make:
     """Builds a tiny model of each method in turn."""
     return lambda **kwargs: make(method, **kwargs)
 
 
 @pytest.fixture(params=VARIANTS)
-def tiny_variant(request: pytest.FixtureRequest) -> Make:
+def tiny_variant(request) -> Make:
     """Builds a tiny model of each method, preset and form in turn."""
     method, options = VARIANTS[request.param]
     return lambda **kwargs: make(method, **{**options, **kwargs})
@@ -94,7 +91,7 @@ def make_tiny() -> Make:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Any, str]:
+def saved(tmp_path) -> tuple[Any, str]:
     """A dense model, and its file."""
     model, path = dense(), tmp_path / 'dense.pth'
     torch.save(model.state_dict(), path)
@@ -110,12 +107,7 @@ def images() -> torch.Tensor:
 def train_step() -> Callable[..., torch.Tensor]:
     """One step of the loop that users are told to write; returns the loss."""
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        images: torch.Tensor,
-        targets: torch.Tensor,
-    ) -> torch.Tensor:
+    def step(model, optimizer, images, targets) -> torch.Tensor:
         model.train()
         model.zero_grad()
         with collect_losses(model) as collected:

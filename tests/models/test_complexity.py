@@ -7,12 +7,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn, use_fused_attn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
+
+from .. import cases
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +38,15 @@ def plain_loops(monkeypatch) -> None:
     monkeypatch.setattr(StackedLinear, 'forward', forward)
 
 
-def counted_macs(model: nn.Module, images: Tensor) -> int:
-    """In a real forward pass of one image."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model.eval()(images)
-    return counter.get_total_flops() // 2
-
-
-def test_macs_are_what_torch_counts(tiny_variant, request) -> None:
+def test_macs_are_what_torch_counts(tiny_variant, request):
     model = tiny_variant()
     if getattr(model.moe_config, 'eval_capacity_factor', None) is not None:
         pytest.skip('what a capacity drops depends on the images, and is counted')
     counts = complexity(model)
     request.getfixturevalue('plain_loops')
-    assert counts.macs == counted_macs(model, torch.randn(1, 3, 32, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.randn(1, 3, 32, 32))
+    assert counts.macs == counter.get_total_flops() // 2
 
 
 # Default tiny layers: expert of 32 x 128: 32 * 128 + 128 + 128 * 32 + 32 = 8352 parameters, eight
@@ -58,37 +54,34 @@ def test_macs_are_what_torch_counts(tiny_variant, request) -> None:
 EXPERT = 8352
 
 
-@pytest.mark.parametrize(
-    ('method', 'options', 'idle'),
-    [
-        ('smoe', {}, 6),
-        ('smoe', {'top_k': 8}, 0),
-        ('xmoe', {}, 7),
-        ('softmoe', {}, 0),
-        ('vqmoe', {}, 6),
-        ('vqmoe', {'form': 'discrete'}, 7),
-        ('vqmoe', {'num_experts': 1}, 0),
-        # of 16 tokens each of eight experts takes two
-        ('ecmoe', {'capacity_factor': 1.0, 'class_token': False, 'global_pool': 'avg'}, 7),
-    ],
+@cases(
+    'method, options, idle',
+    ('smoe', {}, 6),
+    ('smoe', {'top_k': 8}, 0),
+    ('xmoe', {}, 7),
+    ('softmoe', {}, 0),
+    ('vqmoe', {}, 6),
+    ('vqmoe', {'form': 'discrete'}, 7),
+    ('vqmoe', {'num_experts': 1}, 0),
+    # of 16 tokens each of eight experts takes two
+    ('ecmoe', {'capacity_factor': 1.0, 'class_token': False, 'global_pool': 'avg'}, 7),
 )
-def test_known_numbers_of_idle_experts(make_tiny, method: str, options: dict, idle: int) -> None:
+def test_known_numbers_of_idle_experts(make_tiny, method, options, idle):
     counts = complexity(make_tiny(method, **options))
     assert counts.params - counts.active_params == 2 * idle * EXPERT
 
 
 @pytest.mark.parametrize('method', [n for n, m in METHODS.items() if 'matched' in m.config.PRESETS])
-def test_matched_has_the_compute_of_two_experts_per_token(make_tiny, method: str) -> None:
+def test_matched_has_the_compute_of_two_experts_per_token(make_tiny, method):
     # 16 tokens, all of them patches; two MoE blocks, D = 32
     kwargs = {'preset': 'matched', 'class_token': False, 'global_pool': 'avg', 'device': 'meta'}
-    narrow, wide = (
-        complexity(make_tiny(method, expert_mlp_ratio=ratio, **kwargs)).macs for ratio in (1.0, 2.0)
-    )
+    models = [make_tiny(method, expert_mlp_ratio=ratio, **kwargs) for ratio in (1.0, 2.0)]
+    narrow, wide = (complexity(model).macs for model in models)
     # Only the experts grow: by 32 hidden units, of 32 products in and 32 out, for each row
     assert wide - narrow == 2 * (2 * 16) * 2 * 32 * 32
 
 
-def test_known_answer_of_smoe(make_tiny) -> None:
+def test_known_answer_of_smoe(make_tiny):
     # 16 patches, 17 tokens, D = 32, H = 128, per image:
     #   stem        16 * (8 * 8 * 3) * 32          =   98 304
     #   attention   17 * 32 * (96 + 32) + 2 * 17^2 * 32 = 69 632 + 18 496 = 88 128, times 4
@@ -100,7 +93,7 @@ def test_known_answer_of_smoe(make_tiny) -> None:
     assert complexity(make_tiny('smoe')).macs == expected
 
 
-def test_macs_of_vit_b_are_the_published_ones() -> None:
+def test_macs_of_vit_b_are_the_published_ones():
     # The ViT-B/16 at 224 has 86.6 M parameters and 17.6 GMACs (timm, torchvision: 17.56)
     counts = complexity(timm.create_model('vit_base_patch16_224', device='meta'))
     assert round(counts.params / 1e6, 1) == 86.6

@@ -5,19 +5,21 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 
 from vqmoe_vision import collect_losses
-from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
+from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe, to_discrete
+from vqmoe_vision.models.compat import misfit_of
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
-from .conftest import EXACT, check_complete, dense, make
+from .conftest import EXACT, TINY, check_complete, dense, make, shaken
 
 
-@pytest.mark.parametrize(('method', 'options'), EXACT)
-def test_a_converted_model_is_one_of_ours(
-    method: str, options: dict[str, Any], images: torch.Tensor
-) -> None:
+@pytest.mark.parametrize('method, options', EXACT)
+def test_a_converted_model_is_one_of_ours(method, options, images):
     model = dense()
     source = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(images)
@@ -31,9 +33,7 @@ def test_a_converted_model_is_one_of_ours(
     torch.testing.assert_close(ours.eval()(images), model(images))
 
 
-def test_a_converted_model_trains_as_ours_under_checkpointing(
-    method: str, images: torch.Tensor, train_step: Any
-) -> None:
+def test_a_converted_model_trains_as_ours_under_checkpointing(method, images, train_step):
     converted, targets = dense(), torch.arange(4)
     converted.set_grad_checkpointing()
     convert_to_moe(converted, method)
@@ -57,10 +57,8 @@ def dinov3(name: str = 'vit_small_patch16_dinov3', **kwargs: Any) -> Any:
     return dense(name, **kwargs)
 
 
-@pytest.mark.parametrize(('method', 'options'), EXACT)
-def test_a_model_of_dinov3_is_converted(
-    method: str, options: dict[str, Any], images: torch.Tensor
-) -> None:
+@pytest.mark.parametrize('method, options', EXACT)
+def test_a_model_of_dinov3_is_converted(method, options, images):
     if METHODS[method].read_patches is not None:
         with pytest.raises(ValueError, match=f"block_fn='EvaBlock' .* {method} looks at"):
             convert_to_moe(dinov3(), method, **options)
@@ -84,12 +82,8 @@ def test_a_model_of_dinov3_is_converted(
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize(
-    'build', [dense, partial(dinov3, 'vit_small_patch16_dinov3')], ids=['vit', 'eva']
-)
-def test_patches_are_dropped_where_a_method_does_not_need_their_places(
-    method: str, build: Any, images: torch.Tensor
-) -> None:
+@pytest.mark.parametrize('build', [dense, dinov3], ids=['vit', 'eva'])
+def test_patches_are_dropped_where_a_method_does_not_need_their_places(method, build, images):
     entry = METHODS[method]
     anywhere = make(method).blocks[1].mlp.permutation_equivariant
     if entry.read_patches is not None and build is not dense:
@@ -108,3 +102,79 @@ def test_patches_are_dropped_where_a_method_does_not_need_their_places(
             continue
         with pytest.raises(ValueError, match=r'patch_drop_rate=0\.5 is not possible: 0, '):
             built()
+
+
+FULL = [{}, {'preset': 'official'}, {'codebook': 'simvq', 'num_codes': 16, 'output_norm': True}]
+
+
+def full(**options: Any) -> Any:
+    """A full model no tensor of which is as it started."""
+    return shaken(make('vqmoe', **options))
+
+
+@pytest.mark.parametrize('options', FULL)
+def test_answers_are_those_of_the_gate_fixed_to_the_codes(options, images):
+    # float64: products of other numbers of rows round differently, here in the sixteenth digit
+    model, images = full(**options).double(), images.double()
+    before = model.state_dict()
+    for block in model.blocks[1::2]:  # softmax of (0, 1000) is (0, 1)
+        torch.nn.init.zeros_(block.mlp.gate.weight)
+        block.mlp.gate.bias.data = block.mlp.gate.bias.new_tensor([0.0, 1000.0])
+    expected = model(images)
+    assert to_discrete(model) is model
+    torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
+    gone = before.keys() - model.state_dict().keys()
+    assert gone == {n for n in before if '.mlp.router.' in n or '.mlp.gate.' in n}
+
+
+@pytest.mark.parametrize('options', FULL)
+def test_a_full_file_goes_into_the_discrete_form_by_every_loading(options, images, tmp_path):
+    source, path = full(**options), str(tmp_path / 'full.pth')
+    state = source.state_dict()
+    torch.save(state, path)
+    unused = ('balance_weight', 'train_router')
+    form = {k: v for k, v in options.items() if k not in unused} | {'form': 'discrete'}
+    strict: Any = make('vqmoe', **form)
+    assert misfit_of(strict, {f'module.{name}': value for name, value in state.items()}) == ''
+    strict.load_state_dict(state)
+    overlay = {'file': path}
+    assert set(state) == set(source.state_dict())  # the caller's is as it was
+    expected = to_discrete(source)(images)
+    for model in (
+        strict,
+        make('vqmoe', **form, checkpoint_path=path),
+        make('vqmoe', **form, pretrained=True, pretrained_cfg_overlay=overlay),
+    ):
+        assert torch.equal(model.eval()(images), expected)
+
+
+@pytest.mark.parametrize('said', [{}, {'form': 'full'}])
+def test_a_discrete_model_learns_and_is_built_again(said, tmp_path, images):
+    model = to_discrete(full(balance_weight=0.1, num_experts=4, **said))
+    model.train()
+    with collect_losses(model) as collected:
+        (model(images).sum() + collected.total()).backward()
+    assert all(name.endswith('/vq') for name in collected.losses)
+    assert all(p.grad is not None for name, p in model.named_parameters() if 'experts' in name)
+    discrete: Any = model.eval()
+    assert discrete.moe_config.form == 'discrete'
+    save_for_hf(discrete, tmp_path / 'saved')
+    again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+    assert torch.equal(again(images), discrete(images))
+
+
+@pytest.mark.parametrize('host', [None, 'vit_tiny_patch16_224'])
+def test_the_discrete_form_of_a_saved_full_model(host, tmp_path, images):
+    options = {'balance_weight': 0.1, 'num_experts': 4}
+    moe = {'method': 'vqmoe', **options} if host else options
+    model: Any = create_model(host or 'vit_tiny_vqmoe', moe, **TINY)
+    save_for_hf(model, tmp_path / 'full')
+    folder = f'local-dir:{tmp_path / "full"}'
+    discrete: Any = timm.create_model(folder, pretrained=True, form='discrete').eval()
+    assert torch.equal(discrete(images), to_discrete(model).eval()(images))
+    with pytest.raises(ValueError, match=r"balance_weight=0\.3 .* no effect with form='discrete'"):
+        timm.create_model(folder, pretrained=True, form='discrete', balance_weight=0.3)
+    assert 'balance_weight' not in discrete._model_args
+    save_for_hf(discrete, tmp_path / 'discrete')  # and it is saved again
+    again = timm.create_model(f'local-dir:{tmp_path / "discrete"}', pretrained=True).eval()
+    assert torch.equal(again(images), discrete(images))

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,6 @@ from vqmoe_vision.moe.routing import TopKRouter
 
 from ..variants import VARIANTS
 from .conftest import make
-from .elsewhere import IMAGES, run_elsewhere
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -52,12 +53,11 @@ def spoil_an_expert(model: nn.Module, images: Tensor) -> Tensor | None:
 
 
 # the others take the same path, and the long suite has every variant of all
-@pytest.mark.parametrize(
-    'method', [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
-)
-def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
-    method: str, tmp_path: Path
-) -> None:
+FIRST = [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
+
+
+@pytest.mark.parametrize('method', FIRST)
+def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(method, tmp_path):
     needs_onnx()
     model = make(method, **SMALL).eval()
     (layer,) = moe_layers(model).values()
@@ -75,7 +75,7 @@ def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_a_program_of_every_method_loads_again(method: str, tmp_path: Path) -> None:
+def test_a_program_of_every_method_loads_again(method, tmp_path):
     """torch checks a program when it is loaded, and what it wrote itself need not pass."""
     model = make(method, **SMALL).eval()
     run = load_exported(save_program(model, tmp_path / 'model.pt2'), threads=1)
@@ -85,7 +85,7 @@ def test_a_program_of_every_method_loads_again(method: str, tmp_path: Path) -> N
 
 @pytest.mark.long
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_every_variant_leaves(variant: str, tmp_path: Path) -> None:
+def test_every_variant_leaves(variant, tmp_path):
     needs_onnx()
     method, options = VARIANTS[variant]
     model = make(method, **{'depth': 2, **options}).eval()
@@ -97,7 +97,7 @@ def test_every_variant_leaves(variant: str, tmp_path: Path) -> None:
             assert difference.largest < 2e-6, (file.suffix, difference)
 
 
-def test_a_program_loads_where_this_package_is_not_imported(tmp_path: Path) -> None:
+def test_a_program_loads_where_this_package_is_not_imported(tmp_path):
     model = make('vqmoe', **SMALL)
     file = save_program(model, tmp_path / 'model.pt2')
     answers, about = run_elsewhere(
@@ -121,7 +121,7 @@ def state_of(model: nn.Module) -> list[tuple]:
     return [*switches, *((name, tensor.data_ptr()) for name, tensor in tensors)]
 
 
-def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(method: str) -> None:
+def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(method):
     model = make(method, **SMALL).train()
     model.set_grad_checkpointing()
     before, values = state_of(model), copy.deepcopy(model.state_dict())
@@ -137,7 +137,7 @@ def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(met
     torch.testing.assert_close(program.module()(images), model.eval()(images), **CLOSE)
 
 
-def test_differences_tell_numbers_and_labels() -> None:
+def test_differences_tell_numbers_and_labels():
     model = Exportable(nn.Identity(), (2, 2, 2), ('pixels',))
     second = torch.tensor([0.0, 8.0])[:, None, None]  # a power of two, which rounds nothing away
     (found,) = differences(model, lambda images: [images + second], (3,))
@@ -148,7 +148,24 @@ def test_differences_tell_numbers_and_labels() -> None:
     assert str(spoiled).endswith('largest difference nan')
 
 
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr('vqmoe_vision.models.export._PACKAGES', ('onnx_of_nobody',))
     with pytest.raises(ModuleNotFoundError, match=r'need onnx_of_nobody: pip install .*\[export\]'):
         export_onnx(make('smoe', **SMALL), tmp_path / 'model.onnx')
+
+
+NUMBERS = 3 * 3 * 16 * 16
+IMAGES = torch.arange(float(NUMBERS)).view(3, 3, 16, 16).sin()
+
+
+def run_elsewhere(file: Path, *statements: str) -> list[str]:
+    """What statements print; they know `program`, `images`, which are `IMAGES`, and `extra`."""
+    code = (
+        'import sys, torch',
+        'extra = {"about.json": ""}',
+        f'program = torch.export.load({str(file)!r}, extra_files=extra)',
+        f'images = torch.arange({NUMBERS}.).view(3, 3, 16, 16).sin()',
+        *statements,
+    )
+    command = [sys.executable, '-W', 'ignore', '-c', '\n'.join(code)]
+    return subprocess.check_output(command, text=True).splitlines()

@@ -9,15 +9,13 @@ from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
-from .conftest import Make, make
+from .conftest import make
 
 both_modes = pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 
 
 @both_modes
-def test_an_empty_batch_has_an_empty_answer_and_teaches_nothing(
-    tiny_variant: Make, training: bool
-) -> None:
+def test_an_empty_batch_has_an_empty_answer_and_teaches_nothing(tiny_variant, training):
     model = tiny_variant().train(training)
     before = deepcopy(model.state_dict())
     with collect_losses(model) as collected:
@@ -38,9 +36,7 @@ def test_an_empty_batch_has_an_empty_answer_and_teaches_nothing(
 @both_modes
 @pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.usefixtures('two_threads')
-def test_a_broken_pixel_breaks_no_other_image(
-    name: str, training: bool, images: torch.Tensor
-) -> None:
+def test_a_broken_pixel_breaks_no_other_image(name, training, images):
     method, options = VARIANTS[name]
     limit = 'capacity_factor' if training else 'eval_capacity_factor'
     if 'eval_capacity_factor' in METHODS[method].config.option_names() and options.get(limit):

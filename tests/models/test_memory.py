@@ -72,7 +72,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize('num_steps', [24, pytest.param(1000, marks=pytest.mark.long)])
-def test_memory_is_flat(method: str, training: bool, collects: bool, num_steps: int) -> None:
+def test_memory_is_flat(method, training, collects, num_steps):
     model = make(method, depth=1, moe_layers='every1')
     objects, process = growth(stepper(model, training, collects), num_steps)
     # one object a step would be as many as steps; caches of torch may keep a few, once

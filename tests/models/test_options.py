@@ -26,6 +26,7 @@ BY_TYPE: dict[Any, list[Any]] = {
     bool: [True, False, True, False, 'yes'],
     str: ['', 'foo', 'none', 'learn', 'full', 'mix', 'simvq', 'l2', 1],
 }
+MEAN = {'mean': (0.1,) * 3}
 BY_NAME: dict[str, list[Any]] = {
     'img_size': [8, 12, (8, 12), [12, 8], 4, 8, 9, 0, '8', (8,), 3],
     'patch_size': [4, 2, (4, 2), 4, 3, 0, 16],
@@ -44,14 +45,7 @@ BY_NAME: dict[str, list[Any]] = {
     # of `timm.create_model` itself, for our models
     'pretrained': [False, 'x', 5, None],
     'pretrained_cfg': [None, '', 'untrained', {}, 'x', 5],
-    'pretrained_cfg_overlay': [
-        None,
-        {},
-        {'mean': (0.1,) * 3},
-        {'mean': (0.1,) * 3, 'std': (0.4,) * 3},
-        'x',
-        5,
-    ],
+    'pretrained_cfg_overlay': [None, {}, MEAN, {**MEAN, 'std': (0.4,) * 3}, 'x', 5],
 }
 OF_CREATE = {name: None for name in ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay')}
 TIMM = {
@@ -131,12 +125,12 @@ DRAWS = (options(), st.integers(1, 3), st.booleans())
 
 @settings(max_examples=200)
 @given(*DRAWS)
-def test_options(named: tuple[str, dict[str, Any]], batch: int, direct: bool) -> None:
+def test_options(named, batch, direct):
     check_options(*named, batch, direct)
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_features_of_a_shallow_model(method: str) -> None:
+def test_features_of_a_shallow_model(method):
     model = timm.create_model(f'vit_tiny_{method}', features_only=True, **SMALL).eval()
     maps = model(torch.randn(1, 3, 8, 8))
     assert [tuple(each.shape) for each in maps] == [(1, 8, 2, 2)] * 2

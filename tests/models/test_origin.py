@@ -1,22 +1,30 @@
 """Weights whose source names its network: the same function, or one line of what is different."""
 
+import argparse
 import logging
 import re
 from argparse import Namespace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ResPostBlock
+from timm.utils import CheckpointSaver
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.model import check_experts
-from vqmoe_vision.models.compat import STATED, state_network
+from vqmoe_vision.models.compat import STATED, Network, compare, state_network
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.weights import network_of
+from vqmoe_vision.moe import METHODS
 
-from .conftest import DENSE, TINY, dense, distance, fit_state, make
+from .. import cases, refused
+from ..variants import trials
+from .conftest import DENSE, TINY, dense, distance, fit_state, make, shaken
 
 DINOV3 = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
 OF_SIGLIP = dict(class_token=False, global_pool='avg')
@@ -30,42 +38,33 @@ def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
 
 
 # Of timm: a name and options, options of the model that has the same tensors, and what is told.
-OTHERS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+@cases(
+    'name, options, target, told',
     ('vit_small_patch16_dinov3', {}, DINOV3, 'rotary positions=RotaryEmbeddingDinoV3'),
     ('vit_base_patch16_rpn_224', OF_SIGLIP, OF_SIGLIP, 'block_fn=ResPostBlock'),
     (DENSE, dict(attn_layer='diff', num_heads=4), {}, 'attn_layer=DiffAttention'),
     (DENSE, dict(norm_layer='rmsnorm'), dict(norm_layer='simplenorm'), 'norm_layer=RmsNorm'),
-]
-
-
-@pytest.mark.parametrize(('name', 'options', 'target', 'told'), OTHERS)
-def test_another_function_is_refused(
-    name: str, options: dict, target: dict, told: str, tmp_path: Path
-) -> None:
+)
+def test_another_function_is_refused(name, options, target, told, tmp_path):
     _, folder = folder_of(tmp_path, name, **options)
     for start in (
         lambda: make('smoe', upcycle=f'local-dir:{folder}', **target),
         lambda: start_from(make('smoe', **target), f'{folder}/model.safetensors'),
     ):
-        with pytest.raises(ValueError, match=f'of {name} .* saved with .*{told}.*, the model has '):
-            start()
+        refused(f'of {name} .* saved with .*{told}.*, the model has ', start)
 
 
-@pytest.mark.parametrize(
-    ('name', 'options'),
-    [
-        (DENSE, dict(num_heads=4)),
-        (DENSE, dict(attn_layer='diff')),
-        (DENSE, dict(act_layer='relu')),
-        (DENSE, dict(act_layer='gelu')),  # another class of the same function
-        ('vit_base_patch16_rpn_224', dict(block_fn=ResPostBlock, qkv_bias=False, **OF_SIGLIP)),
-        ('vit_base_patch16_siglip_224', dict(class_token=False, global_pool='map')),
-        ('vit_base_patch16_siglip_gap_224', dict(fc_norm=False, **OF_SIGLIP)),
-    ],
+@cases(
+    'name, options',
+    (DENSE, dict(num_heads=4)),
+    (DENSE, dict(attn_layer='diff')),
+    (DENSE, dict(act_layer='relu')),
+    (DENSE, dict(act_layer='gelu')),  # another class of the same function
+    ('vit_base_patch16_rpn_224', dict(block_fn=ResPostBlock, qkv_bias=False, **OF_SIGLIP)),
+    ('vit_base_patch16_siglip_224', dict(class_token=False, global_pool='map')),
+    ('vit_base_patch16_siglip_gap_224', dict(fc_norm=False, **OF_SIGLIP)),
 )
-def test_the_same_function_answers_alike(
-    name: str, options: dict[str, Any], tmp_path: Path, images: torch.Tensor
-) -> None:
+def test_the_same_function_answers_alike(name, options, tmp_path, images):
     saved = {k: v for k, v in options.items() if k != 'block_fn'}
     source, folder = folder_of(tmp_path, name, **saved)
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', renormalize=True, **options).eval()
@@ -74,19 +73,14 @@ def test_the_same_function_answers_alike(
 
 
 @pytest.mark.parametrize('way', ['bare', 'folder', 'run'])
-@pytest.mark.parametrize(
-    ('options', 'target', 'hint'),
-    [
-        (dict(class_token=False, global_pool='map'), OF_SIGLIP, "global_pool='map'"),
-        (dict(global_pool='avg'), {}, "global_pool='avg'"),
-        (dict(fc_norm=False, **OF_SIGLIP), OF_SIGLIP, 'fc_norm=False'),
-        (dict(global_pool='max'), dict(global_pool='avg'), "global_pool='max'"),
-    ],
+@cases(
+    'options, target, hint',
+    (dict(class_token=False, global_pool='map'), OF_SIGLIP, "global_pool='map'"),
+    (dict(global_pool='avg'), {}, "global_pool='avg'"),
+    (dict(fc_norm=False, **OF_SIGLIP), OF_SIGLIP, 'fc_norm=False'),
+    (dict(global_pool='max'), dict(global_pool='avg'), "global_pool='max'"),
 )
-def test_a_head_behind_another_pooling_starts_anew(
-    options: dict, target: dict, hint: str, way: str, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_a_head_behind_another_pooling_starts_anew(options, target, hint, way, tmp_path, caplog):
     source, folder = folder_of(tmp_path, DENSE, **options)
     upcycle = f'local-dir:{folder}'
     if way != 'folder':
@@ -103,13 +97,12 @@ def test_a_head_behind_another_pooling_starts_anew(
     assert distance(model.head.weight, source.head.weight) > 0.5
     (line,) = caplog.messages
     assert 'the head is a fresh one, ' in line and hint in line
-    # whoever asks for other classes knows
     caplog.clear()
     make('smoe', upcycle=upcycle, num_classes=3, **target)
     assert not caplog.messages
 
 
-def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path: Path) -> None:
+def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path):
     """By `checkpoint_path` and `load_from`, which take all of the weights or none."""
     source, path = dense(global_pool='max'), str(tmp_path / 'a.pth')
     torch.save({'state_dict': source.state_dict(), 'meta': {STATED: state_network(source)}}, path)
@@ -118,33 +111,28 @@ def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path: Path) ->
         lambda: create_model(DENSE, checkpoint_path=path, **other),
         lambda: check_experts(create_model(DENSE, **other), path),
     ):
-        with pytest.raises(ValueError, match=r"global_pool='max', the model has global_pool='avg'"):
-            build()
+        refused(r"global_pool='max', the model has global_pool='avg'", build)
     create_model(DENSE, checkpoint_path=path, **{**TINY, 'global_pool': 'max'})
 
 
-def test_a_bare_file_with_rotary_positions_is_refused(tmp_path: Path) -> None:
+def test_a_bare_file_with_rotary_positions_is_refused(tmp_path):
     path = str(tmp_path / 'a.pth')
     torch.save(dense('vit_small_patch16_dinov3').state_dict(), path)
-    with pytest.raises(ValueError, match=r'names of an Eva .* rotary'):
-        make('smoe', upcycle=path, **DINOV3)
+    refused(r'names of an Eva .* rotary', make, 'smoe', upcycle=path, **DINOV3)
 
 
-def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path: Path) -> None:
+def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path):
     path, name = str(tmp_path / 'a.pth'), 'vit_pe_core_tiny_patch16_384'
     state = dense(name).state_dict()
-    with pytest.raises(ValueError, match=r'unexpected keys: norm_pre'):
-        fit_state(make('smoe'), state, path)
+    refused(r'unexpected keys: norm_pre', fit_state, make('smoe'), state, path)
     told = 'whose positions are rotary too; names do not tell it from a VisionTransformer'
     # the arguments of timm's script say the method alone
     for said in ({}, {'args': Namespace(model='vit_tiny_smoe')}):
         torch.save({'state_dict': state, **said}, path)
         model: Any = make('smoe', upcycle=path, pre_norm=True)
         assert told in model.weights_report.warnings[0]
-    # an Eva has them
     given = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
     assert not create_model(name, None, **TINY, **given).weights_report.warnings
-    # what names its network is not suspected
     _, folder = folder_of(tmp_path, DENSE, pre_norm=True, global_pool='map')
     named: Any = make('smoe', upcycle=f'local-dir:{folder}', pre_norm=True, global_pool='map')
     assert not named.weights_report.warnings
@@ -154,27 +142,168 @@ EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
 
 
 DINO = 'vit_small_patch16_dinov3'
-ROTARY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+
+
+@cases(
+    'name, given, options',
     (DINO, dict(rope_temperature=100.0), dict(rope_temperature=50.0)),
     (DINO, dict(rope_rotate_half=True), dict(rope_rotate_half=False)),
     (DINO, dict(rope_grid_offset=0.5), dict(rope_grid_offset=0.0)),
     (DINO, dict(rope_grid_indexing='xy'), dict(rope_grid_indexing='ij')),
     ('eva02_tiny_patch14_224', dict(ref_feat_shape=(16, 16)), dict(ref_feat_shape=(2, 2))),
-]
-
-
-@pytest.mark.parametrize(('name', 'given', 'options'), ROTARY)
-def test_other_rotary_positions_are_refused(
-    name: str, given: dict, options: dict, tmp_path: Path
-) -> None:
+)
+def test_other_rotary_positions_are_refused(name, given, options, tmp_path):
     shape = EVA02 if name != DINO else {}
     _, folder = folder_of(tmp_path, name, **shape, **given)
     place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
     arguments: dict[str, Any] = {**TINY, **shape, **given, **place}
     (option, before), after = *given.items(), *options.values()
     message = f'{option}={before!r}, the model has {option}={after!r}'
-    with pytest.raises(ValueError, match=re.escape(message)):
-        create_model(name, **{**arguments, **options})
+    refused(re.escape(message), create_model, name, **{**arguments, **options})
     # images of another size have other positions of the same kind
     model: Any = create_model(name, {'method': 'smoe'}, **{**arguments, 'img_size': 48})
     assert 'head.weight' in model.weights_report.loaded
+
+
+SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
+
+
+@cases('name, moe', (BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'}), (SPARSE, None))
+@pytest.mark.parametrize('tag', [None, 'cifar10'])
+def test_weights_by_name_are_compared_with_the_network_of_the_name(name, moe, tag):
+    given: dict[str, Any] = dict(pretrained=True, pretrained_cfg=tag)
+    known = re.escape(f'{name}.cifar10' if tag else name)
+    for options, told in (
+        (dict(num_heads=4), 'num_heads=3, the model has num_heads=4'),
+        (dict(act_layer='relu'), 'act_layer=gelu, the model has act_layer=relu$'),
+    ):
+        refused(f'of {known} .* {told}', create_model, name, moe, **given, **options)
+    model: Any = create_model(name, moe, **given)
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.parametrize('place', ['file', 'state_dict', 'folder'])
+@pytest.mark.parametrize('name, moe', [(BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'})])
+def test_weights_in_the_place_of_those_of_a_name_are_not_said_to_be_its(name, moe, place, tmp_path):
+    theirs = timm.create_model(name, num_heads=4)
+    save_for_hf(theirs, tmp_path / 'L', model_args={'num_heads': 4}, safe_serialization=True)
+    file = tmp_path / 'L/model.safetensors'
+    if place == 'file':
+        file = file.rename(tmp_path / 'bare.safetensors')
+    overlay = {'file': str(file)} if place != 'state_dict' else {place: theirs.state_dict()}
+    given = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    model: Any = create_model(name, moe, **given, num_heads=4)
+    assert 'head.weight' in model.weights_report.loaded
+    if place == 'folder':
+        with pytest.raises(ValueError, match=r'of test_vit_dense .* num_heads=4, .* num_heads=3'):
+            create_model(name, moe, **given)
+    else:  # a bare file says nothing
+        create_model(name, moe, **given)
+
+
+# as a training of each method and form has them
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    **{f'vqmoe-{form}': ('vqmoe', {'form': form}) for form in ('discrete', 'continuous')},
+}
+PAIRS = [pair for pair in permutations(FORMS, 2) if FORMS[pair[0]][0] != FORMS[pair[1]][0]]
+OPTIONS = {
+    f'{name}-{option}={value!r}': (name, {option: value})
+    for name, method in METHODS.items()
+    for options in (*method.config.PRESETS.values(), *trials(method.config).values())
+    for option, value in options.items()
+}
+
+
+def run_of(model: Any, path: Path, stated: Any) -> str:
+    """What a run leaves, as far as it says what its experts are."""
+    torch.save({'state_dict': model.state_dict(), 'meta': {STATED: stated}}, path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for form, (method, options) in FORMS.items():
+        made[form] = tmp_path_factory.mktemp('saved') / form
+        model = make(method, depth=2, **options)
+        arguments = {**TINY, 'depth': 2, **options}
+        save_for_hf(model, made[form], model_args=arguments, safe_serialization=True)
+    return made
+
+
+@pytest.mark.parametrize('theirs, ours', PAIRS)
+def test_experts_of_another_method_are_refused(theirs, ours, folders):
+    method, options = FORMS[ours]
+    message = f"saved with method='{FORMS[theirs][0]}', the model has method='{method}'"
+    refused(message, make, method, depth=2, upcycle=f'local-dir:{folders[theirs]}', **options)
+
+
+@pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
+def test_a_run_says_it_as_values(way, tmp_path):
+    source = make('smoe', renormalize=True)
+    path = run_of(source, tmp_path / 'a.pth', state_network(source))
+    found, own = network_of(path), Network.of(source)
+    assert found is not None
+    assert (found.facts, found.options, found.img_size) == (own.facts, own.options, own.img_size)
+
+    def load(method: str) -> None:
+        if way == 'checkpoint':
+            start_from(make(method), path)
+        else:
+            create_model(f'vit_tiny_{method}', **TINY, **{way: path})
+
+    load('smoe')
+    refused("method='smoe', the model", load, 'ecmoe')
+
+
+@pytest.mark.parametrize(
+    'stated',
+    [None, 7, {'method': None, 'options': None}, {'method': 'moe_of_tomorrow'}, {'method': [1]}],
+)
+def test_what_says_nothing_is_not_refused(stated, tmp_path):
+    path = run_of(make('smoe'), tmp_path / 'a.pth', stated)
+    model: Any = create_model('vit_tiny_ecmoe', **TINY, upcycle=path)
+    assert not model.weights_report.warnings
+
+
+@pytest.mark.parametrize('case', OPTIONS)
+def test_an_option_is_told_if_answers_follow_it(case, images):
+    method, options = OPTIONS[case]
+    source = shaken(make(method))
+    try:
+        model: Any = make(method, **options).eval()
+        model.load_state_dict(source.state_dict())
+    except (ValueError, RuntimeError):  # not alone, or tensors show it
+        return
+    with torch.no_grad():
+        changed = distance(model(images), source(images)) > 1e-5
+    (name,) = options
+    lines = compare(model, Network.of(source), 'a')
+    by_tensors = name == 'form'  # the full form's are those of the discrete one and more
+    assert bool(lines) == (changed and not by_tensors)
+    if lines:
+        (line,) = lines
+        before, after = (getattr(x.moe_config, name) for x in (source, model))
+        assert f'trained with {name}={before!r}, the model has {name}={after!r}' in line
+
+
+def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
+    """What timm's train.py leaves, with the arguments that it was called with."""
+    folder.mkdir()
+    optimizer = torch.optim.SGD(model.parameters())
+    places = dict(checkpoint_dir=str(folder), recovery_dir=str(folder))
+    args = argparse.Namespace(lr=0.1, model=name, **others)
+    CheckpointSaver(model, optimizer, args, **places).save_checkpoint(0, metric=1.0)
+    return str(folder / 'last.pth.tar')
+
+
+@pytest.mark.parametrize('theirs', METHODS)
+def test_a_checkpoint_of_timms_script_says_its_method(theirs, tmp_path):
+    ours = 'ecmoe' if theirs == 'smoe' else 'smoe'  # of the same tensors, where any two are
+    model, script = make(theirs, num_experts=4), {'model_kwargs': {'num_experts': 4}}
+    path = left_by_timm(model, tmp_path / 'out', f'vit_tiny_{theirs}', **script)
+    with pytest.raises(ValueError, match=f"method='{theirs}', the model has method='{ours}'"):
+        make(ours, num_experts=4, upcycle=path)
+    again: Any = make(theirs, num_experts=4, upcycle=path)
+    assert again.weights_report.warnings == () and not again.weights_report.initialised

@@ -2,7 +2,7 @@
 
 import json
 import os
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
@@ -11,12 +11,13 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from vqmoe_vision.models import export
+from vqmoe_vision.models import convert_to_moe, export
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
+from .. import cases, refused
 from ..variants import VARIANTS
-from .conftest import TINY, make
+from .conftest import TINY, check_complete, dense, make, pairs
 
 PREPROCESSING: dict[str, Any] = {
     'input_size': (3, 32, 32),
@@ -39,9 +40,7 @@ def same(model: nn.Module, again: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.parametrize('recorded', [True, False])
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_every_method_with_all_its_options(
-    variant: str, recorded: bool, tmp_path: Path, images: Tensor, train_step: Any
-) -> None:
+def test_every_method_with_all_its_options(variant, recorded, tmp_path, images, train_step):
     method, options = VARIANTS[variant]
     model: Any = make(method, depth=2, moe_layers=[0], **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -63,17 +62,13 @@ def test_every_method_with_all_its_options(
     torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
 
 
-@pytest.mark.parametrize(
-    ('variant', 'before', 'after'),
-    [
-        *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in VARIANTS),
-        *((method, {}, {'img_size': 48}) for method in METHODS),
-        *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
-    ],
+@cases(
+    'variant, before, after',
+    *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in VARIANTS),
+    *((method, {}, {'img_size': 48}) for method in METHODS),
+    *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
 )
-def test_a_model_whose_images_have_another_size_by_now(
-    variant: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_model_whose_images_have_another_size_by_now(variant, before, after, tmp_path):
     method, options = VARIANTS.get(variant, (variant, {}))
     model: Any = make(method, depth=2, **options, **before)
     model.set_input_size(**after)
@@ -82,7 +77,7 @@ def test_a_model_whose_images_have_another_size_by_now(
     same(model, again, torch.randn(2, 3, *model.patch_embed.img_size))
 
 
-def test_what_a_folder_says(tmp_path: Path) -> None:
+def test_what_a_folder_says(tmp_path):
     """Of these weights, and nothing of those that timm has under the same name."""
     model: Any = create_model('vit_tiny_patch16_224.augreg_in21k_ft_in1k', **TINY)
     names = [f'class {index}' for index in range(10)]
@@ -101,18 +96,118 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     assert again.pretrained_cfg['label_names'] == names
 
 
-@pytest.mark.parametrize(
-    ('name', 'given', 'problem'),
-    [
-        ('vit_tiny_smoe', {'top_k': 1}, 'its answers differ'),
-        ('vit_tiny_smoe', {'depth': 3}, 'unexpected keys: blocks.3'),
-        ('vit_tiny_patch16_224', {'depth': 3}, 'Unexpected key'),
-    ],
+@cases(
+    'name, given, problem',
+    ('vit_tiny_smoe', {'top_k': 1}, 'its answers differ'),
+    ('vit_tiny_smoe', {'depth': 3}, 'unexpected keys: blocks.3'),
+    ('vit_tiny_patch16_224', {'depth': 3}, 'Unexpected key'),
 )
-def test_another_model_is_not_left_behind(
-    name: str, given: dict[str, Any], problem: str, tmp_path: Path
-) -> None:
+def test_another_model_is_not_left_behind(name, given, problem, tmp_path):
     model: Any = create_model(name, **TINY)
     model._model_args = {**TINY, **given}
     with pytest.raises(ValueError, match=f'^timm does not build the model again .*{problem}'):
         export.save(model, tmp_path / 'out', PREPROCESSING)
+
+
+VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
+HOSTS = (VIT, DINOV3)
+SOME = next(iter(METHODS))
+ROWS = [None, {'method': SOME}]
+
+
+def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = VIT, **kw: Any) -> Any:
+    """A model by its name in timm, from weights in the place of the hub's."""
+    overlay = {'state_dict': state}
+    given = {'pretrained': True, 'pretrained_cfg_overlay': overlay}
+    return create_model(host, moe, **{**TINY, **given, **kw})
+
+
+@pytest.mark.parametrize('classes', [10, 5])
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize('host', HOSTS)
+def test_every_tensor_of_weights_by_name_is_reported(host, moe, classes):
+    source = dense(host).state_dict()
+    model = by_name(source, moe, host, num_classes=classes, img_size=64)
+    report = model.weights_report
+    check_complete(report, model, source)
+    head = {'head.weight', 'head.bias'}
+    assert head <= set(report.loaded if classes == 10 else report.initialised)
+    assert set(report.outside) == (set() if classes == 10 else head)
+    assert ('pos_embed' in report.resized) == ('pos_embed' in source)
+    assert bool(report.copied) == (moe is not None)
+    torch.testing.assert_close(model.norm.weight, source['norm.weight'], rtol=0, atol=0)
+
+
+# files of authors: options of the model, our names by theirs, and what timm has no use for
+SCALED = {'init_values': 0.1}
+REGISTERS = SCALED | {'reg_tokens': 2, 'no_embed_class': True}
+OF_DINOV3 = {'storage_tokens': 'reg_token', r'ls\1.gamma': r'gamma_(\d)'}
+UNUSED = ('mask_token', 'rope_embed.periods', 'blocks.0.attn.qkv.bias')
+THEIRS: dict[str, Any] = {
+    'dinov2': (VIT, SCALED, {}, ('mask_token',)),
+    'deit3': (VIT, SCALED, {r'gamma_\1': r'ls(\d)\.gamma'}, ()),
+    'dinov2-registers': (VIT, REGISTERS, {'register_tokens': 'reg_token'}, ('mask_token',)),
+    'augreg': (VIT, {'num_classes': 0}, {}, ('pre_logits.fc.weight',)),
+    'dinov3': (DINOV3, {}, OF_DINOV3, UNUSED),
+}
+
+
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize('host, options, names, extra', THEIRS.values(), ids=THEIRS)
+def test_what_timms_filter_drops_is_reported(host, options, names, extra, moe):
+    source = dense(host, **options).state_dict()
+    state = {name: torch.ones(32) for name in extra} | source
+    for theirs, ours in names.items():
+        state = {re.sub(ours, theirs, name): value for name, value in state.items()}
+    if 'register_tokens' in state:  # DINOv2's class token has a position
+        state['pos_embed'] = torch.cat([torch.zeros(1, 1, 32), state['pos_embed']], dim=1)
+    model = by_name(state, moe, host, **options)
+    assert model.weights_report.unused == extra
+    check_complete(model.weights_report, model, {**source, **dict.fromkeys(extra)})
+
+
+OTHERS = [method for method in METHODS if method != SOME]
+TORN: dict[str, Any] = {
+    r'missing keys: blocks\.3\.': lambda state: {n: state[n] for n in state if '.3.' not in n},
+    r'unexpected keys: stages\.0\.': lambda state: {
+        name.replace('blocks.', 'stages.'): value for name, value in state.items()
+    },
+    r'unexpected keys: blocks\.1\.mlp\.': lambda _: make(OTHERS[0]).state_dict(),
+}
+
+
+@pytest.mark.parametrize('classes', [10, 5, 0])  # timm is strict in none of the last two
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize('message', TORN)
+def test_weights_by_name_are_not_half_loaded(message, moe, classes):
+    state = TORN[message](dense().state_dict())
+    refused(message, by_name, state, moe, num_classes=classes)
+
+
+@pytest.mark.parametrize('host, method', pairs(*HOSTS))
+def test_a_converted_model_is_saved_as_it_is(host, method, tmp_path, images):
+    model = dense(host)
+    options = {'num_experts': 4, 'moe_layers': (0, 3), 'expert_mlp_ratio': 2.0}
+    how = {'split': True, 'noise': 0.1}
+    convert_to_moe(model, method, upcycling=how, **options)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == 'moe_host'
+    recorded = config['model_args']
+    assert (recorded['host'], recorded['method'], recorded['depth']) == (host, method, 4)
+    assert 'upcycling' not in recorded
+    again: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert (type(again), again.moe_config) == (type(model), model.moe_config)
+    same(model, again, images)
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True)
+    features.eval()
+    assert [tuple(part.shape) for part in features(images)] == [(4, 32, 4, 4)] * 3
+
+
+def test_copies_of_frozen_parameters_are_frozen(method):
+    model = dense().requires_grad_(False)
+    model.blocks[3].mlp.requires_grad_(True)
+    report = convert_to_moe(model, method)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {flags[name] for name in report.copied if name.startswith('blocks.1.')} == {False}
+    assert {flags[name] for name in report.copied if name.startswith('blocks.3.')} == {True}

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vqmoe_vision.models.sharding import blocks_of, shard_model
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
 
+from .. import cases
 from ..forked import spawn
 from ..groups import begin
 
@@ -79,7 +80,8 @@ def compare(rank: int, world: int, expert_processes: int, num_experts: int, fold
     dist.destroy_process_group()
 
 
-LAYOUTS = [
+@cases(
+    'world, expert_processes, num_experts',
     pytest.param(2, 1, 4, id='2'),
     pytest.param(2, 2, 4, id='2-experts'),
     pytest.param(4, 1, 4, id='4', marks=pytest.mark.long),
@@ -87,17 +89,12 @@ LAYOUTS = [
     # fewer experts than processes
     pytest.param(4, 1, 2, id='4-of-2', marks=pytest.mark.long),
     pytest.param(4, 2, 2, id='4-experts-of-2', marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize(('world', 'expert_processes', 'num_experts'), LAYOUTS)
-def test_learns_what_ddp_learns(
-    world: int, expert_processes: int, num_experts: int, tmp_path: Path
-) -> None:
+)
+def test_learns_what_ddp_learns(world, expert_processes, num_experts, tmp_path):
     spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
 
 
-def test_blocks_inside_of_others_come_first() -> None:
+def test_blocks_inside_of_others_come_first():
     inner = [nn.Sequential(nn.Linear(2, 2), nn.GELU()) for _ in range(2)]
     stage = nn.ModuleDict({'blocks': nn.Sequential(*inner)})
     # a feed-forward network of mmcv
@@ -151,18 +148,14 @@ def load_into(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Path) -
 
 
 @pytest.mark.filterwarnings('ignore:torch.distributed is disabled:UserWarning')  # one process
-@pytest.mark.parametrize(
-    ('before', 'after'),
-    [
-        pytest.param((2, 1), None, id='2-to-1'),
-        pytest.param((2, 2), (4, 1), id='2-experts-to-4', marks=pytest.mark.long),
-        pytest.param((4, 2), (2, 1), id='4-experts-to-2', marks=pytest.mark.long),
-        pytest.param((4, 1), (2, 2), id='4-to-2-experts', marks=pytest.mark.long),
-    ],
+@cases(
+    'before, after',
+    pytest.param((2, 1), None, id='2-to-1'),
+    pytest.param((2, 2), (4, 1), id='2-experts-to-4', marks=pytest.mark.long),
+    pytest.param((4, 2), (2, 1), id='4-experts-to-2', marks=pytest.mark.long),
+    pytest.param((4, 1), (2, 2), id='4-to-2-experts', marks=pytest.mark.long),
 )
-def test_saved_in_one_layout_and_loaded_in_another(
-    before: tuple[int, int], after: tuple[int, int] | None, tmp_path: Path
-) -> None:
+def test_saved_in_one_layout_and_loaded_in_another(before, after, tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
     spawn(save, (*before, tmp_path / 'a'), nprocs=before[0])

@@ -2,15 +2,26 @@
 
 import copy
 import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import timm.task
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from vqmoe_vision import collect_losses
-from vqmoe_vision.moe import start_training
+from vqmoe_vision.models.timm_tasks import MoeClassificationTask, TrainsExperts, install
+from vqmoe_vision.moe import METHODS, start_training
+
+from .. import cases, refused
 
 TARGETS = torch.arange(4)
 # Checkpointing repeats the very same operations, so nothing may differ but the order in which
@@ -30,46 +41,37 @@ def accumulated(model: nn.Module, batches: list[Tensor]) -> dict[str, object]:
         loss = sum(F.cross_entropy(model(images), TARGETS) for images in batches)
         loss = loss + collected.total()
         loss.backward()
-    return {
-        'loss': loss.detach(),
-        'gradients': gradients(model),
-        'state': dict(model.named_buffers()),
-        'losses': collected.losses,
-        'stats': collected.stats,
-    }
+    seen = {'loss': loss.detach(), 'losses': collected.losses, 'stats': collected.stats}
+    return seen | {'gradients': gradients(model), 'state': dict(model.named_buffers())}
 
 
-@pytest.mark.parametrize(
-    ('kwargs', 'passes'),
-    [({}, 1), ({'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1}, 2)],
+@cases(
+    'kwargs, passes',
+    ({}, 1),
+    ({'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1}, 2),
     ids=['one pass', 'LayerScale, DropPath, two passes'],
 )
-def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs: dict, passes: int) -> None:
+def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
     batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
     plain = tiny_variant(depth=2, **kwargs)
     repeated = copy.deepcopy(plain)
     repeated.set_grad_checkpointing()
     expected = accumulated(plain, batches)
     torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
-    # and once more, now that codebooks have started
     plain.zero_grad()
     repeated.zero_grad()
     expected = accumulated(plain, batches)
     torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
 
 
-@pytest.mark.parametrize(
-    ('method', 'options'),
-    [
-        ('vqmoe', {}),
-        ('vqmoe', {'form': 'discrete'}),
-        ('vqmoe', {'codebook': 'cvq'}),
-        ('stablemoe', {'stage1_steps': 1}),
-    ],
+@cases(
+    'method, options',
+    ('vqmoe', {}),
+    ('vqmoe', {'form': 'discrete'}),
+    ('vqmoe', {'codebook': 'cvq'}),
+    ('stablemoe', {'stage1_steps': 1}),
 )
-def test_backward_outside_the_block_is_an_error_in_a_block_of_timm(
-    make_tiny, images: Tensor, method: str, options: dict
-) -> None:
+def test_backward_outside_the_block_is_an_error_in_timms_block(make_tiny, images, method, options):
     """Nothing behind the experts keeps a tensor there, so that the repeated pass ends early."""
     model = make_tiny(method, **options).train()
     model.set_grad_checkpointing()
@@ -89,7 +91,7 @@ def decayed(model: nn.Module, **options) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in ids}
 
 
-def test_what_weight_decay_touches_in_a_moe_layer(tiny_variant) -> None:
+def test_what_weight_decay_touches_in_a_moe_layer(tiny_variant):
     model = tiny_variant(depth=2)
     prefix = 'blocks.1.mlp.'
     touched = {n.removeprefix(prefix) for n in decayed(model) if n.startswith(prefix)}
@@ -115,7 +117,7 @@ LEFT_ALONE: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize('variant', LEFT_ALONE)
-def test_what_weight_decay_leaves_alone(make_tiny, variant: str) -> None:
+def test_what_weight_decay_leaves_alone(make_tiny, variant):
     method, _, option = variant.partition('-')
     name, _, value = option.partition('=')
     model = make_tiny(method, depth=2, **({name: value} if name else {}))
@@ -130,7 +132,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, step, steps: range
         step(model, optimizer, images, targets)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step):
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = tiny_variant()
         start_training(model, 30)  # StableMoE freezes its router after three: in the second part
@@ -141,7 +143,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step) -> 
     file = io.BytesIO()
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, file)
     train(model, optimizer, train_step, range(2, 5))
-
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed, optimizer = start()
@@ -149,3 +150,179 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step) -> 
     optimizer.load_state_dict(saved['optimizer'])
     train(resumed, optimizer, train_step, range(2, 5))
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_pass_that_is_overtaken_sees_its_own_images_or_is_refused(make_tiny, method):
+    model = make_tiny(method, depth=2).eval()
+    slow_images, images = torch.randn(4, 3, 32, 32), 3 * torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, expected_slow = model(images), model(slow_images)
+    main, begun, overtaken = threading.get_ident(), threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.get_ident() != main:
+            begun.set()
+            assert overtaken.wait(60)
+
+    model.blocks[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        slow = pool.submit(torch.no_grad()(model), slow_images)
+        assert begun.wait(60)
+        answer = model(images)
+        overtaken.set()
+    torch.testing.assert_close(answer, expected, rtol=0, atol=0)
+    if METHODS[method].read_patches is not None:
+        refused(r'^thread=', slow.result)
+    else:
+        torch.testing.assert_close(slow.result(), expected_slow, rtol=0, atol=0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def gradients_of(model: nn.Module, batches: list[Tensor]) -> list[Tensor | None]:
+    """After all forward passes and then one backward."""
+    torch.manual_seed(3)
+    with collect_losses(model, update_state=False) as collected:
+        loss = sum(model(images).square().mean() for images in batches) + collected.total()
+        loss.backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def in_blocks(model: nn.Module) -> nn.Module:
+    model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))
+    return model
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('passes', [1, 2])
+@pytest.mark.parametrize('checkpointed', [in_blocks, Checkpointed])
+def test_gradients_are_the_same_or_refused(make_tiny, method, passes, checkpointed):
+    batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
+    plain = make_tiny(method, depth=2).train()
+    own = checkpointed(copy.deepcopy(plain))
+    if passes == 2 and METHODS[method].read_patches is not None:
+        with pytest.raises(RuntimeError, match=r'use model\.set_grad_checkpointing\(\)'):
+            gradients_of(own, batches)
+    else:
+        expected = gradients_of(plain, batches)
+        torch.testing.assert_close(gradients_of(own, batches), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(model: nn.Module, steps: int, wrap: Callable = lambda model: model) -> list:
+    model = copy.deepcopy(model).train()
+    called = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)  # the same images and the same router noise
+        images = torch.randn(4, 3, 32, 32) + step  # other tokens, other experts
+        model.zero_grad()
+        with collect_losses(called) as collected:
+            loss = F.cross_entropy(called(images), torch.arange(4)) + collected.total()
+            loss.backward()
+        optimizer.step()
+        learned = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({'loss': loss.detach(), **learned, **collected.losses, **collected.stats})
+    return found
+
+
+def test_compiled_training_equals_eager_and_compiles_once(tiny):
+    model = tiny(depth=2, init_values=0.1)
+    counter = CompileCounterWithBackend('aot_eager')
+    expected = run(model, 4)
+    found = run(model, 4, lambda m: torch.compile(m, fullgraph=True, backend=counter))
+    # the same operations in the same order, but for fused sums
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def make_task(model: nn.Module) -> Any:
+    return MoeClassificationTask(model.train(), nn.CrossEntropyLoss(), verbose=False)
+
+
+def step(task: Any, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> Tensor:
+    """What `train.py` does for one update, accumulating over the batches."""
+    for images in batches:
+        loss = task(images, TARGETS)['loss']
+        loss /= len(batches)
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    task.update_ema(step=1)
+    return loss.detach()
+
+
+def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, images):
+    model = tiny_variant(depth=2)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)  # router noise
+    expected = train_step(twin, None, images, TARGETS)
+    task = make_task(model)
+    torch.manual_seed(1)
+    result = task(images, TARGETS)
+    result['loss'].backward()
+    torch.testing.assert_close(result['loss'].detach(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
+    task.update_ema()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_state_moves_once_per_step_and_travels_in_checkpoints(make_tiny, checkpointing):
+    options = {'vqmoe': {}, 'stablemoe': {'stage1_steps': 2}}
+    moved = {}
+    for method, chosen in options.items():
+        torch.manual_seed(0)
+        task = make_task(make_tiny(method, depth=2, **chosen))
+        task.trainable_module.set_grad_checkpointing(checkpointing)
+        task.setup_ema(decay=0.5)
+        optimizer = create_optimizer_v2(task.trainable_module, opt='adamw', lr=1e-2)
+        for _ in range(3):
+            step(task, optimizer, [torch.randn(4, 3, 32, 32) for _ in range(2)])
+        state = task.get_checkpoint_state()
+        again = make_task(make_tiny(method, depth=2, **chosen))
+        again.load_checkpoint_state(state['state_dict'])
+        moved |= again.trainable_module.state_dict()
+        averages = task.get_checkpoint_state(ema=True)
+        moved |= {f'ema.{k}': v for k, v in averages['state_dict_ema'].items()}
+    prefix = 'blocks.1.mlp.'
+    assert moved[f'{prefix}quantizer.codebook.updates'] == 3
+    assert moved[f'{prefix}quantizer.codebook.started']
+    assert moved[f'ema.{prefix}quantizer.codebook.started']
+    assert moved[f'{prefix}router.distilled.steps'] == 3
+    assert moved[f'{prefix}router.distilled.frozen']
+
+
+ORIGINALS = {
+    name: task
+    for name, task in vars(timm.task).items()
+    if isinstance(task, type) and issubclass(task, TrainingTask)
+}
+
+
+def test_install_leaves_nothing_of_timms_but_the_base():
+    install()
+    install()  # a second time changes nothing
+    try:
+        found = {name: getattr(timm.task, name) for name in ORIGINALS}
+    finally:
+        vars(timm.task).update(ORIGINALS)
+    assert found.pop('TrainingTask') is TrainingTask
+    assert found['ClassificationTask'] is MoeClassificationTask
+    for name, task in found.items():
+        assert task.__mro__[1:3] == (TrainsExperts, ORIGINALS[name]), name

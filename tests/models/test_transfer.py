@@ -1,9 +1,15 @@
-from typing import Any
+import re
+from typing import Any, cast
 
 import pytest
+import timm
 import torch
+from torch import Tensor, nn
 
-from .conftest import Make, fit_state, make
+from vqmoe_vision.models.fitting import transfer
+
+from .. import cases, refused
+from .conftest import TINY, dense, fit_state, make
 
 
 def model_of(method: str = 'vqmoe', **kwargs: Any) -> Any:
@@ -18,26 +24,18 @@ def state_of(method: str = 'vqmoe', **kwargs: Any) -> dict[str, torch.Tensor]:
     return model_of(method, **{'num_classes': 3, **kwargs}).state_dict()
 
 
-def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: value for name, value in state.items()}
-
-
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     same = (torch.equal(value, expected[name]) for name, value in found.items())
     return found.keys() == expected.keys() and all(same)
 
 
-def noisy_state(model: Any) -> dict[str, torch.Tensor]:
-    """No tensor as any model starts with."""
-    return {
+def test_every_method_and_preset_goes_through_whole(tiny_variant):
+    state = {
         name: torch.randn_like(value) if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
+        for name, value in tiny_variant().state_dict().items()
     }
-
-
-def test_every_method_and_preset_goes_through_whole(tiny_variant: Make) -> None:
-    state, model = noisy_state(tiny_variant()), tiny_variant()
-    fitted, notes = fit_state(model, prefixed('model.', state), 'a')
+    model = tiny_variant()
+    fitted, notes = fit_state(model, {f'model.{n}': v for n, v in state.items()}, 'a')
     assert equal(fitted, state)
     number = len(state)
     assert notes == [
@@ -46,26 +44,7 @@ def test_every_method_and_preset_goes_through_whole(tiny_variant: Make) -> None:
     ]
 
 
-@pytest.mark.parametrize('prefix', ['model.', 'backbone.model.', 'backbone.', ''])
-def test_every_source_starts_a_backbone(prefix: str) -> None:
-    state, model = state_of(), model_of()
-    loaded = prefixed(prefix, state)
-    if prefix.startswith('backbone'):
-        loaded['decode_head.cls_emb'] = torch.zeros(1)
-    fitted, notes = fit_state(model, loaded, 'a')
-    assert equal(fitted, {name: state[name] for name in model.state_dict()})
-    assert notes == [f'a: loaded {len(fitted)} of the {len(fitted)} tensors of the backbone']
-
-
-@pytest.mark.parametrize('classes', [7, 0])
-def test_head_of_other_classes_starts_fresh(classes: int) -> None:
-    model, state = model_of(num_classes=3), state_of(num_classes=classes, global_pool='token')
-    fitted, notes = fit_state(model, state, 'a')
-    assert fitted.keys() == model.state_dict().keys() - {'head.weight', 'head.bias'}
-    assert notes[0].startswith('a: the head is a fresh one, ')
-
-
-def test_position_embeddings_of_an_oblong_image_are_resized() -> None:
+def test_position_embeddings_of_an_oblong_image_are_resized():
     # 16 positions of (16, 64) pixels are no 4 x 4 grid, though there are as many
     state = state_of(img_size=(16, 64))
     grid = torch.arange(8.0).expand(2, 8)  # a ramp along the width
@@ -76,8 +55,8 @@ def test_position_embeddings_of_an_oblong_image_are_resized() -> None:
     torch.testing.assert_close(found.diff(dim=0), torch.zeros(3, 4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(('before', 'after'), [(2, 6), (6, 2)])
-def test_slots_of_softmoe_are_resized(before: int, after: int) -> None:
+@pytest.mark.parametrize('before, after', [(2, 6), (6, 2)])
+def test_slots_of_softmoe_are_resized(before, after):
     state = state_of('softmoe', slots_per_expert=before)
     model = model_of('softmoe', slots_per_expert=after).eval()
     fitted, notes = fit_state(model, state, 'a')
@@ -97,10 +76,65 @@ def test_slots_of_softmoe_are_resized(before: int, after: int) -> None:
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_norm_of_averaged_features_becomes_the_final_norm() -> None:
+def test_norm_of_averaged_features_becomes_the_final_norm():
     options = dict(class_token=False)
     state = state_of(global_pool='avg', **options)
     state['fc_norm.bias'] += 1
     fitted, notes = fit_state(model_of(**options), state, 'a')
     torch.testing.assert_close(fitted['norm.bias'], torch.ones(12))
     assert 'a: fc_norm becomes norm' in notes
+
+
+DINO = 'vit_small_patch16_dinov3'
+
+
+def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
+    return refused(r"^checkpoint 'f\.pth' ", fit_state, model, state, 'f.pth')
+
+
+@cases(
+    'options, source, said',
+    ({}, dict(embed_dim=64, num_heads=4), r'cls_token is \(1, 1, 64\)'),
+    ({}, dict(no_embed_class=True), r'pos_embed is \(1, 16,.*no_embed_class=False'),
+    (dict(no_embed_class=True), {}, r'pos_embed is \(1, 17, 32\).*no_embed_class=True'),
+    ({}, dict(depth=6), 'unexpected keys: blocks.4.norm1'),
+    ({}, dict(depth=3), 'missing keys: blocks.3.norm1'),
+    (dict(init_values=0.1), {}, 'missing keys: blocks.0.ls1.gamma'),
+    (dict(pre_norm=True), {}, 'unexpected keys: patch_embed.proj.bias'),
+    ({}, dict(in_chans=1), r'proj.weight is \(32, 1, 8, 8\), the model'),
+    ({}, dict(mlp_ratio=3.7), r'blocks.0.mlp.fc1.weight is \(118, 32\)'),
+    ({}, dict(reg_tokens=3), 'unexpected keys: reg_token'),
+    ({}, dict(norm_layer='rmsnorm'), 'missing keys: blocks.0.norm1.bias'),
+    (dict(norm_layer='rmsnorm'), {}, 'unexpected keys: blocks.0.norm1.bias'),
+)
+def test_another_size_or_part_is_named(options, source, said):
+    assert re.search(said, refusal(make('smoe', **options), dense(**source).state_dict()))
+
+
+def test_a_backbone_may_end_before_its_checkpoint():
+    state = dense(depth=6).state_dict()
+    fitted, _ = fit_state(cast(Any, make('smoe', num_classes=0)), state, 'f.pth')
+    assert 'blocks.3.norm1.weight' in fitted and 'blocks.4.norm1.weight' not in fitted
+
+
+def test_a_last_norm_that_is_missing_is_a_warning():
+    """As in the weights of a backbone without one."""
+    model: Any = dense(global_pool='avg')
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith('fc_norm.')}
+    _, report = transfer(model, state, 'f.pth')
+    said = [line for line in report.warnings if 'has no fc_norm.weight, fc_norm.bias' in line]
+    assert len(said) == 1 and said[0] in report.lines()
+
+
+@cases(
+    'name',
+    'beit_base_patch16_224', 'vit_relpos_small_patch16_224', 'vit_srelpos_small_patch16_224',
+     'samvit_base_patch16', 'naflexvit_base_patch16_gap', 'vit_small_patch16_18x2_224',
+     'vit_tiny_r_s16_p8_224',
+)  # fmt: skip
+@pytest.mark.parametrize('host', ['vit_tiny_smoe', DINO])
+def test_another_network_is_refused(name, host):
+    with torch.device('meta'):
+        names = timm.create_model(name).state_dict()
+    state = {k: torch.zeros(v.shape) for k, v in names.items()}
+    assert 'does not fit the model: ' in refusal(timm.create_model(host, **TINY), state)

@@ -12,26 +12,23 @@ from vqmoe_vision.models import MoeVisionTransformer
 from vqmoe_vision.models.layers import resolve_moe_layers
 from vqmoe_vision.moe import METHODS, MoeLayer
 
+from .. import cases
 from ..variants import trials
 
 NAMES = timm.list_models('vit_*', module='vit_moe')
 
 
-def moe_blocks(model: nn.Module) -> list[int]:
-    return [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer)]
-
-
 @pytest.mark.parametrize('name', NAMES)
-def test_default_size_and_placement(name: str) -> None:
+def test_default_size_and_placement(name):
     _, size, method = name.split('_')
     with torch.device('meta'):
         model: Any = timm.create_model(name)
         dense: Any = timm.create_model(f'vit_{size}_patch16_224')
-
     assert isinstance(model, MoeVisionTransformer)
     assert (model.method, model.num_classes) == (method, 1000)
     assert model.patch_embed.img_size == (224, 224)
-    assert moe_blocks(model) == list(range(len(dense.blocks)))[1::2]
+    routed = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer)]
+    assert routed == list(range(len(dense.blocks)))[1::2]
     experts = model.blocks[1].mlp.experts
     hidden, width = dense.blocks[1].mlp.fc1.weight.shape
     assert experts.fc1.weight.shape == (8, hidden, width)
@@ -42,26 +39,24 @@ def test_default_size_and_placement(name: str) -> None:
     assert {k: v for k, v in own.items() if not k.startswith('patch_embed.reader.')} == others
 
 
-@pytest.mark.parametrize(
-    ('layers', 'depth', 'expected'),
-    [
-        ('every2', 5, (1, 3)),
-        ('every2', 6, (1, 3, 5)),
-        ('every1', 3, (0, 1, 2)),
-        ('every3', 7, (2, 5)),
-        ('last2', 12, (9, 11)),  # V-MoE's Last 2 of a B/16
-        ('last1', 4, (3,)),
-        ([2, 0, 2], 3, (0, 2)),
-        ((1,), 3, (1,)),
-        (range(2), 4, (0, 1)),
-    ],
+@cases(
+    'layers, depth, expected',
+    ('every2', 5, (1, 3)),
+    ('every2', 6, (1, 3, 5)),
+    ('every1', 3, (0, 1, 2)),
+    ('every3', 7, (2, 5)),
+    ('last2', 12, (9, 11)),  # V-MoE's Last 2 of a B/16
+    ('last1', 4, (3,)),
+    ([2, 0, 2], 3, (0, 2)),
+    ((1,), 3, (1,)),
+    (range(2), 4, (0, 1)),
 )
-def test_which_blocks_are_moe(layers: object, depth: int, expected: tuple[int, ...]) -> None:
+def test_which_blocks_are_moe(layers, depth, expected):
     assert resolve_moe_layers(layers, depth) == expected
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_option_is_tried_with_another_value_than_its_default(method: str) -> None:
+def test_every_option_is_tried_with_another_value_than_its_default(method):
     config = METHODS[method].config
     shared = {'num_experts', 'expert_mlp_ratio'}  # of every method, and tried below
     tried = [config.from_options(preset) for preset in config.PRESETS]
@@ -71,7 +66,7 @@ def test_every_option_is_tried_with_another_value_than_its_default(method: str) 
         assert field.name in shared or any(value != field.default for value in values), field.name
 
 
-def test_options_of_the_vit_reach_the_experts(tiny) -> None:
+def test_options_of_the_vit_reach_the_experts(tiny):
     model = tiny(mlp_ratio=2.0, act_layer='relu', proj_bias=False, proj_drop_rate=0.3)
     experts = model.blocks[1].mlp.experts
     assert experts.fc1.weight.shape[1] == 64

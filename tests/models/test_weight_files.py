@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import save_for_hf
@@ -17,16 +20,11 @@ from timm.models import save_for_hf
 from vqmoe_vision.engine.checkpoint import load_from_local, start_from
 from vqmoe_vision.models.create import create_model, create_saved
 
+from .. import cases, refused
+from ..damaged import Call, flip
 from .conftest import DENSE, TINY, dense, make
 
 OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
-
-
-def flip(path: Path, values: torch.Tensor) -> None:
-    """Changes a bit of a tensor in a file, which torch would load."""
-    content = path.read_bytes()
-    at = content.index(values.numpy().tobytes())
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
 
 
 def folder_of(path: Path, model: Any, safe: bool = False) -> Path:
@@ -34,18 +32,12 @@ def folder_of(path: Path, model: Any, safe: bool = False) -> Path:
     return path / 'L'
 
 
-def refused(message: str, build: Any, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        build(*args, **kwargs)
-    assert '\n' not in str(caught.value)
-    assert 'weights_only' not in str(caught.value)
-
-
 @pytest.mark.parametrize('way', ['folder', 'pretrained', 'upcycle', 'checkpoint_path'])
-def test_a_flipped_bit_is_found(way: str, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found(way, tmp_path):
     model: Any = make('smoe')
     file = folder_of(tmp_path, model) / 'pytorch_model.bin'
-    flip(file, model.state_dict()['blocks.0.mlp.fc1.weight'])
+    values = model.state_dict()['blocks.0.mlp.fc1.weight'].numpy().tobytes()
+    flip(file, file.read_bytes().index(values))
     named = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
     builds: dict[str, Any] = {
         'folder': lambda: timm.create_model(f'local-dir:{file.parent}', pretrained=True),
@@ -56,21 +48,19 @@ def test_a_flipped_bit_is_found(way: str, tmp_path: Path) -> None:
     refused(r"pytorch_model\.bin' is damaged: .* does not match its checksum", builds[way])
 
 
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        ('{"architecture": "vit', r"config\.json' cannot be read"),
-        ('{}', r'a folder with the config\.json of timm'),
-        (OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}', "{'depht': 3}"),
-    ],
+@cases(
+    'content, message',
+    ('{"architecture": "vit', r"config\.json' cannot be read"),
+    ('{}', r'a folder with the config\.json of timm'),
+    (OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}', "{'depht': 3}"),
 )
-def test_a_folder_whose_configuration_is_none(content: str, message: str, tmp_path: Path) -> None:
+def test_a_folder_whose_configuration_is_none(content, message, tmp_path):
     folder = folder_of(tmp_path, dense(), safe=True)
     (folder / 'config.json').write_text(content)
     refused(message, make, 'smoe', upcycle=f'local-dir:{folder}')
 
 
-def test_parts_of_weights_are_refused(tmp_path: Path) -> None:
+def test_parts_of_weights_are_refused(tmp_path):
     folder = folder_of(tmp_path, source := dense(), safe=True)
     state = source.state_dict()
     (folder / 'model.safetensors').unlink()
@@ -88,7 +78,7 @@ def test_parts_of_weights_are_refused(tmp_path: Path) -> None:
         refused(r"model-00001-of-00002\.safetensors'", build)
 
 
-def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
+def test_of_several_files_none_is_chosen(tmp_path):
     folder = folder_of(tmp_path, dense(), safe=True)
     other = folder / 'a.safetensors'
     other.write_bytes((folder / 'model.safetensors').read_bytes())
@@ -100,7 +90,7 @@ def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
     build()
 
 
-def test_a_file_of_numpy_is_read_by_timm_alone(tmp_path: Path) -> None:
+def test_a_file_of_numpy_is_read_by_timm_alone(tmp_path):
     path, model = str(tmp_path / 'a.npz'), make('smoe')
     np.savez(path, cls=np.zeros(3))
     for build in (
@@ -111,37 +101,30 @@ def test_a_file_of_numpy_is_read_by_timm_alone(tmp_path: Path) -> None:
         refused(r"'.*a\.npz' is ", build)
 
 
-class Harm:
-    """What runs when it is read."""
-
-    def __reduce__(self) -> Any:
-        return print, ('harm',)
-
-
 @pytest.mark.parametrize('kind', ['text', 'code', 'list'])
-def test_other_files_are_no_weights(kind: str, tmp_path: Path) -> None:
+def test_other_files_are_no_weights(kind, tmp_path):
     path = tmp_path / 'a.pth'
     if kind == 'text':
         path.write_text('this is no checkpoint')
     else:
-        torch.save({'state_dict': {}, 'code': Harm()} if kind == 'code' else [1, 2], path)
+        torch.save(
+            {'state_dict': {}, 'code': Call(print, 'harm')} if kind == 'code' else [1, 2], path
+        )
     refused('is damaged, or holds more than weights', make, 'smoe', upcycle=str(path))
 
 
 @pytest.mark.parametrize('way', ['upcycle', 'checkpoint_path', 'start_from', 'load_from'])
-@pytest.mark.parametrize(
-    ('name', 'change'),
-    [
-        ('head.weight', lambda value: value.to_sparse()),
-        ('head.weight', lambda value: value.to('meta')),
-        ('norm.bias', lambda value: value * torch.nan),
-        ('pos_embed', lambda value: value / 0),
-        ('cls_token', lambda value: value.to(torch.int8)),
-        ('blocks.0.mlp.fc2.weight', lambda value: value.to(torch.int8)),
-        ('blocks.1.mlp.fc1.weight', lambda v: v.index_fill(0, torch.tensor([3]), torch.inf)),
-    ],
+@cases(
+    'name, change',
+    ('head.weight', lambda value: value.to_sparse()),
+    ('head.weight', lambda value: value.to('meta')),
+    ('norm.bias', lambda value: value * torch.nan),
+    ('pos_embed', lambda value: value / 0),
+    ('cls_token', lambda value: value.to(torch.int8)),
+    ('blocks.0.mlp.fc2.weight', lambda value: value.to(torch.int8)),
+    ('blocks.1.mlp.fc1.weight', lambda v: v.index_fill(0, torch.tensor([3]), torch.inf)),
 )
-def test_tensors_without_values(name: str, change: Any, way: str, tmp_path: Path) -> None:
+def test_tensors_without_values(name, change, way, tmp_path):
     path, source = str(tmp_path / 'a.pth'), dense()
     state = source.state_dict()
     torch.save({**state, name: change(state[name])}, path)
@@ -156,7 +139,7 @@ def test_tensors_without_values(name: str, change: Any, way: str, tmp_path: Path
 
 
 @pytest.mark.parametrize('stated', [{}, {'mean': 0.1, 'std': 0.4}])
-def test_what_is_beside_a_file_belongs_to_its_weights(stated: dict, tmp_path: Path) -> None:
+def test_what_is_beside_a_file_belongs_to_its_weights(stated, tmp_path):
     source = dense('deit_tiny_patch16_224')  # of mean 0.485, ours says 0.5
     file = folder_of(tmp_path, source, safe=True) / 'model.safetensors'
     for place in (
@@ -171,9 +154,7 @@ def test_what_is_beside_a_file_belongs_to_its_weights(stated: dict, tmp_path: Pa
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_smoe', 'moe_host', DENSE])
-def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(
-    name: str, tmp_path: Path
-) -> None:
+def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(name, tmp_path):
     own = {'host': DENSE, 'method': 'smoe'} if name == 'moe_host' else {}
     model, other, file = timm.create_model(name, **own, **TINY), dense(), str(tmp_path / 'a.pth')
     save_for_hf(model, tmp_path / 'L', model_args={**own, **TINY}, safe_serialization=True)
@@ -182,21 +163,18 @@ def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(
     assert torch.equal(again.head.weight, other.head.weight)
 
 
-def test_a_folder_of_another_network_is_compared_with_its_digest(tmp_path: Path) -> None:
+def test_a_folder_of_another_network_is_compared_with_its_digest(tmp_path):
     save_for_hf(timm.create_model('test_resnet'), tmp_path / 'L', safe_serialization=True)
     assert create_saved(f'local-dir:{tmp_path}/L')
     file = tmp_path / 'L/model.safetensors'
     config = json.loads((tmp_path / 'L/config.json').read_text())
     config['weights_sha256'] = hashlib.sha256(file.read_bytes()).hexdigest()
     (tmp_path / 'L/config.json').write_text(json.dumps(config))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match='weights_sha256'):
-        create_saved(f'local-dir:{tmp_path}/L')
+    flip(file, -1)
+    refused('weights_sha256', create_saved, f'local-dir:{tmp_path}/L')
 
 
-def test_what_a_run_has_kept_is_followed(tmp_path: Path) -> None:
+def test_what_a_run_has_kept_is_followed(tmp_path):
     path = str(tmp_path / 'run.pth')
     state = {f'model.{name}': value for name, value in dense().state_dict().items()}
     kept = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
@@ -207,7 +185,7 @@ def test_what_a_run_has_kept_is_followed(tmp_path: Path) -> None:
     assert make('smoe').pretrained_cfg['mean'][0] == 0.5  # that of the name stays
 
 
-def test_positions_of_another_grid_are_reported_as_resized(method: str, tmp_path: Path) -> None:
+def test_positions_of_another_grid_are_reported_as_resized(method, tmp_path):
     before, after = (32, 72), (48, 48)  # 4 x 9 and 6 x 6 patches
     source = dense(img_size=before)
     args = {**TINY, 'img_size': before}
@@ -215,7 +193,67 @@ def test_positions_of_another_grid_are_reported_as_resized(method: str, tmp_path
     file = str(tmp_path / 'L' / 'model.safetensors')
     for size in (before, after):
         model: Any = make(method, upcycle=file, img_size=size)
-        # what reads images has positions too
         names = {name for name in model.state_dict() if name.endswith('pos_embed')}
         assert set(model.weights_report.resized) == (names if size == after else set())
         assert torch.equal(model.pos_embed, source.pos_embed) == (size == before)
+
+
+RUN = """
+import sys, timm, torch, vqmoe_vision
+from vqmoe_vision.models.create import create_model
+sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
+file, kept = sys.argv[1], set(torch.serialization.get_safe_globals())
+pretrained = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file))
+for made in (
+    timm.create_model('vit_tiny_smoe', upcycle=file, **sizes),
+    timm.create_model('vit_tiny_smoe', **pretrained, **sizes),
+    create_model('vit_tiny_patch16_224', **pretrained, **sizes),
+):
+    print(len(made.weights_report.loaded), made.pretrained_cfg['mean'][0])
+assert set(torch.serialization.get_safe_globals()) == kept
+print('mmengine' in sys.modules)
+"""
+
+
+def test_the_checkpoint_of_a_run_is_read_without_mmengine(tmp_path):
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    history.current()
+    state = {f'model.{name}': value for name, value in dense().state_dict().items()}
+    state['normalization'] = torch.tensor([[0.25] * 3, [0.5] * 3])
+    log = {'log_scalars': {'loss': history}, 'runtime_info': {'top1': np.float32(1)}}
+    file = str(tmp_path / 'epoch_1.pth')
+    torch.save({'state_dict': state, 'message_hub': log, 'optimizer': {}, 'meta': {}}, file)
+    command = [sys.executable, '-W', 'ignore', '-c', RUN, file]
+    *made, known = subprocess.check_output(command, text=True).splitlines()
+    assert known == 'False'
+    number = len(dense().state_dict())
+    assert made == [f'{number - 8} 0.25', f'{number - 8} 0.25', f'{number} 0.25']
+    harm = {'log': history, 'code': Call(print, 'harm')}
+    torch.save({'state_dict': state, 'message_hub': harm}, file)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 'holds more than weights' in caught.value.stderr
+
+
+def test_a_head_in_a_folder_is_that_of_its_classes(tmp_path):
+    source = dense()
+    folder = folder_of(tmp_path, source, safe=True)
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg'].update(label_offset=1, num_classes=10)
+    (folder / 'config.json').write_text(json.dumps(config))
+    model: Any = make('smoe', upcycle=f'local-dir:{folder}')
+    assert torch.equal(model.head.weight, source.head.weight)
+    overlay = {'label_offset': 1}
+    message = r'pretrained_cfg\.label_offset=1 is not possible: 0, a head is that of its classes'
+    refused(message, make, 'smoe', upcycle=f'local-dir:{folder}', pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize('prefix', ['model.', 'backbone.model.', 'module.', ''])
+def test_checkpoint_path_takes_the_network_out_of_a_run(prefix, tmp_path):
+    source, file = make('smoe'), str(tmp_path / 'epoch_1.pth')
+    state = {f'{prefix}{name}': value for name, value in source.state_dict().items()}
+    beside = {'normalization': torch.zeros(2, 3)} if 'model.' in prefix else {}
+    torch.save({'state_dict': state | beside, 'meta': {}}, file)
+    model = create_model('vit_tiny_smoe', checkpoint_path=file, **TINY)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    refused('of its weights$', create_model, 'vit_tiny_xmoe', checkpoint_path=file, **TINY)

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 
 def expert(experts, e, x):
-    """f_e of a vector."""
     hidden = F.gelu(experts.fc1.weight[e] @ x + experts.fc1.bias[e])
     return experts.fc2.weight[e] @ hidden + experts.fc2.bias[e]
 
@@ -33,7 +32,6 @@ def assert_by_hand(net, naive, x, **tolerance):
 
 
 def moved(net, loss):
-    """Names of the parameters with a gradient that is not zero."""
     net.zero_grad()
     loss.backward()
     parameters = net.layer.named_parameters()

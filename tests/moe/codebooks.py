@@ -33,7 +33,6 @@ def make(name, codes=None, **options):
 
 
 def learn(book, x, indices=None):
-    """One training pass: quantize, observe, update."""
     quantized = book(x)
     book.observe(x, quantized.indices if indices is None else indices)
     book.update()
@@ -49,7 +48,6 @@ def same(before, after):
 
 
 def clusters(num_tokens, num_codes=M, mean=0.0):
-    """Well separated clusters of even size and their centres."""
     centres = 5 * torch.randn(num_codes, D) + mean
     labels = torch.arange(num_tokens) % num_codes
     return centres[labels] + 0.01 * torch.randn(num_tokens, D), centres

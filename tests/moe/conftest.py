@@ -26,10 +26,8 @@ D, E, H = 8, 4, 16
 CASES = [
     pytest.param(name, options, id=f'{name}-{label}')
     for name, method in METHODS.items()
-    for label, options in [
-        *((preset, {'preset': preset}) for preset in method.config.PRESETS),
-        *trials(method.config).items(),
-    ]
+    for options_of in ({p: {'preset': p} for p in method.config.PRESETS}, trials(method.config))
+    for label, options in options_of.items()
 ]
 
 
@@ -73,8 +71,6 @@ class Patched(nn.Module):
 
 
 class OneLayer(Patched):
-    """One MoE layer, nothing around it."""
-
     def __init__(self, method: str, num_experts: int = E, **options) -> None:
         super().__init__()
         self.layer = self.make_layer(method, num_experts, **options)
@@ -135,7 +131,6 @@ def make_layer() -> Callable[..., OneLayer]:
 
 @pytest.fixture(scope='session')
 def make_model() -> Callable[..., Model]:
-    """Build two blocks: make_model('smoe', top_k=1)."""
     return Model
 
 
@@ -163,11 +158,10 @@ def choices() -> Callable[[nn.Module, Tensor], list[Tensor]]:
 
 @pytest.fixture
 def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
-    """Copy of a state dict."""
     return lambda module: {name: value.clone() for name, value in module.state_dict().items()}
 
 
 @pytest.fixture(autouse=True)
-def _warned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _warned(monkeypatch) -> None:
     """Most tests train single layers without a collector, knowingly."""
     monkeypatch.setattr(layer_module, '_said', {UNCOLLECTED})

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
-from vqmoe_vision.moe.codebooks import nearest_code
-from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
+from vqmoe_vision.moe.codebooks import nearest_code, rotate_to
+from vqmoe_vision.moe.codebooks.ema import CODEBOOKS, UsageCodebook
+from vqmoe_vision.moe.methods.vqmoe import Quantizer, VQMoEConfig
 
 from .codebooks import M, every_codebook, learn, make, same, state
 from .conftest import D
-
-# --- nearest code
 
 
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
@@ -26,9 +26,6 @@ def test_nearest_code_is_the_argmin_of_distances(num_tokens, num_codes, dim, see
     chosen = distances.gather(1, nearest_code(x, codes)[:, None])[:, 0]
     # another code may be equally near up to rounding
     torch.testing.assert_close(chosen, distances.min(dim=1).values, rtol=1e-4, atol=1e-5)
-
-
-# --- the two terms of the loss
 
 
 @every_codebook
@@ -80,9 +77,6 @@ def test_codes_learn_in_float32_under_autocast(name, started):
     assert same(state(other), book.state_dict())
 
 
-# --- what changes when
-
-
 @pytest.mark.parametrize('name', ['ema', 'cvq'])
 def test_passes_are_averaged(name):
     joint = make(name)
@@ -101,9 +95,6 @@ def test_passes_are_averaged(name):
         torch.testing.assert_close(parts.state_dict()[key], value, rtol=1e-5, atol=tolerance)
 
 
-# --- moving averages
-
-
 def test_ema_follows_the_recursion_in_numpy():
     book = make('ema')
     gamma, eps = 0.99, 1e-5
@@ -120,3 +111,161 @@ def test_ema_follows_the_recursion_in_numpy():
         m = gamma * m + (1 - gamma) * one_hot.T @ tokens
         codes = m / ((n + eps) / (n.sum() + M * eps) * n.sum())[:, None]
         np.testing.assert_allclose(book.codes().numpy(), codes, rtol=0, atol=1e-5)
+
+
+AVERAGED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, UsageCodebook)]
+
+
+@every_codebook
+def test_the_largest_cosine_wins_known_answer(name):
+    # token (3, 4), codes (4, 0) and (0, 20): the first is nearer, 1 + 16 < 9 + 256, but the cosines
+    # are 0.6 and 0.8. Of length one (0.6, 0.8) and (0, 1): mean square (0.36 + 0.04) / 2 = 0.2,
+    # both terms 0.2 * 1.25 = 0.25, without the codebook term 0.2 * 0.25 = 0.05. At the token's
+    # length 5 the code is (0, 5), and its error (9 + 1) / 2 = 5
+    book = make(name, torch.tensor([[4.0, 0.0], [0.0, 20.0]]), use_cosine_sim=True)
+    quantized = book(torch.tensor([[3.0, 4.0]]))
+    assert quantized.indices.tolist() == [1]
+    torch.testing.assert_close(quantized.codes, torch.tensor([[0.0, 5.0]]))
+    torch.testing.assert_close(quantized.loss.item(), 0.05 if name == 'ema' else 0.25)
+    torch.testing.assert_close(quantized.error.item(), 5.0)
+
+
+@every_codebook
+def test_the_length_of_a_token_decides_nothing_and_has_no_gradient(name):
+    book = make(name, torch.randn(M, D), use_cosine_sim=True)
+    x = torch.randn(20, D).requires_grad_()
+    lengths = 10 ** torch.linspace(-2, 2, 20)[:, None]
+    found, longer = book(x), book(lengths * x)
+    assert torch.equal(found.indices, longer.indices)
+    torch.testing.assert_close(found.loss, longer.loss)
+    found.loss.backward()
+    assert x.grad is not None and x.grad.abs().max() > 1e-3
+    # rounding errors of 8 products of size 0.1
+    torch.testing.assert_close((x.grad * x).sum(dim=1), torch.zeros(20), rtol=0, atol=1e-6)
+
+
+def directions(num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tokens of very different length around M directions, and these."""
+    centres = torch.eye(D)[:M]
+    lengths = 10 ** torch.linspace(-1, 1, num_tokens)[:, None]
+    tokens = centres[torch.arange(num_tokens) % M] + 0.01 * torch.randn(num_tokens, D)
+    return lengths * tokens, centres
+
+
+def test_a_start_by_directions_finds_them():
+    book = CODEBOOKS['ema'](M, D, use_cosine_sim=True)
+    x, centres = directions(120)
+    learn(book, x)
+    distance, owner = torch.cdist(centres, book.codes()).min(dim=1)
+    assert sorted(owner.tolist()) == list(range(M))
+    assert distance.max() < 0.02  # as `test_kmeans_finds_separated_clusters`
+    # the mean of a cluster is 8 * 0.01^2 / 2 = 4e-4 shorter
+    torch.testing.assert_close(book.embed.norm(dim=1), torch.ones(M), rtol=0, atol=1e-5)
+    # ten more updates keep them there: sums are of directions too
+    for _ in range(10):
+        learn(book, x)
+    assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
+
+
+@pytest.mark.parametrize('name', AVERAGED)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_averages_stay_float32_in_a_model_that_is_cast(name, dtype):
+    plain, built = CODEBOOKS[name](M, D), CODEBOOKS[name](M, D, dtype=dtype)
+    books = [plain, copy.deepcopy(plain).to(dtype), built]
+    for _ in range(300):
+        x = torch.randn(50, D) + 5
+        indices = plain(x).indices
+        for book in books:
+            book.observe(x, indices)
+            book.update()
+    # the same sums of the same tokens: every bit. In bfloat16 1 % of the way is below half of the
+    # last place, 2^-9 = 0.2 %, as soon as an average is within 20 % of its aim: it stays there
+    for book in books[1:]:
+        for key, value in plain.named_buffers():
+            assert torch.equal(book.get_buffer(key), value), key
+
+
+def theirs(codes: Tensor, num_tokens: int, **options: float) -> torch.nn.Module:
+    """Their codebook with these codes, whose start counts as even usage by a pass, as ours."""
+    library = pytest.importorskip('vector_quantize_pytorch')
+    module = library.VectorQuantize(
+        dim=codes.shape[1], codebook_size=len(codes), commitment_weight=0.25, **options
+    )
+    book, even = module._codebook, num_tokens / len(codes)
+    book.embed.copy_(codes)
+    book.embed_avg.copy_(even * codes)
+    book.cluster_size.fill_(even)
+    return module
+
+
+@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
+def test_ema_codebooks_are_those_of_vector_quantize_pytorch(cosine):
+    codes = torch.nn.functional.normalize(torch.randn(M, D), dim=1)
+    options = {'use_cosine_sim': cosine}
+    book = make('ema', codes, dead_code_threshold=0.0, **options)
+    other = theirs(codes, 64, decay=0.99, rotation_trick=False, **options)
+    for _ in range(10):
+        x = torch.randn(1, 64, D) + 0.5
+        x_ours, x_theirs = x[0].clone().requires_grad_(), x.clone().requires_grad_()
+        quantized = book(x_ours)
+        quantized.loss.backward()
+        book.observe(x_ours, quantized.indices)
+        book.update()
+        given, indices, loss = other(x_theirs)
+        loss.sum().backward()
+        assert torch.equal(quantized.indices, indices[0])
+        torch.testing.assert_close(quantized.loss, loss.squeeze().detach(), check_stride=False)
+        assert x_ours.grad is not None and x_theirs.grad is not None
+        torch.testing.assert_close(x_ours.grad, x_theirs.grad[0], rtol=1e-5, atol=1e-7)
+        expected = given[0] * (x[0].norm(dim=1, keepdim=True) if cosine else 1)
+        torch.testing.assert_close(quantized.codes, expected.detach(), rtol=1e-5, atol=1e-6)
+        # ten updates of sums in float32, theirs of counts and ours of shares
+        torch.testing.assert_close(book.codes(), other.codebook, rtol=1e-5, atol=1e-5)
+
+
+SHARE = 0.3
+
+
+def test_rotation_known_answer():
+    # (2, 0) onto (0, 3): a quarter turn [[0, -1], [1, 0]], stretched by 1.5. Transposed, it takes
+    # the gradient (5, 7) to 1.5 (7, -5)
+    x = torch.tensor([[2.0, 0.0]], requires_grad=True)
+    out = rotate_to(x, torch.tensor([[0.0, 3.0]]))
+    assert out.tolist() == [[0.0, 3.0]]
+    out.backward(torch.tensor([[5.0, 7.0]]))
+    torch.testing.assert_close(x.grad, torch.tensor([[10.5, -7.5]]))
+
+
+def test_tokens_without_a_rotation():
+    # without a length: straight through. Opposite to the code: the mirror I - 2 x^ x^^T, stretched
+    x = torch.zeros(2, D)
+    x[1, 0] = 2.0
+    x.requires_grad_()
+    codes = torch.zeros(2, D)
+    codes[:, 0] = -1.0
+    out = rotate_to(x, codes)
+    assert torch.equal(out, codes)
+    gradient = torch.ones(2, D)
+    out.backward(gradient)
+    mirrored = 0.5 * gradient[1]
+    mirrored[0] = -0.5
+    torch.testing.assert_close(x.grad, torch.stack([gradient[0], mirrored]))
+
+
+@pytest.mark.parametrize(
+    'expert_input, of_token, of_code',
+    [('mix', 1 - SHARE, SHARE), ('ste', 0.0, 1.0), ('official', 1 - 2 * SHARE, SHARE)],
+)
+def test_every_reading_keeps_its_values_and_turns_the_code(expert_input, of_token, of_code):
+    options = {'expert_input': expert_input, 'code_share': SHARE}
+    straight, turned = (
+        Quantizer(D, VQMoEConfig(rotation_trick=rotation_trick, **options))
+        for rotation_trick in (False, True)
+    )
+    x, code, gradient = torch.randn(5, D, requires_grad=True), torch.randn(5, D), torch.randn(5, D)
+    out = turned.expert_input(x, code)
+    torch.testing.assert_close(out, straight.expert_input(x, code))
+    out.backward(gradient)
+    other = x.detach().clone().requires_grad_()
+    rotate_to(other, code).backward(gradient)
+    torch.testing.assert_close(x.grad, of_token * gradient + of_code * other.grad)

@@ -1,18 +1,18 @@
 """Codes that few tokens take: replaced when dead, moved by CVQ and SimVQ, and against collapse."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
 from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
-from vqmoe_vision.moe.codebooks.usage import anchor_probabilities
+from vqmoe_vision.moe.codebooks.usage import SAMPLE_SIZE, anchor_probabilities, code_usage, kmeans
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
-from .codebooks import STARTED, M, learn, make
+from .codebooks import STARTED, ZERO, M, clusters, learn, make, same, state
 from .conftest import D
-
-# --- dead codes
 
 
 @pytest.mark.parametrize('name', STARTED)
@@ -64,23 +64,15 @@ def test_an_unused_code_is_replaced_after_459_updates(name):
     assert (book.codes()[M - 1] == x).all(dim=1).any()
 
 
-# --- CVQ
-
-
-def moved_share(book, usage_counts):
-    """Share of the way to the anchor that each code goes in an update with these counts."""
-    indices = torch.repeat_interleave(torch.arange(M), torch.tensor(usage_counts))
-    anchor = torch.full((1, D), 50.0)
-    before = book.codes().clone()
-    book.observe(anchor.expand(len(indices), D), indices)
-    book.update()
-    return ((book.codes() - before) / (anchor - before)).mean(dim=1)
-
-
 def test_cvq_rate_known_answers():
     # never used: exp(-0.001) = 0.99900; first step at even usage, N = 0.01 / M:
     # exp(-0.01 / M * M * 10 / 0.01 - 0.001) = exp(-10.001) = 4.54e-5
-    share = moved_share(make('cvq'), [0, 10, 10, 10, 10, 20])
+    book, anchor = make('cvq'), torch.full((1, D), 50.0)
+    before = book.codes().clone()
+    indices = torch.arange(M).repeat_interleave(torch.tensor([0, 10, 10, 10, 10, 20]))
+    book.observe(anchor.expand(len(indices), D), indices)
+    book.update()
+    share = ((book.codes() - before) / (anchor - before)).mean(dim=1)
     assert share[0].item() == pytest.approx(math.exp(-0.001), abs=1e-5)
     assert share[1:5].tolist() == pytest.approx([math.exp(-10.001)] * 4, abs=2e-6)
     # twice even usage: exp(-20.001) = 2e-9
@@ -94,21 +86,16 @@ def test_cvq_draws_anchors_by_the_squared_distance():
     torch.testing.assert_close(found, torch.tensor([[0.99966465, 0.00033535, 0.0]]))
 
 
-# --- SimVQ
-
-
-# --- collapse
-
-
-def final_perplexity(name, mean, num_codes=8):
-    """Perplexity of code usage after training on clusters around a mean that all tokens share."""
-    book = CODEBOOKS[name](num_codes, D)
-    centres = torch.randn(num_codes, D) + mean
+# far from the tokens CVQ's codes have one nearest token in common: at a mean of 20 they share it
+@pytest.mark.parametrize('name, mean', [('ema', 5.0), ('ema', 20.0), ('cvq', 5.0)])
+def test_codebooks_with_a_data_dependent_start_do_not_collapse(name, mean):
+    """Trained on clusters around a mean that all tokens share."""
+    book, centres = CODEBOOKS[name](8, D), torch.randn(8, D) + mean
     parameters = list(book.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.01) if parameters else None
 
     def draw():
-        return centres[torch.randint(num_codes, (512,))] + 0.1 * torch.randn(512, D)
+        return centres[torch.randint(8, (512,))] + 0.1 * torch.randn(512, D)
 
     for _ in range(100):
         loss = learn(book, draw()).loss
@@ -116,13 +103,120 @@ def final_perplexity(name, mean, num_codes=8):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return perplexity(expert_load(book(draw()).indices, num_codes))
+    assert perplexity(expert_load(book(draw()).indices, 8)) > 4
 
 
-# far from the tokens CVQ's codes have one nearest token in common: at a mean of 20 they share it
-@pytest.mark.parametrize(
-    ('name', 'mean'),
-    [('ema', 5.0), ('ema', 20.0), ('cvq', 5.0)],
-)
-def test_codebooks_with_a_data_dependent_start_do_not_collapse(name, mean):
-    assert final_perplexity(name, mean=mean) > 4
+@pytest.mark.parametrize('mean', [0.0, 20.0])
+def test_kmeans_finds_separated_clusters(mean):
+    x, centres = clusters(120, mean=mean)
+    distance, owner = torch.cdist(centres, kmeans(x, M)).min(dim=1)
+    assert sorted(owner.tolist()) == list(range(M))
+    # a mean of 20 tokens is 0.01 / sqrt(20) from its centre in each of 8 coordinates
+    assert distance.max() < 0.02
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_a_start_happens_once(name):
+    book = CODEBOOKS[name](M, D)
+    x = clusters(120)[0]
+    learn(book, x)
+    before = book.codes().clone()
+    learn(book, x + 100)
+    # all tokens take one EMA code: 0.01 / (0.99 / 6 + 0.01) = 6 % of a way of 100, where a second
+    # start would have moved every code by about 100
+    assert (book.codes() - before).abs().max() < 10
+
+
+def copied_in_place(book, twin):
+    for ours, theirs in zip(twin.state_dict().values(), state(book).values(), strict=True):
+        ours.copy_(theirs)
+    return twin
+
+
+def loaded(book, twin, **options):
+    twin.load_state_dict(state(book), **options)
+    return twin
+
+
+WAYS = {
+    'loaded': loaded,
+    'assigned': lambda book, twin: loaded(book, twin, assign=True),
+    'in place': copied_in_place,
+    'from meta': lambda book, twin: loaded(book, twin.to('meta').to_empty(device='cpu')),
+    'assigned from meta': lambda book, twin: loaded(book, twin.to('meta'), assign=True),
+    'copied': lambda book, _: copy.deepcopy(book),
+    'pickled': lambda book, _: pickle.loads(pickle.dumps(book)),
+}
+
+
+@pytest.mark.parametrize('name', STARTED)
+@pytest.mark.parametrize('way', WAYS)
+def test_a_state_that_has_started_does_not_start_again(name, way):
+    book = CODEBOOKS[name](M, D)
+    learn(book, torch.randn(50, D))
+    twin = WAYS[way](book, CODEBOOKS[name](M, D))
+    x = torch.randn(50, D)
+    learn(book, x)
+    learn(twin, x)
+    assert same(state(book), twin.state_dict())
+
+
+@pytest.mark.parametrize('name', STARTED)
+@pytest.mark.parametrize('way', ['loaded', 'initialised'])
+def test_a_state_that_has_not_started_starts(name, way):
+    book = CODEBOOKS[name](M, D)
+    fresh = state(book)
+    learn(book, torch.randn(50, D))
+    book.init_weights() if way == 'initialised' else book.load_state_dict(fresh)
+    x, centres = clusters(120, mean=10.0)
+    learn(book, x)
+    assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
+
+
+@pytest.mark.parametrize('name', ['ema', 'cvq'])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
+@pytest.mark.parametrize('started', [True, False], ids=['started', 'before the start'])
+def test_a_token_that_is_not_finite_spoils_nothing(name, bad, started):
+    torch.manual_seed(1)
+    book = make(name) if started else CODEBOOKS[name](M, D)
+    clean = copy.deepcopy(book)
+    x = torch.randn(60, D)
+    spoilt = torch.cat([x, torch.full((1, D), bad), torch.randn(1, D)])
+    spoilt[-1, 3] = bad
+    left_out = book.observe(spoilt, book(spoilt).indices)
+    book.update()
+    assert left_out == 2
+    assert all(value.isfinite().all() for value in book.state_dict().values())
+    # 60 clean tokens and no other: the counts and sums are those of a pass without the bad ones
+    clean.observe(x, clean(x).indices)
+    clean.update()
+    torch.testing.assert_close(book.usage, clean.usage)
+    if name == 'ema' and started:
+        torch.testing.assert_close(book.codes(), clean.codes())
+    assert perplexity(expert_load(book(x).indices, M)) > 2
+
+
+@pytest.mark.parametrize('name', CODEBOOKS)
+def test_updates_without_any_token_change_nothing(name):
+    book = CODEBOOKS[name](M, D)
+    before = state(book)
+    for _ in range(2):
+        learn(book, torch.empty(0, D))
+    assert same(before, book.state_dict())
+    if name in STARTED:
+        x, centres = clusters(120, mean=10.0)
+        learn(book, x)
+        assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
+
+
+def test_the_sample_covers_all_positions_of_a_grid_of_patches():
+    # 64 images of 16 x 16 patches: a stride of 16 would take the left column only
+    positions = torch.arange(256).repeat(64)
+    x = positions[:, None].float().expand(-1, 2) + 1
+    sample = code_usage(x, positions % M, M, ZERO, 0).tokens[:, 0] - 1
+    assert len(sample) == SAMPLE_SIZE
+    # 1024 draws of 256 positions: 4 each on average; none with probability e^-4, so about 5 of 256
+    assert len(sample.unique()) > 240
+    columns = torch.bincount(sample.long() % 16, minlength=16)
+    # 64 +- 8 each, four standard deviations
+    assert columns.min() > 32 and columns.max() < 96

@@ -9,6 +9,7 @@ from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.kernels import grouped_linear, make_plan
 from vqmoe_vision.moe.routing import Routing
 
+from .. import cases
 from .naive_experts import SHAPES, assert_same, make_case, naive, run_and_backward
 
 
@@ -54,19 +55,23 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(trained):
 
 
 @pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
-@pytest.mark.parametrize(
+@cases(
     'offsets',
     # even, with empty experts at the start, middle and end, with dropped rows at the end, one full
-    [[2, 4, 6], [0, 3, 6], [3, 3, 6], [2, 6, 6], [1, 2, 4], [0, 0, 0], [0, 6, 6]],
+    [2, 4, 6],
+    [0, 3, 6],
+    [3, 3, 6],
+    [2, 6, 6],
+    [1, 2, 4],
+    [0, 0, 0],
+    [0, 6, 6],
 )
 def test_grouped_linear_gradcheck(offsets, bias):
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=True)
     vector = torch.randn(3, 5, dtype=torch.float64, requires_grad=True) if bias else None
     ends = torch.tensor(offsets, dtype=torch.int32)
-    assert torch.autograd.gradcheck(
-        lambda x, w, b: grouped_linear(x, w, b, ends), (x, weight, vector)
-    )
+    assert torch.autograd.gradcheck(lambda *g: grouped_linear(*g, ends), (x, weight, vector))
 
 
 # of torch 2.15, where it looks at the inputs that it has made itself
@@ -79,20 +84,14 @@ def test_grouped_linear_is_registered_correctly():
     torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear, (*inputs[:2], None, ends))
 
 
-def draw_assignments(num_tokens, num_experts, count, seed=0):
-    """Tokens with any number of experts, in any order: none for some, one expert twice for some."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(num_tokens, (count,), generator=generator)
-    indices = torch.randint(num_experts, (count,), generator=generator)
-    return tokens, indices, torch.rand(count, generator=generator, dtype=torch.float64)
-
-
 @pytest.mark.usefixtures('two_threads')
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 60), st.integers(0, 2**31))
 def test_tokens_with_any_number_of_experts(num_tokens, num_experts, count, seed):
     experts, x, _, _ = make_case(num_tokens, num_experts, 1, 5, 7, bias=True, seed=seed)
-    tokens, indices, weights = draw_assignments(num_tokens, num_experts, count, seed)
+    torch.manual_seed(seed)  # in any order: none for some, one expert twice for some
+    tokens, indices = torch.randint(num_tokens, (count,)), torch.randint(num_experts, (count,))
+    weights = torch.rand(count, dtype=torch.float64)
     actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights, None, tokens)
     if count > 0:
         assert_same(actual, run_and_backward(naive, experts, x, indices, weights, None, tokens))

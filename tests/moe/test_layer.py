@@ -13,8 +13,7 @@ from .conftest import CASES
 D = 8
 # but those of which an image by design depends on the others
 every_case = pytest.mark.parametrize(
-    ('method', 'options'),
-    [case for case in CASES if not case.values[1].get('eval_capacity_factor')],
+    'method, options', [case for case in CASES if not case.values[1].get('eval_capacity_factor')]
 )
 
 

@@ -47,7 +47,7 @@ def collect(layer: RoutedMlp, *passes: Tensor) -> RoutedMlp:
     return layer
 
 
-def test_a_bias_moves_by_the_sign_of_the_error_known_answer() -> None:
+def test_a_bias_moves_by_the_sign_of_the_error_known_answer():
     # tokens along the axes of four experts, 3, 1, 1 and 0 of them: the mean is 5 / 4, so that the
     # first is over it and the others below: -0.1, +0.1, +0.1, +0.1
     layer = make()
@@ -67,7 +67,7 @@ def test_a_bias_moves_by_the_sign_of_the_error_known_answer() -> None:
 
 
 @every_method
-def test_a_bias_evens_a_load_that_is_uneven(method: str) -> None:
+def test_a_bias_evens_a_load_that_is_uneven(method):
     layer, x = make(method, rate=0.002), tokens(0, 400)
     excess = []
     for _ in range(300):
@@ -77,7 +77,7 @@ def test_a_bias_evens_a_load_that_is_uneven(method: str) -> None:
     assert excess[0] > 0.05 and sum(excess[-20:]) / 20 < excess[0] / 2
 
 
-def test_passes_of_an_update_count_together() -> None:
+def test_passes_of_an_update_count_together():
     parts = [tokens(seed) for seed in range(3)]
     apart, whole = collect(make(), *parts), collect(make(), torch.cat(parts))
     assert torch.equal(apart.observed['counts'], whole.observed['counts'])
@@ -85,7 +85,7 @@ def test_passes_of_an_update_count_together() -> None:
     assert apart.observed == {} and apart.router.choice_bias.abs().max() > 0
 
 
-def test_what_waits_goes_into_a_checkpoint_and_an_error_forgets_it() -> None:
+def test_what_waits_goes_into_a_checkpoint_and_an_error_forgets_it():
     straight, stopped = collect(make(), tokens(0)), collect(make(), tokens(0))
     resumed = make()
     resumed.observed = copy.deepcopy(stopped.observed)
@@ -111,7 +111,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_move_one_bias_by_the_tokens_of_both(tmp_path) -> None:
+def test_two_processes_move_one_bias_by_the_tokens_of_both(tmp_path):
     spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
     for method in METHODS:

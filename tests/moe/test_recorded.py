@@ -21,18 +21,8 @@ from vqmoe_vision.moe.losses import values_of
 RECORDED = Path(__file__).parent / 'recorded'
 
 # two images of 2 x 3 patches, tokens 8 wide, 4 experts of 4 hidden features
-SIZES = {
-    'embed_dim': 8,
-    'num_heads': 2,
-    'depth': 2,
-    'img_size': (8, 12),
-    'patch_size': 4,
-    'in_chans': 1,
-    'class_token': False,
-    'global_pool': 'avg',
-    'num_experts': 4,
-    'expert_mlp_ratio': 0.5,
-}
+SIZES = dict(embed_dim=8, num_heads=2, depth=2, img_size=(8, 12), patch_size=4, in_chans=1)
+SIZES |= dict(class_token=False, global_pool='avg', num_experts=4, expert_mlp_ratio=0.5)
 
 # Of a tensor's largest number. Ours computes in float32, with rounding errors of 6e-8 in each of
 # some dozens of operations: the deviations are below 9e-7, but for XMoE's balance loss 3e-6, as
@@ -42,19 +32,14 @@ TOLERANCE = 5e-6
 
 def records(kind: str) -> pytest.MarkDecorator:
     paths = sorted((RECORDED / kind).glob('*.json'))
-    return pytest.mark.parametrize('record', [read(p) for p in paths], ids=[p.stem for p in paths])
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    found = [json.loads(path.read_text()) for path in paths]
+    return pytest.mark.parametrize('record', found, ids=[path.stem for path in paths])
 
 
 def close(ours: Tensor, theirs: Any, what: str) -> None:
     expected = torch.tensor(theirs, dtype=ours.dtype)
     allowed = TOLERANCE * expected.abs().max().item()
-    torch.testing.assert_close(
-        ours, expected, rtol=0, atol=allowed, msg=lambda text: f'{what}: {text}'
-    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=allowed, msg=lambda t: f'{what}: {t}')
 
 
 def load(module: nn.Module, weights: dict[str, Any]) -> None:
@@ -72,7 +57,7 @@ def check_gradients(module: nn.Module, tokens: Tensor, recorded: dict[str, Any])
 
 
 @records('layers')
-def test_layer(record: dict[str, Any]) -> None:
+def test_layer(record):
     model = timm.create_model(record['model'], **SIZES, **record['options'])
     model.train(record['training'])
     layer = model.blocks[1].mlp
@@ -100,7 +85,7 @@ def test_layer(record: dict[str, Any]) -> None:
 
 
 @records('codebooks')
-def test_codebook(record: dict[str, Any]) -> None:
+def test_codebook(record):
     tokens = torch.tensor(record['tokens']).requires_grad_()
     codebook = CODEBOOKS[record['codebook']](6, tokens.shape[1])
     load(codebook, record['weights'])
@@ -118,7 +103,7 @@ def test_codebook(record: dict[str, Any]) -> None:
 
 
 @records('defaults')
-def test_defaults_answer_what_they_did(record: dict[str, Any]) -> None:
+def test_defaults_answer_what_they_did(record):
     """Of three passes with an update each: a new option leaves who does not give it alone."""
     model = timm.create_model('vit_tiny_vqmoe', **SIZES, **record['options'])
     layer = model.train().blocks[1].mlp
@@ -138,7 +123,7 @@ def test_defaults_answer_what_they_did(record: dict[str, Any]) -> None:
 
 
 @records('losses')
-def test_loss(record: dict[str, Any]) -> None:
+def test_loss(record):
     arguments = {n: torch.tensor(v).requires_grad_() for n, v in record['arguments'].items()}
     loss = getattr(losses, record['function'])(**arguments, **record['options'])
     value = values_of({'': loss})['']
@@ -149,7 +134,7 @@ def test_loss(record: dict[str, Any]) -> None:
 
 
 @records('anchors')
-def test_anchors(record: dict[str, Any]) -> None:
+def test_anchors(record):
     # many codes at one point draw an anchor each; the token they quantize to is the first code's
     num_codes = 4000
     tokens = torch.tensor(record['tokens'])

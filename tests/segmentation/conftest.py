@@ -65,7 +65,6 @@ def training_batch(model: Any, size: int = 32) -> dict[str, Any]:
 
 
 def write_pair(root: Path, image: str, label: str, labels: np.ndarray, **kw: Any) -> None:
-    """Writes an image of noise and its label map."""
     size = kw.get('image_size', labels.shape)
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     for path, array in ((root / image, pixels), (root / label, labels.astype(np.uint8))):

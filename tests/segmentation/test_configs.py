@@ -1,6 +1,5 @@
 """Every config: its model can be built and run in each row and size, and its pipelines run."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from mmseg.registry import DATASETS
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.vit_moe import SIZES
 
+from .. import cases
 from ..rows import CONFIGS, ROWS, ade20k, leaves, row_options
 from .conftest import build, write_pair
 
@@ -28,7 +28,6 @@ ORIGINAL = f'{ADE}/segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512.
 UPERNET = f'{ADE}/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py'
 BUDGET = 'segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 DIGITS = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
-# of one size
 SMALL = {
     LARGE: 'large',
     f'{ADE}/segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512.py': 'small',
@@ -48,16 +47,12 @@ def dataset(config: Config, split: str = 'train') -> Any:
     return config[f'{split}_dataloader'].dataset
 
 
-@pytest.mark.parametrize(
-    ('leaf', 'size', 'row'),
-    [
-        *((DATA_SETS[0], size, 'vqmoe') for size in SIZES if size != 'tiny'),
-        *((leaf, SMALL.get(leaf, 'tiny'), row) for leaf in (*DATA_SETS, *SMALL) for row in ROWS),
-    ],
+@cases(
+    'leaf, size, row',
+    *((DATA_SETS[0], size, 'vqmoe') for size in SIZES if size != 'tiny'),
+    *((leaf, SMALL.get(leaf, 'tiny'), row) for leaf in (*DATA_SETS, *SMALL) for row in ROWS),
 )
-def test_every_config_takes_every_row(
-    leaf: str, size: str, row: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_config_takes_every_row(leaf, size, row, monkeypatch):
     config = load(leaf, row, size)
     model = build(config, monkeypatch)
     backbone, head = model.routed_model, model.decode_head
@@ -94,7 +89,7 @@ ALBUMENTATIONS = f'{ADE}/segmenter_vit-s-vqmoe_mask_8xb1-albu-160k_ade20k-512x51
 
 
 @pytest.mark.parametrize('leaf', [*DATA_SETS, LARGE, ALBUMENTATIONS, BUDGET, DIGITS])
-def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
+def test_pipelines_run(leaf, tmp_path):
     config = load(leaf)
     files = next((files for name, files in FILES.items() if name in leaf), None)
     if files is not None:

@@ -4,14 +4,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from huggingface_hub import ModelCard
 from mmseg.structures import SegDataSample
+from PIL import Image
 from torch import Tensor
 
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.models.export import differences, export_onnx, load_exported
+from vqmoe_vision.segmentation import TimmViT
 from vqmoe_vision.segmentation.segmentor import SegmentorGraph
 
+from .. import cases, refused
+from ..classification.test_travel import CODE, equal
+from ..rows import ROWS, row_options
+from ..runs import NORMALIZATION, leave_run
 from .conftest import tiny_segmentor
+from .test_cli import write_config
 
 SLIDE = {'mode': 'slide', 'crop_size': (32, 32), 'stride': (16, 24)}
 
@@ -32,19 +43,15 @@ def raw_and_normalised(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tenso
     return raw, (raw.flip(1).float() - 127.5) / 127.5
 
 
-@pytest.mark.parametrize(
-    ('preprocessor', 'test_cfg', 'size'),
-    [
-        *(({'size_divisor': 8}, {'mode': 'whole'}, size) for size in ((32, 32), (37, 50))),
-        *(({'size_divisor': 8}, SLIDE, size) for size in ((61, 70), (32, 32), (24, 70))),
-        *(({'size_divisor': 16}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
-        *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
-    ],
+@cases(
+    'preprocessor, test_cfg, size',
+    *(({'size_divisor': 8}, {'mode': 'whole'}, size) for size in ((32, 32), (37, 50))),
+    *(({'size_divisor': 8}, SLIDE, size) for size in ((61, 70), (32, 32), (24, 70))),
+    *(({'size_divisor': 16}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
+    *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
     ids=str,
 )
-def test_the_graph_predicts_what_a_test_does(
-    preprocessor: dict, test_cfg: dict, size: tuple[int, int]
-) -> None:
+def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
     padded = dict(
         type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=2.0,
         size=(32, 32), test_cfg=preprocessor,
@@ -59,11 +66,10 @@ def test_the_graph_predicts_what_a_test_does(
     assert torch.equal(labels, expected_labels)
     wrong = [(0, 32)] + [(41, 64), (40, 65)] * ('size' in preprocessor)
     for size in wrong:
-        with pytest.raises(ValueError, match=r'^size='):
-            SegmentorGraph(model, size)
+        refused(r'^size=', SegmentorGraph, model, size)
 
 
-def test_the_graph_of_two_classes_has_their_threshold() -> None:
+def test_the_graph_of_two_classes_has_their_threshold():
     head = dict(
         type='FCNHead', in_channels=12, channels=12, num_classes=2, out_channels=1,
         num_convs=0, concat_input=False, threshold=0.5, norm_cfg=None,
@@ -78,7 +84,7 @@ def test_the_graph_of_two_classes_has_their_threshold() -> None:
     assert torch.equal(labels, expected)
 
 
-def test_onnxruntime_gives_the_same_label_maps(tmp_path: Path) -> None:
+def test_onnxruntime_gives_the_same_label_maps(tmp_path):
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(name)
     model = tiny_segmentor(backbone={'depth': 1, 'moe': {'moe_layers': [0]}}, test_cfg=SLIDE)
@@ -96,3 +102,59 @@ def test_onnxruntime_gives_the_same_label_maps(tmp_path: Path) -> None:
     (logits, labels) = differences(exportable, run, (1,))
     assert logits.largest < 1e-5
     assert str(labels) == 'batch 1, labels: 0 of 1920 differ'
+
+
+SMALL: dict[str, Any] = dict(img_size=(32, 48), patch_size=8, depth=4, embed_dim=12, num_heads=3)
+OPTIONS = {f'model.backbone.{name}': value for name, value in SMALL.items()}
+
+
+def published(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model of a run, and the timm model of the folder that is made of it."""
+    config = write_config(folder, 'travel')
+    run = leave_run(folder / 'run', config, {**OPTIONS, **options}, 'ab')
+    publish([str(folder / 'run'), str(folder / 'out')])
+    return run, timm.create_model(f'local-dir:{folder / "out"}', pretrained=True).eval()
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_every_row_of_a_comparison(row, tmp_path):
+    run, model = published(tmp_path, row_options(row, model='model.backbone'))
+    images = torch.randn(2, 3, 40, 24)  # of another size than the model's
+    (expected,) = run.backbone(images)
+    found = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+    equal(found[0], expected)
+    assert model.num_classes == 0
+    assert model.pretrained_cfg['mean'] == pytest.approx(NORMALIZATION.mean)
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 48)
+    backbone = load_config(str(tmp_path / 'run/run.py')).model.backbone
+    file = str(tmp_path / 'out/model.safetensors')
+    again = TimmViT(**{**backbone, 'type': None, 'checkpoint': file})
+    again.init_weights()
+    assert again.weights_normalization is not None
+    assert not again.weights_normalization.differing(NORMALIZATION)
+    for name, value in again.model.named_parameters():
+        equal(value, run.backbone.model.get_parameter(name))
+
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('host', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3'])
+def test_a_host_with_experts(host, norm, tmp_path):
+    backbone = {'model_name': host, 'moe.method': 'vqmoe', 'out_indices': [2], 'norm': norm}
+    options = {f'model.backbone.{key}': value for key, value in backbone.items()}
+    run, model = published(tmp_path, options)
+    images = torch.randn(1, 3, 40, 24)
+    found = model.forward_intermediates(images, indices=[2], norm=True, intermediates_only=True)
+    torch.testing.assert_close(found, list(run.backbone(images)), rtol=0, atol=0)
+    assert model.method == 'vqmoe' and len(model.blocks) == 3
+
+
+def test_what_the_card_says_is_run(tmp_path, monkeypatch, capsys):
+    published(tmp_path, {})
+    card = ModelCard.load(tmp_path / 'out/README.md')
+    assert card.data.pipeline_tag == 'image-feature-extraction'
+    Image.new('RGB', (70, 60)).save(tmp_path / 'out/image.png')
+    monkeypatch.chdir(tmp_path / 'out')
+    (code,) = CODE.findall(card.text)
+    capsys.readouterr()
+    exec(compile(code, 'card', 'exec'), {})
+    assert capsys.readouterr().out == 'torch.Size([1, 12, 4, 6])\n'

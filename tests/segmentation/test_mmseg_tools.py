@@ -33,7 +33,7 @@ Run = Callable[..., None]
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+def trained(tmp_path_factory) -> tuple[str, str, Path]:
     """Config, checkpoint, and work dir of a run of two iterations that draws its validation."""
     folder = tmp_path_factory.mktemp('trained')
     config = write_config(folder, 'trained_for_tools')
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
 
 
 @pytest.fixture
-def run_tool(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run_tool(monkeypatch) -> Run:
     def run(name: str, *arguments: Any) -> None:
         monkeypatch.setattr('sys.argv', [name, *map(str, arguments)])
         runpy.run_path(str(TOOLS / name), run_name='__main__')
@@ -54,15 +54,13 @@ def run_tool(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
+def image(tmp_path) -> Path:
     path = tmp_path / 'photo.png'
     cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     return path
 
 
-def test_inference_by_mmsegs_functions_and_inferencer(
-    trained: tuple[str, str, Path], image: Path, tmp_path: Path
-) -> None:
+def test_inference_by_mmsegs_functions_and_inferencer(trained, image, tmp_path):
     config, checkpoint, _ = trained
     (expected,) = predict(config, checkpoint, image)
     published = publish_checkpoint(checkpoint, str(tmp_path / 'scenes.pth'))
@@ -92,7 +90,7 @@ model = dict(type='EncoderDecoder',
 
 
 @pytest.mark.parametrize('where', ['meta', 'message_hub'])
-def test_no_checkpoint_builds_what_its_config_names(where: str, tmp_path: Path) -> None:
+def test_no_checkpoint_builds_what_its_config_names(where, tmp_path):
     """A backbone that is a Runner writes into any folder."""
     theirs, weights = tmp_path / 'theirs', str(tmp_path / 'a.pth')
     config = RUNNER.replace('THEIRS', repr(str(theirs)))
@@ -103,16 +101,13 @@ def test_no_checkpoint_builds_what_its_config_names(where: str, tmp_path: Path) 
     assert not theirs.exists()
 
 
-def test_pictures_of_validation_and_of_browse_dataset(
-    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path
-) -> None:
+def test_pictures_of_validation_and_of_browse_dataset(trained, run_tool, tmp_path):
     run_tool('analysis_tools/browse_dataset.py', trained[0], '--output-dir', tmp_path, '--not-show')
     crops = [f'train_0000{i}.png' for i in range(4)]
     # the first of each batch: three scenes in batches of two, from iteration 2 on
     validated = ['val_dev_00000_2.png', 'val_dev_00002_3.png']
     for pictures, names, shape in (
         (tmp_path.glob('*.png'), crops, (48, 48, 3)),
-        # labels beside predictions
         (trained[2].glob('*/vis_data/vis_image/*.png'), validated, (96, 192, 3)),
     ):
         found = sorted(pictures)
@@ -121,9 +116,7 @@ def test_pictures_of_validation_and_of_browse_dataset(
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # of paths that its script sets aside
-def test_train_resumes(
-    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_resumes(trained, run_tool, tmp_path, monkeypatch):
     work = tmp_path / 'moved'
     shutil.copytree(trained[2], work)
     monkeypatch.chdir(tmp_path)  # from any folder
@@ -136,9 +129,7 @@ def test_train_resumes(
     assert 'Iter(train) [3/4]' in text and 'Iter(train) [1/4]' not in text
 
 
-def test_confusion_matrix(
-    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_confusion_matrix(trained, run_tool, tmp_path, monkeypatch):
     config, checkpoint, _ = trained
     options = ['--cfg-options', f'experiment_name={tmp_path.name}']
     arguments = ['--work-dir', tmp_path / 'run', '--out', tmp_path / 'labels']

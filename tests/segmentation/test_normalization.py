@@ -21,6 +21,7 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.segmentation.inference import Predictor
 from vqmoe_vision.segmentation.preprocessor import CheckedPreProcessor, converts_channels
 
+from .. import cases
 from ..rows import CONFIGS
 from ..runs import NORMALIZATION, leave_run, train
 from .conftest import tiny_segmentor
@@ -32,7 +33,7 @@ WEIGHTS = [25.5, 51.0, 76.5], [102.0, 127.5, 153.0]
 
 
 @pytest.fixture(scope='module')
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(tmp_path_factory) -> Path:
     """Checkpoint of a classifier that was trained with a normalisation of its own."""
     run = tmp_path_factory.mktemp('classifier') / 'run'
     config = str(CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py')
@@ -42,7 +43,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def trained(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def trained(classifier, tmp_path_factory) -> tuple[str, Path]:
     """Config that says nothing of weights, and the work dir of a run that has begun with them."""
     folder = tmp_path_factory.mktemp('segmenter')
     config = write_config(folder, f'follows {folder}')
@@ -64,9 +65,7 @@ def log_of(work: Path) -> str:
     return max(work.glob('*/*.log')).read_text()
 
 
-def test_a_segmenter_is_fed_as_the_classifier_was(
-    classifier: Path, trained: tuple[str, Path]
-) -> None:
+def test_a_segmenter_is_fed_as_the_classifier_was(classifier, trained):
     config, work = trained
     assert f'{classifier}: images are normalised with mean [0.1,0.2,0.3]' in log_of(work)
     told = 'model.data_preprocessor: mean [25.5,51,76.5] and std [102,127.5,153]'
@@ -74,27 +73,25 @@ def test_a_segmenter_is_fed_as_the_classifier_was(
     checkpoint, grey = str(work / 'iter_2.pth'), np.full((48, 48, 3), 100, np.uint8)
     state = read_content(checkpoint)['state_dict']
     same(state[KEY].tolist(), [NORMALIZATION.mean, NORMALIZATION.std])
-    # predictions and mmseg's inference
     predictor = Predictor(config, checkpoint, 'cpu')
     model = init_model(config, checkpoint, device='cpu')
     ours, theirs = seen = [], []
     for each, pixels in zip((predictor.model, model), seen, strict=True):
         each.backbone.register_forward_pre_hook(
-            lambda _, x, pixels=pixels: pixels.append(x[0][0, :, 20, 20])
+            lambda _, x, seen=pixels: seen.append(x[0][0, :, 20, 20])
         )
     predictor(grey)
     inference_model(model, grey)
     mean, std = map(torch.tensor, WEIGHTS)
     same(ours[-1].tolist(), ((100 - mean) / std).tolist())
     assert torch.equal(ours[-1], theirs[-1])
-    # what timm would save, and a survey
     same(model.backbone.model.pretrained_cfg['mean'], NORMALIZATION.mean)
     survey = model.source(load_config(config).test_dataloader.dataset)
     same(survey.normalization.std, NORMALIZATION.std)
 
 
 @pytest.mark.parametrize('stated', [False, True])
-def test_a_survey_sees_what_the_model_is_fed(stated: bool) -> None:
+def test_a_survey_sees_what_the_model_is_fed(stated):
     numbers = dict(mean=[10.0, 20.0, 30.0], std=[40.0, 50.0, 60.0]) if stated else {}
     preprocessor = dict(type='CheckedPreProcessor', bgr_to_rgb=True, size=(32, 32), **numbers)
     model = tiny_segmentor(data_preprocessor=preprocessor)
@@ -110,7 +107,7 @@ def test_a_survey_sees_what_the_model_is_fed(stated: bool) -> None:
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
 
-def test_training_and_tests_are_fed_the_same(trained: tuple[str, Path], tmp_path: Path) -> None:
+def test_training_and_tests_are_fed_the_same(trained, tmp_path):
     config, work = trained
     augmented, left = load_config(config), load_config(str(next(work.glob('*.py'))))
     cli.augment_test(augmented)
@@ -122,9 +119,7 @@ def test_training_and_tests_are_fed_the_same(trained: tuple[str, Path], tmp_path
         same(levels(getattr(test.model, 'module', test.model)), WEIGHTS)
 
 
-def test_numbers_that_contradict_count_with_one_warning(
-    classifier: Path, trained: tuple[str, Path], tmp_path: Path
-) -> None:
+def test_numbers_that_contradict_count_with_one_warning(classifier, trained, tmp_path):
     field = 'model.data_preprocessor'
     wrong = [f'{field}.mean=[127.5,127.5,127.5]', f'{field}.std=[127.5,127.5,127.5]']
     train(trained[0], tmp_path / 'w', f'model.backbone.checkpoint={classifier}', *wrong)
@@ -136,20 +131,16 @@ def test_numbers_that_contradict_count_with_one_warning(
 
 
 @pytest.mark.parametrize('place', ['', '.from_scratch'])
-@pytest.mark.parametrize(
-    ('named', 'numbers'),
-    [
-        ('mean', dict(mean=[0.485, 0.456, 0.406], std=[58.395, 57.12, 57.375])),
-        ('std', dict(mean=[123.675, 116.28, 103.53], std=[0.229, 0.224, 0.225])),
-        ('mean', dict(mean=[256.0] * 3, std=[1.0] * 3)),
-        ('mean', dict(mean='abc', std=[1.0] * 3)),
-        ('mean', dict(mean=[127.5] * 3)),
-        ('std', dict(std=[127.5] * 3)),
-    ],
+@cases(
+    'named, numbers',
+    ('mean', dict(mean=[0.485, 0.456, 0.406], std=[58.395, 57.12, 57.375])),
+    ('std', dict(mean=[123.675, 116.28, 103.53], std=[0.229, 0.224, 0.225])),
+    ('mean', dict(mean=[256.0] * 3, std=[1.0] * 3)),
+    ('mean', dict(mean='abc', std=[1.0] * 3)),
+    ('mean', dict(mean=[127.5] * 3)),
+    ('std', dict(std=[127.5] * 3)),
 )
-def test_numbers_that_no_images_have_are_refused(
-    place: str, named: str, numbers: dict[str, Any]
-) -> None:
+def test_numbers_that_no_images_have_are_refused(place, named, numbers):
     config = numbers if place == '' else dict(from_scratch=numbers)
     with pytest.raises(ValueError, match=rf'^model\.data_preprocessor{place}\.{named}='):
         tiny_segmentor(data_preprocessor=dict(type='CheckedPreProcessor', size=(32, 32), **config))
@@ -157,9 +148,7 @@ def test_numbers_that_no_images_have_are_refused(
 
 @pytest.mark.parametrize('stated', [False, True])
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path'])
-def test_a_bare_file_changes_nothing_but_what_is_stated_of_it(
-    way: str, stated: bool, tmp_path: Path
-) -> None:
+def test_a_bare_file_changes_nothing_but_what_is_stated_of_it(way, stated, tmp_path):
     torch.save(tiny_segmentor().backbone.model.state_dict(), tmp_path / 'bare.pth')
     numbers = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]) if stated else {}
     backbone = {way: str(tmp_path / 'bare.pth'), 'pretrained_cfg_overlay': numbers}
@@ -175,7 +164,7 @@ def test_a_bare_file_changes_nothing_but_what_is_stated_of_it(
 
 @pytest.mark.parametrize('converts', [True, False])
 @pytest.mark.parametrize('training', [True, False])
-def test_images_are_prepared_as_by_mmseg(converts: bool, training: bool) -> None:
+def test_images_are_prepared_as_by_mmseg(converts, training):
     options = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=converts)
     ours = MODELS.build(dict(type='CheckedPreProcessor', size=(8, 8), **options))
     assert type(ours) is CheckedPreProcessor and ours._non_blocking

@@ -1,18 +1,32 @@
 """A user's own data, with the config of docs/how-to/own-data.md in a folder outside the clone."""
 
+import pickle
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
+from mmseg.registry import DATASETS
 
+from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.segmentation import predict
-from vqmoe_vision.segmentation.datasets import CamVid, CheckedDataset, complete_metainfo
+from vqmoe_vision.segmentation.datasets import (
+    ADE20K,
+    CamVid,
+    CheckedDataset,
+    DigitScenes,
+    complete_metainfo,
+    part_indices,
+)
 from vqmoe_vision.segmentation.inference import main as predict_cli
 
-from ..rows import printed_config
+from .. import cases, refused
+from ..rows import CONFIGS, printed_config
 from ..runs import score, train
 from .conftest import write_pair
 
@@ -35,9 +49,7 @@ param_scheduler = []
 """
 
 
-def test_trains_tests_draws_and_predicts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trains_tests_draws_and_predicts(tmp_path, capsys):
     labels, data = np.random.default_rng(0).integers(0, 3, (24, 32)), tmp_path / 'data'
     for name in ('train/a', 'train/b', 'val/a', 'val/b'):
         write_pair(data, f'images/{name}.jpg', f'masks/{name}.png', labels)
@@ -55,7 +67,6 @@ def test_trains_tests_draws_and_predicts(
     first, _ = predict(config, str(checkpoint), photos, opacity=1.0)
     assert first.classes == CLASSES and first.labels.shape == (24, 32)
     assert (cv2.imread(f'{out}/labels/a.png', -1) == first.labels).all()
-    # the colours with which tests draw; a checkpoint keeps them
     meta = torch.load(checkpoint, weights_only=True)['meta']['dataset_meta']
     assert meta['classes'] == CLASSES
     colours = np.array(meta['palette'])
@@ -66,23 +77,21 @@ def test_trains_tests_draws_and_predicts(
 RED = [255, 0, 0]
 
 
-@pytest.mark.parametrize(
+@cases(
     'metainfo',
-    [
-        None,
-        dict(palette=[RED]),
-        dict(classes=('a', 'b'), palette=[RED]),
-        dict(classes='leaf'),
-        dict(classes=('a', 'b', 'a')),
-        dict(classes=('a', ' ')),
-    ],
+    None,
+    dict(palette=[RED]),
+    dict(classes=('a', 'b'), palette=[RED]),
+    dict(classes='leaf'),
+    dict(classes=('a', 'b', 'a')),
+    dict(classes=('a', ' ')),
 )
-def test_classes_and_palette(metainfo: dict | None) -> None:
+def test_classes_and_palette(metainfo):
     with pytest.raises(ValueError, match=r'metainfo.*classes|palette does not match classes'):
         CheckedDataset(metainfo=metainfo, lazy_init=True)
 
 
-def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path: Path) -> None:
+def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path):
     names = tmp_path / 'names.txt'
     names.write_text('leaf\nstem\n \n\n')
     data = CheckedDataset(metainfo=dict(classes=str(names)), lazy_init=True)
@@ -100,7 +109,7 @@ def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path: Path)
             assert complete_metainfo(CamVid, metainfo)['palette'] == colours
 
 
-def test_some_classes_of_a_known_data_set(tmp_path: Path) -> None:
+def test_some_classes_of_a_known_data_set(tmp_path):
     labels = np.array([[0, 3, 8], [10, 255, 3]])
     write_pair(tmp_path, 'images/a.jpg', 'masks/a.png', labels)
     kwargs: dict[str, Any] = dict(
@@ -112,6 +121,160 @@ def test_some_classes_of_a_known_data_set(tmp_path: Path) -> None:
     assert data[0]['gt_seg_map'].tolist() == [[255, 1, 0], [255, 255, 1]]
     assert data.metainfo['palette'] == [[64, 0, 128], [128, 64, 128]]
     cv2.imwrite(str(tmp_path / 'masks/a.png'), np.full((2, 3), 11, np.uint8))
-    # what the files may hold, not what is left of it
     with pytest.raises(ValueError, match=r'holds the label 11; allowed are 0\.\.10, and 255'):
         data[0]
+
+
+ADE = CONFIGS / 'segmentation/ade20k'
+SIZES: dict[str, Any] = dict(patch_size=16, depth=4, embed_dim=12, num_heads=3)
+# crops and windows of 64 pixels
+SMALL = [
+    'model.data_preprocessor.size=(64,64)',
+    'model.backbone.img_size=(64,64)',
+    'model.test_cfg.crop_size=(64,64)',
+    'model.test_cfg.stride=(60,60)',
+    'train_dataloader.dataset.pipeline.2.scale=(256,64)',
+    'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+    'val_dataloader.dataset.pipeline.1.scale=(256,64)',
+]
+TINY_ADE = """
+_base_ = BASE
+model = dict(backbone=BACKBONE, decode_head=dict(num_layers=1))
+data = dict(data_root=ROOT, dev_size=2)
+loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+train_dataloader = dict(dataset=data, **loader)
+val_dataloader = dict(dataset=data, **loader)
+test_dataloader = dict(dataset=dict(data_root=ROOT), **loader)
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2))
+del data, loader
+"""
+
+
+@pytest.mark.parametrize('way', ['pretrained', 'checkpoint'])
+def test_two_iterations(way, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 151, (40, 60))
+    for name in 'abcd':
+        image, label = f'images/training/{name}.jpg', f'annotations/training/{name}.png'
+        write_pair(tmp_path / 'data', image, label, labels)
+    dense: Any = timm.create_model('vit_small_patch16_384', img_size=96, **SIZES)
+    path = str(tmp_path / 'dense.pth')  # in the place of the hub
+    torch.save(dense.state_dict(), path)
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    if way == 'checkpoint':
+        given = dict(pretrained=False, checkpoint=path)
+    base = ADE / 'segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py'
+    backbone = {**SIZES, 'moe': dict(num_experts=2), **given}
+    text = TINY_ADE.replace('BASE', repr(str(base))).replace('BACKBONE', repr(backbone))
+    (tmp_path / 'tiny.py').write_text(text.replace('ROOT', repr(f'{tmp_path}/data')))
+    # nothing moves: what a run saves is what it has started from
+    still = [*SMALL, 'optim_wrapper.optimizer.lr=0.0', 'param_scheduler=[]']
+    train(tmp_path / 'tiny.py', tmp_path / 'w', *still)
+    state = read_content(str(tmp_path / 'w/iter_2.pth'))['state_dict']
+    assert state['normalization'].unique().tolist() == [0.5]
+    for weight in state['backbone.model.blocks.3.mlp.experts.fc1.weight']:
+        assert torch.equal(weight, dense.state_dict()['blocks.3.mlp.fc1.weight'])
+    assert state['backbone.model.pos_embed'].shape == (1, 17, 12)
+
+
+def scenes(split: str = 'train', **kwargs: int) -> DigitScenes:
+    return DigitScenes(split=split, **{'num_scenes': 8, 'size': 64, **kwargs}, pipeline=[])
+
+
+def test_scene_depends_on_index_split_and_seed_only():
+    first, again = scenes(), pickle.loads(pickle.dumps(scenes()))
+    assert (first[3]['img'] == again[3]['img']).all()
+    assert (first[3]['gt_seg_map'] == again[3]['gt_seg_map']).all()
+    assert (first[3]['img'] != first[4]['img']).any()
+    assert (first[3]['img'] != scenes('dev')[3]['img']).any()
+    assert (first[3]['img'] != scenes(seed=1)[3]['img']).any()
+
+
+def test_scene_is_an_image_with_a_label_map():
+    counts = np.zeros(256, int)
+    data = scenes(num_scenes=60, size=96)
+    for index in range(len(data)):
+        image, labels = data.scene(index)
+        assert image.shape == (96, 96, 3) and image.dtype == np.uint8
+        grey = image.astype(float).mean(2)
+        assert grey[labels > 0].mean() > grey[labels == 0].mean() + 40
+        counts += np.bincount(labels.ravel(), minlength=256)
+    assert counts[11:].sum() == 0
+    assert (counts[:11] > 0).all()
+    assert len(data.metainfo['classes']) == len(data.metainfo['palette']) == 11
+
+
+def test_impossible_scenes_and_parts():
+    for field, value in (('split', 'val'), ('size', 20)):
+        refused(f'^{field}=', scenes, **{field: value})
+    for part, dev_size in (('train', 0), ('train', 10), ('val', 2)):
+        field = 'part' if part == 'val' else 'dev_size'
+        refused(f'^{field}=', part_indices, 10, part, dev_size)
+
+
+CAMVID = dict(img_path='images/train', seg_map_path='annotations/train')
+
+
+@pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59', 'CamVid'])
+def test_what_is_missing_is_named_with_the_page_that_helps(name, tmp_path):
+    suffix = dict(img_suffix='.jpg', seg_map_suffix='.png')
+    config = dict(type=name, data_root=str(tmp_path), data_prefix=CAMVID, ann_file='', **suffix)
+
+    def said(**options: str) -> str:
+        with pytest.raises(ValueError, match=r'docs/segmentation\.md') as caught:
+            DATASETS.build({**config, **options})
+        return str(caught.value)
+
+    assert 'images/train does not exist' in said()
+    (tmp_path / 'images/train').mkdir(parents=True)
+    (tmp_path / 'annotations/train').mkdir(parents=True)
+    assert 'images/train/*.jpg names no image' in said()
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/b.png', np.zeros((4, 4)))
+    assert re.search(r'a\.jpg has no label map .*a\.png', said())
+    assert 'lists/train.txt does not exist' in said(ann_file='lists/train.txt')
+    (tmp_path / 'train.txt').touch()
+    assert 'train.txt names no image' in said(ann_file='train.txt')
+    (tmp_path / 'annotations/train/b.png').rename(tmp_path / 'annotations/train/a.png')
+    (pair,) = (DATASETS.build(config).get_data_info(0),)
+    assert Path(pair['seg_map_path']).name == 'a.png'
+
+
+@pytest.mark.parametrize('prefix', [{}, {'seg_map_path': None}])
+def test_images_without_label_maps(prefix, tmp_path):
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    prefix = {'img_path': CAMVID['img_path'], **prefix}
+    kwargs: dict = dict(data_root=str(tmp_path), data_prefix=prefix)
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    assert CamVid(**kwargs, pipeline=steps[:1])[0]['img'].shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r'a\.jpg has no label map: name .*data_prefix\.seg_map'):
+        CamVid(**kwargs, pipeline=steps)[0]
+    with pytest.raises(ValueError, match=r'data_prefix\.img_path=None is not possible: the folder'):
+        CamVid(data_root=str(tmp_path), data_prefix=dict(img_path=None))
+
+
+def test_ade20k_layout_with_mmsegs_conventions(tmp_path):
+    labels = np.array([[0, 1], [2, 150]])
+    prefix = dict(img_path='images/training', seg_map_path='annotations/training')
+    write_pair(tmp_path, 'images/training/A.jpg', 'annotations/training/A.png', labels)
+    pipeline = [dict(type='LoadImage'), dict(type='LoadLabels', num_classes=150)]
+    data = ADE20K(data_root=str(tmp_path), data_prefix=prefix, pipeline=pipeline)
+    # 0 is no class; 1..150 become 0..149
+    assert data[0]['gt_seg_map'].tolist() == [[255, 0], [1, 149]]
+    assert len(data.metainfo['classes']) == 150
+
+
+def test_an_image_that_a_transform_cannot_take_is_named_with_the_reason(tmp_path):
+    write_pair(tmp_path, 'images/train/a.png', 'annotations/train/a.png', np.zeros((8, 8)))
+    steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale_factor=0.01)]
+    data = CamVid('.png', data_root=str(tmp_path), data_prefix=CAMVID, pipeline=steps)
+    with pytest.raises(ValueError, match=r'a\.png is nothing that .*resize'):
+        data[0]
+
+
+def test_dev_is_set_aside_of_train_in_runs_of_neighbours():
+    train, dev = part_indices(367, 'train', 60), part_indices(367, 'dev', 60)
+    assert sorted(train + dev) == list(range(367)) == part_indices(367, 'all', 0)
+    # blocks of 19 or 20: three whole ones and a rest, so at most four runs
+    assert sum(b - a > 1 for a, b in pairwise(dev)) + 1 <= 4
+    # as in the rows that are checked in: with others their scores would not compare
+    assert dev == [*range(40, 80), *range(196, 215), 272]

@@ -4,6 +4,7 @@ The files themselves are not here. mmseg's models are built from mmseg's own con
 in the stem that the files have; the authors' model is written out below, in their names.
 """
 
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from .test_cli import TINY
 ADE = CONFIGS / 'segmentation/ade20k'
 ZOO = Path(mmseg.__file__).parent / '.mim/configs/segmenter'
 ZOO_NAME = 'segmenter_vit-{}_8xb1-160k_ade20k-512x512'
-# mmseg's config, and ours with its options
 MMSEG = {ZOO_NAME.format(f'{size[0]}_mask'): (ade20k(size, 'dense'), {}) for size in SIZES} | {
     ZOO_NAME.format('s_fcn'): (
         'segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512',
@@ -49,9 +49,8 @@ class Decoder(nn.Module):
     def __init__(self, classes: int, width: int, heads: int, depth: int = 2) -> None:
         super().__init__()
         norm = partial(LayerNorm, eps=1e-5)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)
-        )
+        blocks = (Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
         self.proj_dec = nn.Linear(width, width)
         self.proj_patch = nn.Parameter(torch.empty(width, width))
@@ -69,28 +68,16 @@ class Decoder(nn.Module):
         return self.mask_norm(patches @ masks.transpose(1, 2))
 
 
-class LinearDecoder(nn.Module):
-    """The authors' linear decoder."""
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x)
-
-
 class Original(nn.Module):
     """The authors' model for one window; their encoder keeps its head for ImageNet."""
 
-    def __init__(
-        self, width: int, heads: int, depth: int, side: int, classes: int = 150, mask: bool = True
-    ) -> None:
+    def __init__(self, width, heads, depth, side, classes: int = 150, mask: bool = True) -> None:
         super().__init__()
         norm = partial(LayerNorm, eps=1e-5)
         sizes = dict(img_size=side, embed_dim=width, depth=depth, num_heads=heads)
         self.encoder = VisionTransformer(**sizes, num_classes=1000, norm_layer=norm)
-        self.decoder = Decoder(classes, width, heads) if mask else LinearDecoder(classes, width)
+        linear = nn.Sequential(OrderedDict(head=nn.Linear(width, classes)))
+        self.decoder = Decoder(classes, width, heads) if mask else linear
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.decoder(self.encoder.forward_features(images)[:, 1:])
@@ -112,13 +99,11 @@ def zoo_model(name: str, bias: bool = True, classes: int = 150) -> Any:
     """A small model of a config of mmseg's, for windows of `SIDE` pixels."""
     config = Config.fromfile(ZOO / f'{name}.py').model
     config.pretrained = None
-    config.backbone.update(
-        embed_dims=WIDTH, num_heads=HEADS, num_layers=2, img_size=(SIDE, SIDE), patch_bias=bias
-    )
+    sizes = dict(embed_dims=WIDTH, num_heads=HEADS, num_layers=2, img_size=(SIDE, SIDE))
+    config.backbone.update(sizes, patch_bias=bias)
     fitted = dict(in_channels=WIDTH, channels=WIDTH, embed_dims=WIDTH, num_heads=HEADS)
-    config.decode_head.update(
-        {k: v for k, v in fitted.items() if k in config.decode_head}, num_classes=classes
-    )
+    known = {k: v for k, v in fitted.items() if k in config.decode_head}
+    config.decode_head.update(known, num_classes=classes)
     config.test_cfg.update(crop_size=(SIDE, SIDE), stride=(SIDE - 4, SIDE - 4))
     return drawn(MODELS.build(config))
 
@@ -143,9 +128,7 @@ def logits_of(model: Any, image: Tensor) -> Tensor:
 @pytest.mark.parametrize('shape', [(SIDE, SIDE), (SIDE, 117), (70, 101)])
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('name', [MASK, LINEAR])
-def test_files_of_mmseg_give_the_logits_of_mmseg(
-    name: str, bias: bool, shape: tuple[int, int], tmp_path: Path
-) -> None:
+def test_files_of_mmseg_give_the_logits_of_mmseg(name, bias, shape, tmp_path):
     theirs = zoo_model(name, bias)
     path = str(tmp_path / 'theirs.pth')
     torch.save({'meta': {'CLASSES': ('wall',)}, 'state_dict': theirs.state_dict()}, path)
@@ -158,7 +141,7 @@ def test_files_of_mmseg_give_the_logits_of_mmseg(
 
 
 @pytest.mark.parametrize('mask', [True, False])
-def test_files_of_the_authors_give_their_logits(mask: bool, tmp_path: Path) -> None:
+def test_files_of_the_authors_give_their_logits(mask, tmp_path):
     theirs = drawn(Original(WIDTH, HEADS, 2, SIDE, mask=mask))
     path = str(tmp_path / 'theirs.pth')
     torch.save({'model': theirs.state_dict(), 'n_cls': 150, 'epoch': 63}, path)
@@ -178,7 +161,7 @@ def test_files_of_the_authors_give_their_logits(mask: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize('name', MMSEG)
-def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_shapes_and_protocol_of_the_zoo(name, monkeypatch):
     theirs = Config.fromfile(ZOO / f'{name}.py')
     theirs.model.pretrained = None
     theirs.model.backbone.patch_bias = True
@@ -195,7 +178,7 @@ def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.Mon
         assert own == {k: v for k, v in other.items() if k != 'reduce_zero_label'}
 
 
-def test_the_tool_tests_a_released_file(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_tool_tests_a_released_file(tmp_path, capfd):
     config = tmp_path / 'tiny.py'
     config.write_text(TINY.replace('NAME', repr(str(tmp_path))))
     words = [

@@ -1,23 +1,31 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
+from mmseg.models import VisionTransformer as MMSegViT
+from mmseg.registry import MODELS
+from torch.nn.parallel import DistributedDataParallel
 
 from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
-from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import METHODS, update_state
+from vqmoe_vision.segmentation import TimmViT
 
-from .conftest import tiny_segmentor, training_batch
+from .. import cases, refused
+from ..forked import spawn
+from ..groups import begin
+from .conftest import tiny_backbone, tiny_segmentor, training_batch
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_auxiliary_loss_and_gradient_checkpointing(method: str) -> None:
+def test_every_auxiliary_loss_and_gradient_checkpointing(method):
     runs = []
-    for grad_checkpointing in (False, True):
+    for again in (False, True):
         torch.manual_seed(0)
-        model = tiny_segmentor(
-            f'vit_tiny_{method}', backbone=dict(grad_checkpointing=grad_checkpointing)
-        )
+        model = tiny_segmentor(f'vit_tiny_{method}', backbone=dict(grad_checkpointing=again))
         layer, calls = model.routed_model.blocks[1], list[int]()
         layer.attn.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
         entries = model(**training_batch(model), mode='loss')
@@ -31,18 +39,14 @@ def test_every_auxiliary_loss_and_gradient_checkpointing(method: str) -> None:
         # without a router every expert has as much to do, and there is no load to report
         logged = model.logged_statistics.summary()
         assert ('blocks.1.mlp/load_max' in logged) == hasattr(layer.mlp, 'router')
-        # blocks that are not stored run again in the backward pass
-        assert len(calls) == 1 + grad_checkpointing
+        assert len(calls) == 1 + again
         runs.append((total.detach(), [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(*runs)
 
 
 @pytest.mark.parametrize('mode', ['whole', 'slide'])
 @pytest.mark.parametrize('size', [(32, 32), (29, 36), (1, 39), (37, 50)])
-def test_maps_lie_on_the_pixels_of_their_patches(
-    mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # one window, of all pixels
+def test_maps_lie_on_the_pixels_of_their_patches(mode, size, monkeypatch):
     model = tiny_segmentor(test_cfg=dict(mode=mode, crop_size=(56, 56), stride=(8, 8))).eval()
     model.data_preprocessor.test_cfg = None  # images of any size come in
 
@@ -67,7 +71,7 @@ def test_maps_lie_on_the_pixels_of_their_patches(
     assert all(sample.gt_sem_seg.shape == size for sample in batch['data_samples'])
 
 
-def test_a_batch_without_labels_has_no_task_loss() -> None:
+def test_a_batch_without_labels_has_no_task_loss():
     model = tiny_segmentor()
     batch = training_batch(model)
     for sample in batch['data_samples']:
@@ -82,7 +86,7 @@ def test_a_batch_without_labels_has_no_task_loss() -> None:
     assert not any(grad.any() for name, grad in gradients.items() if 'decode_head' in name)
 
 
-def test_heads_that_ignore_other_labels_are_refused_where_maps_are_filled_up() -> None:
+def test_heads_that_ignore_other_labels_are_refused_where_maps_are_filled_up():
     auxiliary = dict(type='FCNHead', num_convs=0, concat_input=False, ignore_index=200)
     model = tiny_segmentor(auxiliary_head=auxiliary)
     batch = training_batch(model, 40)
@@ -106,7 +110,7 @@ NECK = dict(type='MultiLevelNeck', scales=[2, 1])
 AUXILIARY = dict(type='FCNHead', in_index=1, channels=6)
 
 
-def test_neck_and_heads_have_the_width_and_heads_of_the_backbone() -> None:
+def test_neck_and_heads_have_the_width_and_heads_of_the_backbone():
     head = tiny_segmentor(decode_head=MASK).decode_head
     assert (head.in_channels, head.channels, head.cls_emb.shape[-1]) == (12, 12, 12)
     assert head.layers[0].attn.attn.num_heads == 3
@@ -127,21 +131,18 @@ def test_neck_and_heads_have_the_width_and_heads_of_the_backbone() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize(
-    ('field', 'config'),
-    [
-        ('decode_head', dict(decode_head=[LINEAR] * 2)),
-        ('init_cfg', dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth'))),
-        ('auxiliary_head.num_classes', dict(auxiliary_head=[dict(AUXILIARY, num_classes=5)])),
-        *((f'test_cfg.{name}', dict(test_cfg={name: (8, 8)})) for name in ('strid', 'crop_sise')),
-    ],
+@cases(
+    'field, config',
+    ('decode_head', dict(decode_head=[LINEAR] * 2)),
+    ('init_cfg', dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth'))),
+    ('auxiliary_head.num_classes', dict(auxiliary_head=[dict(AUXILIARY, num_classes=5)])),
+    *((f'test_cfg.{name}', dict(test_cfg={name: (8, 8)})) for name in ('strid', 'crop_sise')),
 )
-def test_what_cannot_be_is_named(field: str, config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf'^model\.{field}='):
-        tiny_segmentor(**config)
+def test_what_cannot_be_is_named(field, config):
+    refused(rf'^model\.{field}=', tiny_segmentor, **config)
 
 
-def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm() -> None:
+def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm():
     model = tiny_segmentor()
     keys = {'dec_proj': {'lr_mult': 10.0}, 'blocks.0': {'lr_mult': 3.0, 'decay_mult': 2.0}}
     build = LayerDecayOptimWrapperConstructor(
@@ -160,13 +161,98 @@ def test_learning_rates_shrink_by_layer_and_decay_is_that_of_timm() -> None:
     assert found['backbone.model.blocks.1.mlp.experts.fc1.bias'] == (1.0, 0.0)
     assert found['backbone.model.patch_embed.proj.weight'] == (0.25, 0.3)
     assert found['backbone.model.pos_embed'] == (0.25, 0.0)
-    # keys come on top of the rate of the layer
     assert found['decode_head.dec_proj.weight'] == (10.0, 0.3)
     assert found['backbone.model.blocks.0.attn.qkv.weight'] == (3 * 0.5, 0.6)
     assert found['backbone.model.blocks.0.attn.qkv.bias'] == (3 * 0.5, 0.0)
     for wrong in (None, {'layer_decay': 0.0}, {'layer_decay': 0.5, 'norm_decay': 0}):
         with pytest.raises(ValueError, match=r'^paramwise_cfg\.(layer_decay|norm_decay)='):
             LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
+
+
+VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
+
+
+def build(*args: Any, **kwargs: Any) -> TimmViT:
+    return MODELS.build(tiny_backbone(*args, **kwargs)).eval()
+
+
+@pytest.mark.parametrize('name', [VIT, DINOV3, *(f'vit_tiny_{m}' for m in METHODS)])
+@pytest.mark.parametrize(
+    'height, width, rows, columns', [(32, 32, 4, 4), (37, 50, 5, 7), (1, 9, 1, 2), (8, 200, 1, 25)]
+)
+def test_any_size(name, height, width, rows, columns):
+    (features,) = build(name)(torch.randn(2, 3, height, width))
+    assert features.shape == (2, 12, rows, columns)
+    assert features.isfinite().all()
+
+
+def test_every_parameter_has_a_gradient():
+    for name in (VIT, DINOV3):
+        for options in ({}, dict(out_indices=(0,)), dict(norm=False)):
+            backbone = build(name, **options)
+            sum(level.square().sum() for level in backbone(torch.randn(1, 3, 32, 32))).backward()
+            assert all(p.grad is not None for p in backbone.parameters()), (name, options)
+
+
+@cases(
+    'field, value',
+    ('model_name', 'vit_tiny_nothing'),
+    ('model_name', 'resnet18'),
+    *(('norm_eps', value) for value in (0.0, 1e6, '1e-6')),
+    *(('out_indices', value) for value in ((1, 0), (2,), -2, ())),
+)
+def test_mistakes(field, value):
+    config = {**tiny_backbone(VIT), field: value}
+    refused(f'^{field}=', MODELS.build, config)
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', ''])
+def test_weights_of_mmsegs_own_backbone_compute_the_same(tmp_path, prefix):
+    theirs = MMSegViT(
+        img_size=32, patch_size=8, embed_dims=12, num_layers=2, num_heads=3, final_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-6),
+    )  # fmt: skip
+    theirs.eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path / 'theirs.pth'
+    torch.save({f'{prefix}{name}': value for name, value in theirs.state_dict().items()}, path)
+    backbone = build(VIT, checkpoint=str(path))
+    backbone.init_weights()
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(backbone(image)[0], theirs(image)[0], rtol=1e-4, atol=1e-5)
+
+
+def worker(rank: int, folder: Path) -> None:
+    begin(rank, 2, folder)
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = tiny_segmentor()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(rank)  # every rank has images of its own
+    for _ in range(2):  # the second forward fails if a parameter had no gradient
+        entries = wrapped(**training_batch(model), mode='loss')
+        total, _ = model.parse_losses(entries)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_state(model.routed_model)
+    losses = {name: value.detach() for name, value in entries.items() if 'loss' in name}
+    torch.save({'state': model.state_dict(), 'losses': losses}, folder / f'rank{rank}.pth')
+    dist.destroy_process_group()
+
+
+def test_ranks_train_one_model(tmp_path):
+    spawn(worker, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # losses are of the images of both
+    assert {'decode.loss_ce', 'blocks.1.mlp/vq_loss'} <= first['losses'].keys()
+    torch.manual_seed(0)
+    start = tiny_segmentor().state_dict()
+    names = ['experts.fc1.weight', 'quantizer.codebook.embed']
+    names = ['decode_head.cls_emb', *(f'backbone.model.blocks.1.mlp.{name}' for name in names)]
+    assert not any(torch.equal(first['state'][name], start[name]) for name in names)
 
 
 @pytest.mark.parametrize('head', ['mask', 'linear'])

@@ -1,11 +1,16 @@
 """Kills trainings at chosen moments, goes on with them, and compares with one left alone.
 
     python tests/soak/kills.py --kills 50 --seed 0 --out work_dirs/soak/kills.json
+    python tests/soak/kills.py --ranks 2 4 --kills 10 --out work_dirs/soak/restarts.json
 
 Each training is a process of its own, forked from one that has imported everything. Half of the
 kills are aimed at saves: Python's audit events say when a file of a checkpoint or the pointer is
 about to be created, renamed or deleted, and a limit on file sizes ends a process in the middle of
 a write. The others come at a random moment.
+
+With `--ranks` the agent of `torchrun --max-restarts=KILLS` starts the ranks, forked in the same
+way. Each attempt but the last one is killed: a random rank after a random iteration, or a rank that
+saves at a step of a save or in the middle of a write.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from multiprocessing import Value
 from pathlib import Path
@@ -30,8 +36,10 @@ from typing import Any
 import torch
 from kinds import KINDS, Kind, same
 from mmengine.config import config as mmengine_config
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vqmoe_vision.engine.checkpoint import owner_of, read_content
 from vqmoe_vision.engine.checkpoint_files import POINTER, candidates, last_checkpoint
@@ -40,10 +48,13 @@ from vqmoe_vision.engine.cli import train
 # mmengine lays out the text of the config for every checkpoint, which is half of such a training
 mmengine_config.FormatCode = lambda text, **_: (text, True)
 
+ROUNDING = 1e-3
+STEPS = 6  # of the saves of an attempt, at one of which it may be killed
+# in parts: of the first rank, and of another, which creates the folder and its file
+STEPS_IN_PARTS = (16, 2)
+
 
 class Shared:
-    """What a training says to the process that survives it."""
-
     begun = Value('i', 0)
     reached = Value('i', 0)
     events = Value('i', 0)
@@ -51,26 +62,17 @@ class Shared:
 
 @HOOKS.register_module()
 class ReachedHook(Hook):
-    """Says where a training begins, and how many iterations are done."""
-
     def before_train(self, runner: Any) -> None:
-        """Where it begins."""
         Shared.begun.value = runner.iter
 
     def after_train_iter(self, runner: Any, **_: Any) -> None:
-        """Before a checkpoint of the iteration."""
         Shared.reached.value = runner.iter + 1
 
 
 # of the files of checkpoints, of their folders of parts, and of what is in these
 SUFFIXES = ('.pth', '.part', '.sharded', '.safetensors')
-EVENTS = {
-    'open': 'create',
-    'os.mkdir': 'create',
-    'os.rename': 'rename',
-    'os.remove': 'delete',
-    'os.rmdir': 'delete',
-}
+EVENTS = {'open': 'create', 'os.mkdir': 'create', 'os.rename': 'rename'}
+EVENTS |= {'os.remove': 'delete', 'os.rmdir': 'delete'}
 
 
 def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
@@ -114,13 +116,7 @@ def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, 
     return step
 
 
-def run(
-    kind: Kind,
-    folder: Path,
-    prepare: Callable[[], None] = lambda: None,
-    kill_after: tuple[int, float] | None = None,
-) -> int:
-    """Trains in a process of its own, resumed where there is a checkpoint."""
+def run(kind: Kind, folder: Path, prepare: Callable = lambda: None, kill_after: Any = None) -> int:
     resume = ['--resume'] if candidates(folder / 'work') else []
     Shared.reached.value = Shared.events.value = Shared.begun.value = 0
     process = os.fork()
@@ -147,13 +143,11 @@ def run(
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a finished training leaves."""
     work = folder / 'work'
     content = read_content(str(last_checkpoint(work)))
     keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
     return {
         'files': sorted(path.name for path in (*work.glob('*.pth'), *work.glob('.*.part'))),
-        # one of each checkpoint; its number says how often that was written
         'folders': sorted(str(owner_of(path.name)) for path in work.glob('*.sharded')),
         'best': [read_content(str(best))['state_dict'] for best in work.glob('best_*.pth')],
         **{key: content[key] for key in keys if key in content},
@@ -161,9 +155,8 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def kill_and_go_on(
-    kind: Kind, root: Path, whole: tuple[dict[str, Any], list[str], int], draw: random.Random
+    kind: Kind, root: Path, whole: Any, draw: random.Random
 ) -> tuple[str, list[str]]:
-    """Kills a training once, goes on with it, and compares."""
     expected, names, iterations = whole
     folder = Path(tempfile.mkdtemp(dir=root))
     kind.write(folder)
@@ -195,13 +188,9 @@ def kill_and_go_on(
     return where, faults
 
 
-def soak(kills: int, seed: int, out: Path | None) -> int:
-    """Kills as many trainings as asked for, of all kinds in turn."""
+def soak(kills: int, seed: int) -> dict[str, Any]:
     draw, counts = random.Random(seed), Counter[str]()
     faults: list[str] = []
-    torch.set_num_threads(1)
-    for package in ('classification', 'segmentation'):
-        import_module(f'vqmoe_vision.{package}')
     with tempfile.TemporaryDirectory() as name:
         references = {}
         for title, kind in KINDS.items():
@@ -223,18 +212,130 @@ def soak(kills: int, seed: int, out: Path | None) -> int:
                 counts[where] += 1
             faults += [f'{title}, killed at {where!r}: {fault}' for fault in found]
             print(f'{title}, killed at {where or "no moment"}: {found or "equal"}', flush=True)
-    figures = {'seed': seed, 'kills': dict(counts), 'faults': faults}
-    print(json.dumps(figures, indent=2))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=2) + '\n')
-    return len(faults)
+    return {'seed': seed, 'kills': dict(counts), 'faults': faults}
+
+
+def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
+    # those of the agent, which a worker of torchrun does not have
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    number = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+    moment = plan[number] if number < len(plan) else None
+    if moment is not None and os.environ['RANK'] == str(moment['rank']):
+        told = folder / f'killed{number}'
+        if moment['step']:
+            watch_saves(folder / 'work', dies_at(moment['step'], moment['write'], told))
+        ReachedHook.after_train_iter = dies_after(moment['iterations'], told)
+    out = (folder / f'output{os.environ["RANK"]}').open('a')
+    with out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
+            batch = f'train_dataloader.batch_size={300 // int(os.environ["WORLD_SIZE"])}'
+            launched = ['--launcher', 'pytorch', '--cfg-options', batch]
+            train([*arguments, *launched, *kind.arguments])
+        except BaseException:
+            traceback.print_exc(file=out)
+            raise
+
+
+def dies_after(iterations: int, told: Path) -> Any:
+    """A hook's method that kills the rank after so many iterations of an attempt."""
+    left = [iterations]
+
+    def after_train_iter(hook: Any, runner: Any, **_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            told.write_text(f'iteration of rank {get_rank()}')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return after_train_iter
+
+
+def run_ranks(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
+    config_file = kind.write(folder)
+    # more epochs than kills can use up
+    config_file.write_text(config_file.read_text().replace('max_epochs=3', 'max_epochs=6'))
+    config = LaunchConfig(
+        1, 1, ranks, max_restarts=len(plan), start_method='fork', run_id=folder.name,
+        rdzv_backend='c10d', rdzv_endpoint='localhost:0', monitor_interval=0.1,
+    )  # fmt: skip
+    elastic_launch(config, attempt)(kind, folder, plan)
+
+
+def alike(a: Any, b: Any, ranks: int) -> bool:
+    """Whether two values are equal; with more than two ranks but for rounding.
+
+    DistributedDataParallel sorts gradients into new buckets after the first iteration of each
+    attempt, and gloo adds up the parts of a bucket beginning at different ranks. The sum of two
+    numbers is the same in both orders, and the sum of more is not.
+    """
+    if ranks == 2 or same(a, b):
+        return same(a, b)
+    try:
+        torch.testing.assert_close(a, b, rtol=ROUNDING, atol=ROUNDING)
+    except AssertionError as error:
+        print(str(error)[:800], flush=True)
+        return False
+    return True
+
+
+def kill_ranks(kind: Kind, ranks: int, kills: int, draw: random.Random) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name) / 'whole', Path(name) / 'killed'
+        whole.mkdir()
+        killed.mkdir()
+        run_ranks(kind, whole, ranks, [])
+        plan = []
+        in_parts = "'sharded'" in kind.config
+        for _ in range(kills):
+            in_save = draw.random() < (0.8 if in_parts else 0.5)
+            rank = draw.randrange(ranks) if in_parts or not in_save else 0
+            steps = STEPS_IN_PARTS[min(rank, 1)] if in_parts else STEPS
+            in_write = in_parts and draw.random() < 0.2
+            plan.append(
+                {
+                    'rank': rank,
+                    'step': draw.randint(1, steps) if in_save else 0,
+                    'write': draw.randrange(1, 20_000) if in_write else None,
+                    # at the latest: an attempt that gets no further is killed all the same
+                    'iterations': kind.interval + 1 if in_save else draw.randint(1, kind.interval),
+                }
+            )
+        try:
+            run_ranks(kind, killed, ranks, plan)
+        except Exception as error:
+            said = [(killed / f'output{rank}').read_text()[-1000:] for rank in range(ranks)]
+            return {'kills': {}, 'faults': [f'lost: {error} {said}']}
+        counts = Counter(path.read_text() for path in killed.glob('killed*'))
+        expected, found = outcome(whole), outcome(killed)
+        faults = [f'{k} differs' for k in expected if not alike(expected[k], found[k], ranks)]
+        return {'kills': dict(counts), 'faults': faults}
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--ranks', type=int, nargs='+', help='of trainings by several processes')
+    parser.add_argument(
+        '--spread', choices=['full', 'sharded'], help='the model, over all ranks, saved in this way'
+    )
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
-    sys.exit(min(soak(args.kills, args.seed, args.out), 1))
+    torch.set_num_threads(1)
+    for package in ('classification', 'segmentation'):
+        import_module(f'vqmoe_vision.{package}')
+    figures: dict[str, Any] = {}
+    if args.ranks is None:
+        figures = soak(args.kills, args.seed)
+    kind = KINDS['classification']
+    if args.spread:
+        parallel = f'parallel = dict(expert_processes=2, state_dict_type={args.spread!r})'
+        kind = replace(kind, config=f'{kind.config}\n{parallel}\n')
+    for ranks in args.ranks or ():
+        figures[str(ranks)] = kill_ranks(kind, ranks, args.kills, random.Random(args.seed))
+    print(json.dumps(figures, indent=2))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(figures, indent=2) + '\n')
+    sys.exit(any(one['faults'] for one in (figures.values() if args.ranks else [figures])))

@@ -39,22 +39,18 @@ train_cfg = dict(_delete_=True, by_epoch=False, max_iters=10, val_interval=5)
 param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
 log_processor = dict(by_epoch=False)
 """
-AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
-# freezes its router in the middle
+AVERAGES = {'MORE': "ema=dict(type='EMAHook', momentum=0.1)"}
 STABLE = {'METHOD': "'vit_tiny_stablemoe'", 'MOE': ', stage1_steps=5'}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training."""
-
     config: str
     interval: int
     values: dict[str, str]
     arguments: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> Path:
-        """Writes the config and returns its path."""
         text = self.config
         for word in ('METHOD', 'MOE', 'CHECKPOINT', 'MORE'):
             text = text.replace(word, self.values.get(word, ''))
@@ -63,32 +59,17 @@ class Kind:
         return path
 
 
+VQMOE = {'METHOD': "'vit_tiny_vqmoe'"}
+BY_3 = {'CHECKPOINT': 'interval=3, by_epoch=False'}
+EACH, SECOND = {'CHECKPOINT': 'interval=1'}, {'CHECKPOINT': 'interval=2'}
+ADDED = CLASSIFICATION + 'optim_wrapper = dict(accumulative_counts=3)\n'
 KINDS = {
-    'classification': Kind(
-        CLASSIFICATION, 4, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'}
-    ),
-    'classification, iterations, StableMoE, EMA': Kind(
-        CLASSIFICATION, 3, {**STABLE, 'CHECKPOINT': 'interval=3, by_epoch=False', 'MORE': AVERAGES}
-    ),
-    'classification, loop over iterations': Kind(
-        ITERATIONS, 3, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=3, by_epoch=False'}
-    ),
-    'classification, accumulation': Kind(
-        CLASSIFICATION + 'optim_wrapper = dict(accumulative_counts=3)\n',
-        4,
-        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'},
-    ),
-    'segmentation, EMA': Kind(
-        SEGMENTATION,
-        2,
-        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=2', 'MORE': AVERAGES},
-    ),
-    'segmentation, StableMoE, AMP': Kind(
-        SEGMENTATION,
-        2,
-        {**STABLE, 'CHECKPOINT': 'interval=2'},
-        ('--amp',),
-    ),
+    'classification': Kind(CLASSIFICATION, 4, VQMOE | EACH),
+    'classification, iterations, StableMoE, EMA': Kind(CLASSIFICATION, 3, STABLE | BY_3 | AVERAGES),
+    'classification, loop over iterations': Kind(ITERATIONS, 3, VQMOE | BY_3),
+    'classification, accumulation': Kind(ADDED, 4, VQMOE | EACH),
+    'segmentation, EMA': Kind(SEGMENTATION, 2, VQMOE | SECOND | AVERAGES),
+    'segmentation, StableMoE, AMP': Kind(SEGMENTATION, 2, STABLE | SECOND, ('--amp',)),
 }
 
 

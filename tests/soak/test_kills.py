@@ -8,24 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from .. import cases
+
 ROOT = Path(__file__).parents[2]
 
 
-def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
+def soak(tmp_path: Path, *arguments: str) -> dict:
     """A process of its own: it forks, which one with threads must not."""
     out = tmp_path / 'kills.json'
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/soak' / program), *arguments]
+    program = str(ROOT / 'tests/soak/kills.py')
+    command = [sys.executable, '-W', 'ignore', program, *arguments, '--out', str(out)]
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*command, '--out', str(out)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.is_file(), done.stderr
     return json.loads(out.read_text())
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_all_kinds(tmp_path: Path) -> None:
+def test_all_kinds(tmp_path):
     figures = soak(tmp_path, '--kills', '20', '--seed', '3')
     assert figures['faults'] == []
     assert sum(figures['kills'].values()) == 20
@@ -33,15 +34,15 @@ def test_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # eleven starts of up to four processes, on a machine that may be busy
-@pytest.mark.parametrize(
-    ('ranks', 'options'),
-    [('2', ()), ('4', ()), ('2', ('--spread', 'full')), ('2', ('--spread', 'sharded'))],
+@cases(
+    'ranks, options',
+    ('2', ()),
+    ('4', ()),
+    ('2', ('--spread', 'full')),
+    ('2', ('--spread', 'sharded')),
     ids=['2', '4', '2-full', '2-sharded'],
 )
-def test_killed_ranks_are_started_again_and_go_on(
-    tmp_path: Path, ranks: str, options: tuple[str, ...]
-) -> None:
-    arguments = ('--ranks', ranks, '--kills', '10', *options)
-    figures = soak(tmp_path, *arguments, program='restarts.py')[ranks]
+def test_killed_ranks_are_started_again_and_go_on(tmp_path, ranks, options):
+    figures = soak(tmp_path, '--ranks', ranks, '--kills', '10', *options)[ranks]
     assert figures['faults'] == []
     assert sum(figures['kills'].values()) == 10

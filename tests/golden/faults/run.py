@@ -28,7 +28,6 @@ COMMAND = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider',
 
 
 def copy_repository(folder: Path) -> None:
-    """Copies files that git knows, as they are on disk."""
     listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True)
     for name in filter(None, listed.stdout.decode().split('\0')):
         if (ROOT / name).is_file():  # and not removed since the last commit
@@ -89,7 +88,6 @@ def examine(fault: Fault) -> tuple[str, bool | None]:
 
 
 def main() -> int:
-    """Examines the faults that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--only', choices=[fault.name for fault in FAULTS], metavar='NAME')
     parser.add_argument('--room', choices=sorted({fault.room for fault in FAULTS}))

@@ -63,8 +63,7 @@ def test_tokens_without_an_expert_give_zero_and_are_counted(make_layer):
 
 # capacities by (2): round(17 * 2 / 8) = 4, round(17 * 1.25 / 8) = 3, at least one of round(0.53)
 @pytest.mark.parametrize(
-    ('num_experts', 'factor', 'expected'),
-    [(8, 2.0, 32 / 17), (8, 1.25, 24 / 17), (64, 2.0, 64 / 17)],
+    'num_experts, factor, expected', [(8, 2.0, 32 / 17), (8, 1.25, 24 / 17), (64, 2.0, 64 / 17)]
 )
 def test_experts_per_token_are_those_that_compute(num_experts, factor, expected):
     config = ExpertChoiceConfig(num_experts=num_experts, capacity_factor=factor)

@@ -9,7 +9,7 @@ from ..by_hand import assert_by_hand, expert
 
 
 @pytest.mark.parametrize('top_k', [1, 2, 4])
-def test_each_block_of_positions_has_every_expert_first_once(top_k: int) -> None:
+def test_each_block_of_positions_has_every_expert_first_once(top_k):
     router = HashRouter(8, HashConfig(num_experts=4, top_k=top_k))
     first = router.hash[:, 0].view(-1, 4)
     assert torch.equal(first.sort(dim=1).values, torch.arange(4).expand_as(first))
@@ -17,7 +17,7 @@ def test_each_block_of_positions_has_every_expert_first_once(top_k: int) -> None
     assert len({tuple(block) for block in first.tolist()}) == 24  # of 1,024 blocks, all orders
 
 
-def test_a_token_goes_where_its_position_says_whatever_it_is() -> None:
+def test_a_token_goes_where_its_position_says_whatever_it_is():
     router = HashRouter(8, HashConfig(num_experts=4, top_k=2))
     one, other = router(torch.randn(3, 5, 8)), router(torch.randn(3, 5, 8))
     assert torch.equal(one.indices, other.indices)
@@ -27,7 +27,7 @@ def test_a_token_goes_where_its_position_says_whatever_it_is() -> None:
 
 
 @pytest.mark.parametrize('top_k', [1, 2])
-def test_output_and_every_gradient(make_layer, top_k: int) -> None:
+def test_output_and_every_gradient(make_layer, top_k):
     net = make_layer('hashmoe', top_k=top_k)
     experts, table = net.layer.experts, net.layer.router.hash
 

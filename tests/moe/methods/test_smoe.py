@@ -10,6 +10,7 @@ from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.losses import values_of
 from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
 
+from ... import cases
 from ..by_hand import assert_by_hand, expert
 
 D, E = 8, 4
@@ -24,14 +25,12 @@ def make_router(**options):
 SILENT = {'router_noise': 0.0, 'load_weight': 0.0}
 
 
-@pytest.mark.parametrize(
+@cases(
     'options',
-    [
-        *({'top_k': k, **SILENT} for k in (1, 2, E)),
-        {'renormalize': True, **SILENT},
-        {'preset': 'group'},
-        {'renormalize': True, 'capacity_factor': 0.5, **SILENT},
-    ],
+    *({'top_k': k, **SILENT} for k in (1, 2, E)),
+    {'renormalize': True, **SILENT},
+    {'preset': 'group'},
+    {'renormalize': True, 'capacity_factor': 0.5, **SILENT},
     ids=str,
 )
 def test_output_and_every_gradient(make_layer, options):
@@ -70,9 +69,6 @@ def test_choices_follow_the_logits_where_probabilities_underflow(logits):
     assert router(torch.ones(1, D)).indices.tolist() == [[logits.index(200), logits.index(90)]]
 
 
-# --- noise
-
-
 def test_noise_has_the_standard_deviation_of_the_paper():
     # sigma = 1 / E = 0.25 (with router_noise = 1); the difference of two log probabilities of
     # equal logits has sigma * sqrt(2) = 0.3536, known to 1 / sqrt(2 * 20000) = 0.5 %
@@ -82,9 +78,6 @@ def test_noise_has_the_standard_deviation_of_the_paper():
     difference = probs[:, 0].log() - probs[:, 1].log()
     assert difference.std().item() == pytest.approx(math.sqrt(2) / E, rel=0.03)
     assert difference.mean().item() == pytest.approx(0, abs=0.01)
-
-
-# --- losses
 
 
 def test_losses_are_the_weighted_functions():
@@ -102,9 +95,6 @@ def test_losses_are_the_weighted_functions():
     torch.testing.assert_close(values_of(routing.losses), expected)
 
 
-# --- what the router learns from
-
-
 def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
     net = make_layer('smoe', preset='frozen', router_bias=True).requires_grad_(True)
     net(torch.randn(2, 5, D)).sum().backward()
@@ -112,13 +102,13 @@ def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
         assert (parameter.grad is None) == ('.router.' in name), name
 
 
-# --- capacity
-
-
-@pytest.mark.parametrize(
-    ('num_tokens', 'top_k', 'factor', 'capacity'),
+@cases(
+    'num_tokens, top_k, factor, capacity',
     # ceil(K T C / E) with E = 4: 2*10*1/4 = 5; 2*10*.5/4 = 2.5 -> 3; 9*1/4 = 2.25 -> 3; 1 -> 1
-    [(10, 2, 1.0, 5), (10, 2, 0.5, 3), (9, 1, 1.0, 3), (1, 1, 0.1, 1)],
+    (10, 2, 1.0, 5),
+    (10, 2, 0.5, 3),
+    (9, 1, 1.0, 3),
+    (1, 1, 0.1, 1),
 )
 def test_capacity_known_answers(num_tokens, top_k, factor, capacity):
     router = make_router(top_k=top_k, eval_capacity_factor=factor).eval()

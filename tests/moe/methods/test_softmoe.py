@@ -8,6 +8,7 @@ from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.raw_patches import Host
 
+from ... import cases
 from ..by_hand import assert_by_hand, expert
 
 D, E = 8, 4
@@ -46,15 +47,13 @@ def test_output_and_every_gradient(make_layer, options, num_tokens):
     assert_by_hand(layer, lambda x: naive(layer, x), x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ('num_experts', 'ratio', 'prefix', 'slots'),
-    [
-        (4, 2.0, 0, 18),  # 2 * 36 patches / 4
-        (4, 2.0, 1, 18),  # the class token is no patch
-        (4, 2.0, 5, 18),
-        (8, 1.0, 1, 4),  # 36 / 8 = 4.5, to even
-        (8, 0.1, 1, 1),  # at least one
-    ],
+@cases(
+    'num_experts, ratio, prefix, slots',
+    (4, 2.0, 0, 18),  # 2 * 36 patches / 4
+    (4, 2.0, 1, 18),  # the class token is no patch
+    (4, 2.0, 5, 18),
+    (8, 1.0, 1, 4),  # 36 / 8 = 4.5, to even
+    (8, 0.1, 1, 1),  # at least one,
 )
 def test_slots_per_token_counts_patches(num_experts, ratio, prefix, slots):
     entry = METHODS['softmoe']

@@ -31,12 +31,6 @@ def student_choice(net, x):
     return (features @ distilled.weight('expert_embed').t()).argmax(dim=1)
 
 
-def freeze(net):
-    """Move a layer to stage 2."""
-    net.layer.router.distilled.freeze(torch.tensor(True))
-    return net
-
-
 def train(net, steps, x=None):
     """AdamW with momentum and strong weight decay."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.5)
@@ -49,15 +43,12 @@ def train(net, steps, x=None):
         optimizer.step()
 
 
-# --- who assigns
-
-
 @pytest.mark.parametrize('frozen', [False, True])
 @pytest.mark.parametrize('training', [False, True])
 def test_output_and_every_gradient(make_layer, frozen, training):
     net, x = make_layer('stablemoe').train(training), torch.randn(4, 6, D)
     if frozen:
-        freeze(net)
+        net.layer.router.distilled.freeze(torch.tensor(True))
     teacher, student = teacher_choice(net, x), student_choice(net, x)
     assert not torch.equal(teacher, student)
     embed, chosen = net.layer.router.expert_embed, teacher if training and not frozen else student
@@ -88,9 +79,6 @@ def test_output_and_every_gradient_of_one_stage(make_layer):
     assert_by_hand(net, naive, torch.randn(4, 6, D), rtol=1e-4, atol=1e-5)
 
 
-# --- losses and what they reach
-
-
 def test_losses_of_stage_1(make_layer):
     net = make_layer('stablemoe', balance_weight=0.3, distill_weight=2.0)
     x = torch.randn(4, 6, D)
@@ -119,9 +107,6 @@ def test_each_loss_of_stage_1_moves_its_router_only(make_layer):
     with collect_losses(net, update_state=False) as collected:
         net(x)
         assert moved(net, collected.losses['layer/balance']) == LEARNED
-
-
-# --- the switch
 
 
 @pytest.mark.parametrize('steps', [1, 3])
@@ -160,7 +145,6 @@ def test_stage_2_keeps_the_router_under_momentum_and_weight_decay(make_layer, ch
     assert all(torch.equal(distilled.weight(name), value) for name, value in before.items())
     assert torch.equal(choices(net, x)[0], expected)
     assert torch.equal(choices(net.eval(), x)[0], expected)
-    # while the gate and the experts go on
     after = dict(net.layer.named_parameters())
     for name in LEARNED | EXPERTS:
         assert not torch.equal(others[name], after[name]), name
@@ -198,9 +182,6 @@ def test_the_stage_is_in_the_state_dict_and_training_resumes(make_layer, choices
             train(each, 1)
     assert net.layer.router.distilled.frozen
     assert all(torch.equal(resumed.state_dict()[k], v) for k, v in net.state_dict().items())
-
-
-# --- raw patches and prefix tokens
 
 
 def test_raw_patches_are_averaged_to_four_by_four_cells():

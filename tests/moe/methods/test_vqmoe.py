@@ -10,6 +10,7 @@ from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
 from vqmoe_vision.moe.methods.vqmoe import Quantizer, VQMoEConfig
 
+from ... import cases
 from ..by_hand import assert_by_hand, expert, moved
 
 D, E = 8, 4
@@ -61,27 +62,23 @@ def reading(expert_input):
     return {'expert_input': expert_input, **share}
 
 
-CASES = [
+@cases(
+    'options',
     *(
         {'form': form, 'num_codes': codes, **reading(name)}
         for form in ('full', 'discrete')
         for codes in (E, 3 * E)
         for name in ('mix', 'ste', 'token', 'official')
     ),
-    {'form': 'continuous'},
-    {'form': 'continuous', 'routed_scaling_factor': 4.0},
+    *({'form': 'continuous', **more} for more in ({}, {'routed_scaling_factor': 4.0})),
     {'preset': 'official', 'code_share': SHARE},
-    {'preset': 'paper'},
-    {'output_norm': True},
-    {'input_norm': False},
+    *(dict([each]) for each in (('preset', 'paper'), ('output_norm', True), ('input_norm', False))),
     {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
     *({'codebook': name} for name in CODEBOOKS),
     *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
     {'routed_scaling_factor': 2.75},
-]
-
-
-@pytest.mark.parametrize('options', CASES, ids=str)
+    ids=str,
+)
 def test_output_and_every_gradient(make_layer, options):
     net = make_layer('vqmoe', **options)
     with torch.no_grad():
@@ -91,7 +88,6 @@ def test_output_and_every_gradient(make_layer, options):
                 norm.bias.uniform_(-1, 1)
     x = torch.randn(3, 20, D)
     found = assert_by_hand(net, lambda x: naive(net.layer, x), x, rtol=1e-4, atol=1e-4)
-    # the task moves all but the codes, and a router that is frozen
     still = {name for name, value in found.items() if not value.any()}
     codes = {name for name in found if '.codebook.' in name}
     frozen = {'layer.router.weight'} if options.get('preset') == 'official' else set()
@@ -108,17 +104,12 @@ def test_ste_feeds_exactly_the_code_whatever_the_precision(dtype):
     assert torch.equal(out, code) and torch.equal(x.grad, weights)
 
 
-# --- losses, statistics, state
-
-
-@pytest.mark.parametrize(
-    ('codebook', 'codes'),
-    [
-        ('ema', set()),
-        ('plain', {'quantizer.codebook.embed'}),
-        ('cvq', {'quantizer.codebook.embed'}),
-        ('simvq', {'quantizer.codebook.project.weight', 'quantizer.codebook.project.bias'}),
-    ],
+@cases(
+    'codebook, codes',
+    ('ema', set()),
+    ('plain', {'quantizer.codebook.embed'}),
+    ('cvq', {'quantizer.codebook.embed'}),
+    ('simvq', {'quantizer.codebook.project.weight', 'quantizer.codebook.project.bias'}),
 )
 def test_the_vq_loss_moves_codes_and_tokens(make_layer, codebook, codes):
     net, x = make_layer('vqmoe', codebook=codebook), torch.randn(3, 20, D, requires_grad=True)
@@ -138,7 +129,6 @@ def test_statistics(make_layer):
     with collect_losses(net, update_state=False) as collected:
         net(x)
     expected = {
-        # of both branches
         'load': torch.bincount(torch.cat([first, q % E]), minlength=E) / 120,
         'code_usage': torch.bincount(q, minlength=3 * E) / 60,
         'nonfinite_tokens': torch.tensor(0.0),
@@ -176,9 +166,6 @@ def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, name, l
         assert x.grad.abs().amax() > 0
 
 
-# --- options
-
-
 @pytest.mark.parametrize('codebook', CODEBOOKS)
 @pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
 def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine):
@@ -193,11 +180,9 @@ def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine)
         net(x)
         torch.testing.assert_close(collected.losses['layer/diversity'], expected)
         learned = moved(net, collected.losses['layer/diversity'])
-    # tokens, and codes that learn by gradient
     assert x.grad.abs().max() > 1e-5
-    assert learned == {
-        name for name, _ in net.layer.named_parameters() if name.startswith('quantizer.codebook.')
-    }
+    names = {name for name, _ in net.layer.named_parameters()}
+    assert learned == {name for name in names if name.startswith('quantizer.codebook.')}
 
 
 def test_a_step_against_the_diversity_loss_evens_the_use_of_codes_known_answer(make_layer):

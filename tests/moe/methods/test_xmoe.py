@@ -56,9 +56,8 @@ def test_the_balance_loss_does_not_move_the_temperature(make_layer):
 
 @pytest.mark.parametrize('temperature', [0.05, 2.0])
 def test_balance_is_equation_8_whatever_the_gate_temperature(temperature):
-    router = make_router(
-        temperature=temperature, balance_temperature=0.5, balance_weight=2.0, top_k=2
-    )
+    balance = dict(balance_temperature=0.5, balance_weight=2.0)
+    router = make_router(temperature=temperature, top_k=2, **balance)
     x = torch.randn(20, D)
     routing = router(x)
     share = torch.bincount(routing.indices.flatten(), minlength=E) / 40
