@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several GPUs: tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
-# The config's total_batch_size is divided by the GPUs; see docs/scaling.md.
+# The config's total_batch_size is divided by the GPUs; see docs/how-to/many-processes.md.
 # On several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
 

@@ -166,7 +166,7 @@ def check_folders(config: Config, splits: Sequence[str]) -> None:
         for dataset in innermost((config.get(name) or {}).get('dataset') or ConfigDict()):
             root = dataset.get('data_root')
             there = not isinstance(root, str) or '://' in root or Path(root).exists()
-            check(there, f'{name}.dataset.data_root', root, 'a folder, see docs/data.md')
+            check(there, f'{name}.dataset.data_root', root, 'a folder, see docs/how-to/data.md')
 
 
 def expand(holder: Any) -> None:
