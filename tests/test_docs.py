@@ -4,18 +4,20 @@ A block that starts with ```python is run. One that needs what only the reader h
 checkpoint, starts with ```py and is not.
 """
 
-import ast
 import html
 import importlib
 import operator
 import re
 import runpy
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from vqmoe_vision.moe import METHODS
+
+from . import cases
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
@@ -42,8 +44,9 @@ WORDS = {
 NUMBER = re.compile(r'(?<![\w.-])[+-]?\d[\d.,]*(?![\w-])')
 INTERVAL = re.compile(r'\([+-]?[\d.]+ to [+-]?[\d.]+[^)]*\)')
 
-# [`module.name`](../path.py), or [`Name`](../path.py)
-NAME = re.compile(r'\[`([\w.]+)`\]\(\.\./\.\./(vqmoe_vision/[\w/]+)\.py\)')
+
+def read(page: str) -> str:
+    return (ROOT / 'docs' / page).read_text()
 
 
 def lines_of(page: Path) -> list[str]:
@@ -69,7 +72,7 @@ def anchors(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize('page', PROSE, ids=lambda page: page.stem)
-def test_prose_is_plain(page: Path) -> None:
+def test_prose_is_plain(page):
     found, lines = list(sentences(page)), lines_of(page)
     assert not [each for each in found if len(re.findall(r'\S*\w\S*', each)) > 25]
     assert not [each for each in found if len(NUMBER.findall(INTERVAL.sub('', each))) > 2]
@@ -82,110 +85,80 @@ def test_prose_is_plain(page: Path) -> None:
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     for file, anchor in LINK.findall('\n'.join(lines_of(page))):
         target = page.parent / file if file else page
         assert target.exists(), file
         assert not anchor or anchor in anchors(target), (file, anchor)
 
 
-def test_pages_that_are_made_from_code_are_current() -> None:
+def test_pages_that_are_made_from_code_are_current():
     for path, text in runpy.run_path(str(ROOT / 'docs/generate.py'))['pages']():
         assert path.read_text() == text, 'run make reference'
 
 
-def test_the_key_answers_thirty_questions() -> None:  # their headings are links like others
-    key = (ROOT / 'docs/reference/questions.md').read_text()
-    rows = re.findall(r'^\| (\d+) \|.*\]\(\S+#\S+\) \| (full|part) \|$', key, re.MULTILINE)
+def test_the_key_answers_thirty_questions():  # their headings are links like others
+    row = r'^\| (\d+) \|.*\]\(\S+#\S+\) \| (full|part) \|$'
+    rows = re.findall(row, read('reference/questions.md'), re.MULTILINE)
     assert [int(number) for number, _ in rows] == [*range(1, 31)]
     assert [answer for _, answer in rows].count('full') >= 27
 
 
-def python_blocks() -> list:
-    blocks = []
+def python_blocks() -> Iterator:
     for page in PAGES:
-        text = page.read_text()
-        for match in FENCE.finditer(text):
-            lines_before = text.count('\n', 0, match.start(1))
+        for match in FENCE.finditer(text := page.read_text()):
+            before = text.count('\n', 0, match.start(1))
             # Padded, so that a traceback names the line of the page.
-            padded = '\n' * lines_before + match[1]
-            blocks.append(pytest.param(page, padded, id=f'{page.name} line {lines_before + 1}'))
-    return blocks
+            padded = '\n' * before + match[1]
+            yield pytest.param(page, padded, id=f'{page.name} line {before + 1}')
 
 
-@pytest.mark.parametrize(('page', 'block'), python_blocks())
-def test_python_block_runs(
-    page: Path, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@cases('page, block', *python_blocks())
+def test_python_block_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what a block writes must not land in the repository
     exec(compile(block, str(page), 'exec'), {'__name__': '__main__'})
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_method_has_its_row_and_its_section(method: str) -> None:
+def test_every_method_has_its_row_and_its_section(method):
     section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
-    assert re.search(section, (ROOT / 'docs/explanation/methods.md').read_text(), re.M)
-    assert f', `vit_*_{method}` |' in (ROOT / 'docs/explanation/which-method.md').read_text()
-
-
-def test_methods_page_links_names_to_the_files_that_define_them() -> None:
-    found = NAME.findall((ROOT / 'docs/explanation/methods.md').read_text())
-    names = [(name, path) for name, path in found if not name.endswith('.py')]
-    assert len(names) > 5
-    for name, path in names:
-        module = importlib.import_module(path.replace('/', '.'))
-        operator.attrgetter(name.removeprefix(f'{path.rpartition("/")[2]}.'))(module)
+    assert re.search(section, read('explanation/methods.md'), re.M)
+    assert f', `vit_*_{method}` |' in read('explanation/which-method.md')
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> None:
-    rows = re.findall(
-        rf'^\| `{method}` \| ([^|]*) \|', (ROOT / 'docs/how-to/weights-in.md').read_text(), re.M
-    )
+def test_options_that_start_as_the_dense_model_are_in_the_table(method):
+    rows = re.findall(rf'^\| `{method}` \| ([^|]*) \|', read('how-to/weights-in.md'), re.M)
     cases = METHODS[method].config.EXACT_UPCYCLING.values()
     written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
     assert rows == ([case or 'none are needed' for case in written] or ['there are none'])
 
 
-# --- names in the picture of the architecture, and on the page of places
+# --- what pages and the picture of the architecture name, and in which file
 
-TEXT = (ROOT / 'docs/images/architecture.dot').read_text()
-LABELS = [label.split(r'\n') for label in re.findall(r'label="([^"]+)"', TEXT)]
-FILES = [
-    (lines[at - 1], line)
-    for lines in LABELS
-    for at, line in enumerate(lines)
-    if line.endswith('.py')
+LABELS = re.findall(r'label="([^"]+)"', read('images/architecture.dot'))
+DRAWN = [line for label in LABELS for line in label.split(r'\n')]
+# [`module.name`](../path.py), or [`Name`](../path.py)
+LINKED = r'\[`([\w.]+)`\]\(\.\./\.\./vqmoe_vision/([\w/]+\.py)\)'
+PLACES = [
+    *((above, file) for above, file in pairwise(DRAWN) if file.endswith('.py')),
+    *(link for link in re.findall(LINKED, read('explanation/methods.md')) if '.py' not in link[0]),
+    *(
+        (n, f)
+        for f, n in re.findall(r'`([\w/]+\.py)::([\w.]+)`', read('explanation/architecture.md'))
+    ),
 ]
 
 
-@pytest.mark.parametrize(('name', 'file'), FILES)
-def test_what_is_named_above_a_file_is_defined_in_it(name: str, file: str) -> None:
-    module = importlib.import_module('vqmoe_vision.' + file.removesuffix('.py').replace('/', '.'))
-    assert getattr(module, name).__module__ == module.__name__
+@cases('name, file', *sorted({*PLACES}))
+def test_what_is_named_is_defined_in_its_file(name, file):
+    place = file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+    module = importlib.import_module(f'vqmoe_vision.{place}')
+    found = operator.attrgetter(name.removeprefix(f'{Path(file).stem}.'))(module)
+    assert len(PLACES) > 40 and getattr(found, '__module__', module.__name__) == module.__name__
 
 
-def test_picture_is_drawn_from_its_text() -> None:
-    svg = (ROOT / 'docs' / 'images' / 'architecture.svg').read_text()
+def test_picture_is_drawn_from_its_text():
+    svg = read('images/architecture.svg')
     drawn = [html.unescape(text) for text in re.findall(r'<text [^>]*>([^<]*)</text>', svg)]
-    expected = [line for lines in LABELS for line in lines]
-    assert sorted(drawn) == sorted(expected), 'run make picture'
-
-
-PLACES = re.findall(
-    r'`([\w/]+\.py)::([\w.]+)`', (ROOT / 'docs/explanation/architecture.md').read_text()
-)
-
-
-@pytest.mark.parametrize(('file', 'name'), PLACES)
-def test_what_the_page_names_is_there(file: str, name: str) -> None:
-    body = ast.parse((ROOT / 'vqmoe_vision' / file).read_text()).body
-    for part in name.split('.'):
-        found = [
-            node
-            for node in body
-            if getattr(node, 'name', None) == part
-            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == part)
-        ]
-        assert found, part
-        body = getattr(found[0], 'body', [])
+    assert sorted(drawn) == sorted(DRAWN), 'run make picture'
