@@ -18,3 +18,8 @@ def refused(message: str, call: Callable, *args: Any, error: Any = ValueError, *
     said = str(caught.value)
     assert '\n' not in said and 'weights_only' not in said
     return said
+
+
+def needs_onnx() -> None:
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)

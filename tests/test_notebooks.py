@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_kept_and_small(path: Path) -> None:
+def test_outputs_are_kept_and_small(path):
     cells = cells_of(read(path))
     assert [cell['execution_count'] for cell in cells] == [*range(1, len(cells) + 1)]
     assert '%pip install' in ''.join(cells[0]['source']) and cells[-1]['outputs']
@@ -22,7 +21,7 @@ def test_outputs_are_kept_and_small(path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_runs(path: Path, tmp_path: Path) -> None:
+def test_every_cell_runs(path, tmp_path):
     (copy := tmp_path / path.name).write_bytes(path.read_bytes())
     environment = {**os.environ, 'PYTHONPATH': str(FOLDER.parents[1])}
     subprocess.run(

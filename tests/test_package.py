@@ -33,8 +33,8 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.moe import METHODS, MoeConfig, MoeLayer
 from vqmoe_vision.provenance import commit, processor
 
-PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
-TOOLS = PACKAGE.parent / 'tools'
+ROOT = Path(__file__).parents[1]
+PACKAGE, TOOLS = ROOT / 'vqmoe_vision', ROOT / 'tools'
 # A part may import itself and the parts of a lower layer.
 LAYERS = {
     'arguments': 0,
@@ -67,7 +67,7 @@ def imported_parts(source: str, package: str) -> set[str]:
 def test_imports_point_down():
     wrong = []
     for path in PACKAGE.rglob('*.py'):
-        relative = path.relative_to(PACKAGE.parent)
+        relative = path.relative_to(ROOT)
         part = relative.parts[1].removesuffix('.py')
         if part == '__init__':
             continue
@@ -96,7 +96,7 @@ METHODS['mocle']
 
 
 def test_version_and_changelog_agree():
-    changelog = (PACKAGE.parent / 'CHANGELOG.md').read_text()
+    changelog = (ROOT / 'CHANGELOG.md').read_text()
     newest = re.search('^## (.*)$', changelog, re.MULTILINE)
     assert newest
     released = f'{re.escape(vqmoe_vision.__version__)} - [0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}'
@@ -110,9 +110,6 @@ def test_readme_citation_and_code_call_the_paper_alike():
         assert title in (ROOT / file).read_text()
     cited = (ROOT / 'CITATION.cff').read_text()
     assert f'\nversion: {vqmoe_vision.__version__}\n' in cited
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def names(folder: Path) -> set[str]:
@@ -180,18 +177,11 @@ def test_help_and_typos_are_told_by_the_standard_library():
 
 
 @pytest.mark.parametrize('tool', NAMES)
-def test_examples_in_the_help_of_a_tool_are_possible(tool):
-    assert (TOOLS / f'{tool}.py').is_file()
+def test_examples_in_the_help_of_a_tool_are_possible_and_reach_it_as_they_are(tool, monkeypatch):
     *sentences, examples = NAMES[tool]
     assert examples and all(text[0].isupper() and '.' in text for text in sentences)
-    for example in examples:
-        parser_of(tool).parse_args(shlex.split(example))
-
-
-@pytest.mark.parametrize('tool', NAMES)
-def test_vqmoe_and_a_tool_take_the_same_arguments(tool, monkeypatch):
-    ran: list[list[str]] = []
-    run_path = runpy.run_path
+    script, run_path, ran = TOOLS / f'{tool}.py', runpy.run_path, []
+    assert script.is_file()
 
     def run(path: str, **options: str) -> dict:
         if Path(path).parent != TOOLS:
@@ -200,11 +190,12 @@ def test_vqmoe_and_a_tool_take_the_same_arguments(tool, monkeypatch):
         return {}
 
     monkeypatch.setattr(runpy, 'run_path', run)
-    for example in NAMES[tool][2]:
+    for example in examples:
+        parser_of(tool).parse_args(shlex.split(example))
         words = [word if word != 'CONFIG' else __file__ for word in shlex.split(example)]
         monkeypatch.setattr(sys, 'argv', ['vqmoe', tool, *words])
         vqmoe.main()
-        assert ran.pop() == [str(TOOLS / f'{tool}.py'), *words]
+        assert ran.pop() == [str(script), *words]
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in TOOLS.glob('*.py')))
@@ -281,7 +272,7 @@ def test_a_changed_file_is_marked_unless_it_is_a_row(tmp_path, monkeypatch):
 
 
 MODULES = sorted(
-    '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__')
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
     for path in PACKAGE.rglob('*.py')
     if path.name != '__main__.py'
 )

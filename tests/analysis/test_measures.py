@@ -31,15 +31,6 @@ ONE_TAKES_ALL = torch.tensor([0.0, 12.0, 0.0, 0.0])
 EVEN = torch.full((E,), 3.0)
 
 
-def make_experts(identical: bool) -> Experts:
-    experts = Experts(E, in_features=6, hidden_features=5)
-    for p in experts.parameters():
-        nn.init.normal_(p)
-        if identical:
-            p.data[:] = p.data[0].clone()
-    return experts
-
-
 def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load():
     assert measures.load_entropy(ONE_TAKES_ALL) == 0
     # load 0, 12, 0, 0: mean 3, variance (9 + 81 + 9 + 9) / 4 = 27; sqrt(27) / 3 = sqrt(E - 1)
@@ -92,7 +83,10 @@ def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length()
 def test_identical_experts_are_wholly_similar_and_others_are_not():
     tokens = torch.randn(9, 6)
     for similar in (True, False):
-        experts = make_experts(similar)
+        experts = Experts(E, in_features=6, hidden_features=5)
+        for p in experts.parameters():
+            nn.init.normal_(p)
+            p.data[:] = p.data[0].clone() if similar else p.data
         by_weights = measures.weight_similarity(experts)
         by_outputs = measures.output_similarity(measures.expert_outputs(experts, tokens))
         for similarity in (by_weights, by_outputs):

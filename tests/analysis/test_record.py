@@ -15,17 +15,6 @@ from vqmoe_vision.moe.routing import Router, Routing
 E, NAME = 4, 'blocks.1.mlp'
 
 
-class GivenRouter(Router):
-    """Answers what it is told."""
-
-    def __init__(self, routing: Routing) -> None:
-        super().__init__()
-        self.routing = routing
-
-    def forward(self, x: Tensor) -> Routing:
-        return self.routing
-
-
 @torch.no_grad()
 def answer(layer: MoeLayer, record: LayerRecord) -> Tensor:
     """The layer's answer, computed anew from nothing but what was recorded."""
@@ -102,7 +91,9 @@ def test_dropped_assignments_have_no_expert_and_come_last():
         torch.tensor([[0.6, 0.3], [0.5, 0.4], [0.5, 0.2]]),
         kept=torch.tensor([[True, True], [False, True], [False, False]]),
     )
-    layer = RoutedMlp(GivenRouter(routing), Experts(3, in_features=2, hidden_features=2))
+    router = Router()
+    router.forward = lambda x: routing
+    layer = RoutedMlp(router, Experts(3, in_features=2, hidden_features=2))
     with torch.no_grad(), record_layers(layer) as records:
         layer(torch.randn(1, 3, 2))
     assert records[''].experts['router'].tolist() == [[[0, 1], [0, -1], [-1, -1]]]

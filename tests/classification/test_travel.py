@@ -211,34 +211,29 @@ def test_mistakes_are_one_line(tmp_path):
     assert not out.exists() and sorted(path.name for path in full.iterdir()) == ['mine']
 
 
-def test_images_without_labels_are_classified(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_without_labels_are_classified(trained, tmp_path, capsys):
     config, checkpoint = str(trained / 'tiny.py'), str(trained / 'epoch_1.pth')
-    settings = load_config(config)
+    settings, out = load_config(config), tmp_path / 'out'
     source = digits('test', settings.test_dataloader.dataset.transform)
     (tmp_path / 'in').mkdir()
-    for i in range(3):
-        source.source[i][0].save(tmp_path / f'in/{i}.png')
-    command = [config, checkpoint, str(tmp_path / 'in'), '--out-dir', str(tmp_path / 'out')]
+    files = [str(tmp_path / f'in/{i}.png') for i in range(3)]
+    for i, file in enumerate(files):
+        source.source[i][0].save(file)
+    command = [config, checkpoint, str(tmp_path / 'in'), '--out-dir', str(out)]
     predict([*command, '--topk', '2', '--device', 'cpu'])
-    said = capsys.readouterr().out
-    found = json.loads((tmp_path / 'out/predictions.json').read_text())
-    with (tmp_path / 'out/predictions.csv').open() as file:
-        rows = list(csv.DictReader(file))
+    said, found = capsys.readouterr().out, json.loads((out / 'predictions.json').read_text())
+    rows = csv.DictReader((out / 'predictions.csv').read_text().splitlines())
+    assert found == [
+        {**row, 'rank': int(row['rank']), 'probability': float(row['probability'])} for row in rows
+    ]
     model = load_trained(settings, checkpoint, 'cpu')
     model.normalize_inputs({'test_dataloader.dataset': source})
     with torch.no_grad():  # what a test makes of the same images
         shares, places = model(torch.stack([source[i][0] for i in range(3)])).softmax(1).topk(2)
-    assert len(found) == 6 and found == [
-        {**row, 'rank': int(row['rank']), 'probability': float(row['probability'])} for row in rows
-    ]
-    assert [row['image'] for row in found[::2]] == [str(tmp_path / f'in/{i}.png') for i in range(3)]
-    assert all(row['image'] in said for row in found)
+    assert [row['image'] for row in found] == [file for file in files for _ in range(2)]
+    assert all(file in said for file in files)
     assert [row['class'] for row in found] == [str(place) for place in places.flatten().tolist()]
-    torch.testing.assert_close(
-        torch.tensor([row['probability'] for row in found]), shares.flatten()
-    )
-    for wrong in (['--topk', '11'], ['--opacity', '0.5'], ['--topk', '0']):
-        with pytest.raises(SystemExit, match=f'^error: {wrong[0]}='):
-            predict([*command, *wrong])
+    probabilities = torch.tensor([row['probability'] for row in found])
+    torch.testing.assert_close(probabilities, shares.flatten())
+    for flag, value in (('--topk', '11'), ('--opacity', '0.5'), ('--topk', '0')):
+        refused(f'^error: {flag}=', predict, [*command, flag, value], error=SystemExit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -86,7 +85,7 @@ def known(outcomes: dict[str, Made]) -> set[Interval]:
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
-def test_intervals_of_documents_are_those_of_rows(path: Path, known: set[Interval]) -> None:
+def test_intervals_of_documents_are_those_of_rows(path, known):
     wrong = []
     prose = re.sub('<!-- compare .*?<!-- end -->', '', path.read_text(), flags=re.DOTALL)
     for found in INTERVAL.finditer(' '.join(prose.split())):  # over ends of lines
@@ -97,6 +96,6 @@ def test_intervals_of_documents_are_those_of_rows(path: Path, known: set[Interva
 
 
 @pytest.mark.parametrize('path', MADE, ids=lambda path: path.name)
-def test_tables_of_pages_are_made_of_rows(path: Path, outcomes: dict[str, Made]) -> None:
+def test_tables_of_pages_are_made_of_rows(path, outcomes):
     made = fill(path.read_text(), outcomes.__getitem__, ROWS.parent)
     assert made == path.read_text(), f'python tools/compare.py pages {path.relative_to(ROOT)}'

@@ -266,7 +266,7 @@ def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says):
     assert Path('drawn/forest.png').is_file()
 
 
-def test_tables_of_a_page_are_made_where_they_stand(fill, says) -> None:
+def test_tables_of_a_page_are_made_where_they_stand(fill, says):
     Path('configs/comparisons').mkdir(parents=True)
     Path(fill(SCORES)).rename('configs/comparisons/spec.py')
     opening = 'Above.\n\n<!-- compare {} dense better other : "spec=A title" -->\n'

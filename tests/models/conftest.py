@@ -19,6 +19,7 @@ from ..variants import VARIANTS
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
 Make = Callable[..., nn.Module]
 DENSE = 'vit_tiny_patch16_224'
+DINOV3 = 'vit_small_patch16_dinov3'  # an `Eva`: rotary positions, registers, LayerScale
 # every way of every method to begin with the answers of a dense model: name, options, and an id
 EXACT = [
     pytest.param(name, options, id=f'{name}-{label}')

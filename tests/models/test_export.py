@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from vqmoe_vision.models.export import (
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
+from .. import needs_onnx
 from ..variants import VARIANTS
 from .conftest import make
 
@@ -28,11 +28,6 @@ from .conftest import make
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
 # Four patches and a class token: few enough tokens that images leave an expert out.
 SMALL = {'img_size': 16, 'depth': 1, 'moe_layers': [0], 'embed_dim': 16, 'num_experts': 3}
-
-
-def needs_onnx() -> None:
-    for name in ('onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(name)
 
 
 @torch.no_grad()
@@ -97,16 +92,22 @@ def test_every_variant_leaves(variant, tmp_path):
             assert difference.largest < 2e-6, (file.suffix, difference)
 
 
+ELSEWHERE = """
+import sys, torch
+extra = {'about.json': ''}
+program = torch.export.load(sys.argv[1], extra_files=extra)
+print(program.module()(torch.arange(2304.0).view(3, 3, 16, 16).sin()).tolist())
+print(extra['about.json'])
+assert not any(name.startswith('vqmoe_vision') for name in sys.modules)
+"""
+
+
 def test_a_program_loads_where_this_package_is_not_imported(tmp_path):
     model = make('vqmoe', **SMALL)
     file = save_program(model, tmp_path / 'model.pt2')
-    answers, about = run_elsewhere(
-        file,
-        'print(program.module()(images).tolist())',
-        'print(extra["about.json"])',
-        'assert not any(name.startswith("vqmoe_vision") for name in sys.modules)',
-    )
-    expected = Exportable.of(model).run(IMAGES)[0]
+    command = [sys.executable, '-W', 'ignore', '-c', ELSEWHERE, str(file)]
+    answers, about = subprocess.check_output(command, text=True).splitlines()
+    expected = Exportable.of(model).run(torch.arange(2304.0).view(3, 3, 16, 16).sin())[0]
     torch.testing.assert_close(torch.tensor(json.loads(answers)), expected, **CLOSE)
     assert json.loads(about) == {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}
 
@@ -152,20 +153,3 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr('vqmoe_vision.models.export._PACKAGES', ('onnx_of_nobody',))
     with pytest.raises(ModuleNotFoundError, match=r'need onnx_of_nobody: pip install .*\[export\]'):
         export_onnx(make('smoe', **SMALL), tmp_path / 'model.onnx')
-
-
-NUMBERS = 3 * 3 * 16 * 16
-IMAGES = torch.arange(float(NUMBERS)).view(3, 3, 16, 16).sin()
-
-
-def run_elsewhere(file: Path, *statements: str) -> list[str]:
-    """What statements print; they know `program`, `images`, which are `IMAGES`, and `extra`."""
-    code = (
-        'import sys, torch',
-        'extra = {"about.json": ""}',
-        f'program = torch.export.load({str(file)!r}, extra_files=extra)',
-        f'images = torch.arange({NUMBERS}.).view(3, 3, 16, 16).sin()',
-        *statements,
-    )
-    command = [sys.executable, '-W', 'ignore', '-c', '\n'.join(code)]
-    return subprocess.check_output(command, text=True).splitlines()

@@ -23,7 +23,7 @@ from vqmoe_vision.models.export import (
 )
 from vqmoe_vision.moe import METHODS
 
-from .. import cases, refused
+from .. import cases, needs_onnx, refused
 from ..groups import alone
 from .conftest import DENSE, TINY, dense, make
 
@@ -199,8 +199,7 @@ EXPORTED: dict[str, Any] = {
 
 @pytest.mark.parametrize('named', EXPORTED)
 def test_what_is_not_exported(named, tmp_path, monkeypatch):
-    for name in ('onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(name)
+    needs_onnx()
     monkeypatch.chdir(tmp_path)
     refused(f'^{named}', EXPORTED[named])
     assert not list(tmp_path.iterdir())

@@ -101,15 +101,10 @@ def test_a_file_of_numpy_is_read_by_timm_alone(tmp_path):
         refused(r"'.*a\.npz' is ", build)
 
 
-@pytest.mark.parametrize('kind', ['text', 'code', 'list'])
-def test_other_files_are_no_weights(kind, tmp_path):
+@cases('content', 'no checkpoint', {'state_dict': {}, 'code': Call(print, 'harm')}, [1, 2])
+def test_other_files_are_no_weights(content, tmp_path):
     path = tmp_path / 'a.pth'
-    if kind == 'text':
-        path.write_text('this is no checkpoint')
-    else:
-        torch.save(
-            {'state_dict': {}, 'code': Call(print, 'harm')} if kind == 'code' else [1, 2], path
-        )
+    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
     refused('is damaged, or holds more than weights', make, 'smoe', upcycle=str(path))
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
 
 from vqmoe_vision.moe.codebooks import nearest_code, rotate_to
 from vqmoe_vision.moe.codebooks.ema import CODEBOOKS, UsageCodebook
@@ -113,9 +112,6 @@ def test_ema_follows_the_recursion_in_numpy():
         np.testing.assert_allclose(book.codes().numpy(), codes, rtol=0, atol=1e-5)
 
 
-AVERAGED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, UsageCodebook)]
-
-
 @every_codebook
 def test_the_largest_cosine_wins_known_answer(name):
     # token (3, 4), codes (4, 0) and (0, 20): the first is nearer, 1 + 16 < 9 + 256, but the cosines
@@ -144,17 +140,11 @@ def test_the_length_of_a_token_decides_nothing_and_has_no_gradient(name):
     torch.testing.assert_close((x.grad * x).sum(dim=1), torch.zeros(20), rtol=0, atol=1e-6)
 
 
-def directions(num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Tokens of very different length around M directions, and these."""
-    centres = torch.eye(D)[:M]
-    lengths = 10 ** torch.linspace(-1, 1, num_tokens)[:, None]
-    tokens = centres[torch.arange(num_tokens) % M] + 0.01 * torch.randn(num_tokens, D)
-    return lengths * tokens, centres
-
-
 def test_a_start_by_directions_finds_them():
     book = CODEBOOKS['ema'](M, D, use_cosine_sim=True)
-    x, centres = directions(120)
+    centres = torch.eye(D)[:M]  # around them tokens of very different length
+    x = centres[torch.arange(120) % M] + 0.01 * torch.randn(120, D)
+    x *= 10 ** torch.linspace(-1, 1, 120)[:, None]
     learn(book, x)
     distance, owner = torch.cdist(centres, book.codes()).min(dim=1)
     assert sorted(owner.tolist()) == list(range(M))
@@ -167,7 +157,7 @@ def test_a_start_by_directions_finds_them():
     assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
 
 
-@pytest.mark.parametrize('name', AVERAGED)
+@pytest.mark.parametrize('name', [n for n, c in CODEBOOKS.items() if issubclass(c, UsageCodebook)])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_averages_stay_float32_in_a_model_that_is_cast(name, dtype):
     plain, built = CODEBOOKS[name](M, D), CODEBOOKS[name](M, D, dtype=dtype)
@@ -185,25 +175,18 @@ def test_averages_stay_float32_in_a_model_that_is_cast(name, dtype):
             assert torch.equal(book.get_buffer(key), value), key
 
 
-def theirs(codes: Tensor, num_tokens: int, **options: float) -> torch.nn.Module:
-    """Their codebook with these codes, whose start counts as even usage by a pass, as ours."""
-    library = pytest.importorskip('vector_quantize_pytorch')
-    module = library.VectorQuantize(
-        dim=codes.shape[1], codebook_size=len(codes), commitment_weight=0.25, **options
-    )
-    book, even = module._codebook, num_tokens / len(codes)
-    book.embed.copy_(codes)
-    book.embed_avg.copy_(even * codes)
-    book.cluster_size.fill_(even)
-    return module
-
-
 @pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
 def test_ema_codebooks_are_those_of_vector_quantize_pytorch(cosine):
     codes = torch.nn.functional.normalize(torch.randn(M, D), dim=1)
     options = {'use_cosine_sim': cosine}
     book = make('ema', codes, dead_code_threshold=0.0, **options)
-    other = theirs(codes, 64, decay=0.99, rotation_trick=False, **options)
+    other = pytest.importorskip('vector_quantize_pytorch').VectorQuantize(
+        D, M, commitment_weight=0.25, decay=0.99, rotation_trick=False, **options
+    )
+    even = 64 / M  # its start counts as even usage by a pass, as ours
+    other._codebook.embed.copy_(codes)
+    other._codebook.embed_avg.copy_(even * codes)
+    other._codebook.cluster_size.fill_(even)
     for _ in range(10):
         x = torch.randn(1, 64, D) + 0.5
         x_ours, x_theirs = x[0].clone().requires_grad_(), x.clone().requires_grad_()

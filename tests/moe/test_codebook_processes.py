@@ -1,6 +1,7 @@
 """Two processes learn one codebook from the tokens of both."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from vqmoe_vision.moe.codebooks.usage import code_usage
 from vqmoe_vision.moe.distributed import place_experts
 from vqmoe_vision.moe.experts import Experts
 
+from .. import refused
 from ..forked import spawn
 from ..groups import begin
 from .codebooks import ZERO, M, same, state
@@ -142,16 +144,8 @@ def test_equals_all_experts_on_each_process(batches, tmp_path):
     assert all('layer.experts.fc1.weight' in names for names in found.values())
 
 
-class Mesh:
-    """As many processes as an error needs to know."""
-
-    def size(self) -> int:
-        return 3
-
-
 def test_refuses_processes_that_do_not_divide_the_experts():
     layer = OneLayer('smoe')
-    message = r'^experts of layer.experts=4'
-    with pytest.raises(ValueError, match=message):
-        place_experts(layer, Mesh())  # type: ignore[arg-type]
+    three = SimpleNamespace(size=lambda: 3)
+    refused(r'^experts of layer.experts=4', place_experts, layer, three)
     assert all(m.exchange is None for m in layer.modules() if isinstance(m, Experts))

@@ -272,11 +272,8 @@ def test_operations_of_grouped_mm_are_counted(compiled):
     torch._dynamo.reset()
     experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=False)
     case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
-    run = (
-        torch.compile(dispatch.run_experts, backend='aot_eager')
-        if compiled
-        else dispatch.run_experts
-    )
+    run = dispatch.run_experts
+    run = torch.compile(run, backend='aot_eager') if compiled else run
     with use_kernel('grouped_mm'), FlopCounterMode(display=False) as counter:
         run_and_backward(run, *case)
     # 9 rows through 8 x 16 and 16 x 8, each with the gradients of rows and of weights

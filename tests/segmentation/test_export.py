@@ -17,7 +17,7 @@ from vqmoe_vision.models.export import differences, export_onnx, load_exported
 from vqmoe_vision.segmentation import TimmViT
 from vqmoe_vision.segmentation.segmentor import SegmentorGraph
 
-from .. import cases, refused
+from .. import cases, needs_onnx, refused
 from ..classification.test_travel import CODE, equal
 from ..rows import ROWS, row_options
 from ..runs import NORMALIZATION, leave_run
@@ -85,8 +85,7 @@ def test_the_graph_of_two_classes_has_their_threshold():
 
 
 def test_onnxruntime_gives_the_same_label_maps(tmp_path):
-    for name in ('onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(name)
+    needs_onnx()
     model = tiny_segmentor(backbone={'depth': 1, 'moe': {'moe_layers': [0]}}, test_cfg=SLIDE)
     model.train()
     exportable = model.exportable((40, 48))
