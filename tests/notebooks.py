@@ -30,12 +30,7 @@ def execute(notebook: dict[str, Any]) -> None:
         cell.update(execution_count=number, outputs=[stream] if text else [])
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A notebook of a file."""
-    return json.loads(path.read_text())
-
-
 if __name__ == '__main__':
     for name in sys.argv[1:]:
-        execute(notebook := read(Path(name)))
+        execute(notebook := json.loads(Path(name).read_text()))
         Path(name).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')

@@ -42,6 +42,19 @@ def leave_dense(file: Path, config: str, field: str, more: Any = None, **beside:
     return str(file)
 
 
+def total_of(model: Any, entries: dict[str, Any], task: str, mlp: Any) -> torch.Tensor:
+    """The loss: that of the task and all that `mlp`, of block 1, has, which logs its load."""
+    auxiliary = {k for k in entries if 'loss' in k} - {task}
+    assert all(key.startswith('blocks.1.mlp/') for key in auxiliary)
+    assert bool(auxiliary) == getattr(mlp, 'needs_collecting', False)
+    # without a router every expert has as much to do, and there is no load to report
+    logged = model.logged_statistics.summary()
+    assert ('blocks.1.mlp/load_max' in logged) == hasattr(mlp, 'router')
+    total, _ = model.parse_losses(entries)
+    torch.testing.assert_close(total, sum(entries[key] for key in auxiliary | {task}))
+    return total
+
+
 _NAMES = count()  # mmengine keeps one logger per name in a process
 
 

@@ -120,14 +120,11 @@ def test_python_block_runs(page, block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_method_has_its_row_and_its_section(method):
+def test_every_method_has_its_section_and_its_rows(method):
     section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
     assert re.search(section, read('explanation/methods.md'), re.M)
     assert f', `vit_*_{method}` |' in read('explanation/which-method.md')
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_options_that_start_as_the_dense_model_are_in_the_table(method):
+    # options that start as the dense model
     rows = re.findall(rf'^\| `{method}` \| ([^|]*) \|', read('how-to/weights-in.md'), re.M)
     cases = METHODS[method].config.EXACT_UPCYCLING.values()
     written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]

@@ -1,6 +1,5 @@
 """Tiny models of every method, and of every preset and trial that runs other code."""
 
-from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -19,8 +18,6 @@ from ..variants import VARIANTS
 TINY = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
 TINY |= {'num_experts': 4}
 
-Make = Callable[..., VisionTransformer]
-
 
 def make(method: str, **options: Any) -> VisionTransformer:
     torch.manual_seed(0)
@@ -33,11 +30,6 @@ def unpainted(monkeypatch) -> None:
     blank = BytesIO()
     Image.new('RGB', (8, 8)).save(blank, 'png')
     monkeypatch.setattr(Figure, 'savefig', lambda _, file, **__: file.write(blank.getvalue()))
-
-
-@pytest.fixture
-def make_tiny() -> Make:
-    return make
 
 
 @pytest.fixture(params=VARIANTS)

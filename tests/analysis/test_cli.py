@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from vqmoe_vision.analysis.cli import analyze
 from vqmoe_vision.engine.cli import load_config
 
+from .. import refused
 from ..rows import CONFIGS
 
 DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
@@ -56,14 +57,6 @@ def report(tmp_path, capsys) -> Callable[..., dict]:
     return run
 
 
-def says(*words: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        analyze(words)
-    message = str(stopped.value)
-    assert message.startswith('error: ') and '\n' not in message
-    return message
-
-
 def test_a_segmentor_beside_a_classifier(untrained, report):
     beside = untrained(SCENES, 'scenes')
     one, other = report(*untrained(), '--beside', *beside)['surveys']
@@ -99,8 +92,8 @@ def test_mistakes_are_one_line(untrained, tmp_path):
         (['--images', str(tmp_path / 'broken')], 'b.png cannot be read'),
         (['--out', str(tmp_path / 'file' / 'out')], 'cannot be written'),
     ):
-        assert said in says(config, checkpoint, *flags)
-    assert 'absent.pth' in says(config, 'absent.pth')
+        refused(f'^error: .*{said}', analyze, [config, checkpoint, *flags], error=SystemExit)
+    refused(r'^error: .*absent\.pth', analyze, [config, 'absent.pth'], error=SystemExit)
 
 
 def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained):
@@ -109,5 +102,5 @@ def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained)
     state = torch.load(first)['state_dict']
     for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
         torch.save({'state_dict': state, 'meta': {'iter': meta[0], 'seed': meta[1]}}, path)
-    assert 'iter=1' in says(config, first, second)
-    assert 'seed=7' in says(config, first, third)
+    refused('^error: .*iter=1', analyze, [config, first, second], error=SystemExit)
+    refused('^error: .*seed=7', analyze, [config, first, third], error=SystemExit)

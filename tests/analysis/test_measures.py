@@ -26,6 +26,8 @@ from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.routing import Router, Routing
 
+from .conftest import make
+
 E = 4
 ONE_TAKES_ALL = torch.tensor([0.0, 12.0, 0.0, 0.0])
 EVEN = torch.full((E,), 3.0)
@@ -220,8 +222,8 @@ def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused():
 NAME = 'blocks.1.mlp'
 
 
-def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny):
-    before = make_tiny('smoe')
+def test_changes_between_checkpoints_are_counted_over_all_images():
+    before = make('smoe')
     after = copy.deepcopy(before)
     images = torch.rand(3, 3, 32, 32)
     assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 0}
@@ -231,9 +233,9 @@ def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny):
     assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 1}
 
 
-def test_a_part_that_arrives_first_has_converged_first(make_tiny):
+def test_a_part_that_arrives_first_has_converged_first():
     # the router has its last weights at the second checkpoint of three, the experts are half way
-    start = make_tiny('vqmoe', num_experts=2).state_dict()
+    start = make('vqmoe', num_experts=2).state_dict()
     moved = {n: torch.randn_like(v) for n, v in start.items() if v.is_floating_point()}
     end = {n: v + moved.get(n, 0) for n, v in start.items()}
     middle = {n: v + moved.get(n, 0) * (1 if '.router.' in n else 0.5) for n, v in start.items()}

@@ -12,6 +12,8 @@ from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import MoeLayer, RoutedMlp
 from vqmoe_vision.moe.routing import Router, Routing
 
+from .conftest import make
+
 E, NAME = 4, 'blocks.1.mlp'
 
 
@@ -72,8 +74,8 @@ def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant):
         torch.testing.assert_close(record.combine.sum((2, 3)), torch.ones(3, 17))
 
 
-def test_an_error_closes_the_block_and_blocks_do_not_nest(make_tiny):
-    model = make_tiny('smoe')
+def test_an_error_closes_the_block_and_blocks_do_not_nest():
+    model = make('smoe')
     with pytest.raises(ZeroDivisionError), record_layers(model):
         raise ZeroDivisionError
     refused = pytest.raises(RuntimeError, match='do not nest')

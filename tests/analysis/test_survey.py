@@ -14,6 +14,7 @@ from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 
 from .. import cases, refused
+from .conftest import make
 
 E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']
 AS_IT_IS = Normalization((0.0,) * 3, (1.0,) * 3)
@@ -21,14 +22,6 @@ AS_IT_IS = Normalization((0.0,) * 3, (1.0,) * 3)
 
 def look(model: nn.Module, *batches, **options) -> Survey:
     return survey(model, batches, title='t', normalization=AS_IT_IS, **options)
-
-
-def images_of_classes(per_class: int) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, 32, 32) in [0, 1] of four classes: a colour each, and a little noise."""
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
-    images = colours[:, None, :, None, None] + 0.05 * torch.randn(E, per_class, 3, 32, 32)
-    labels = torch.arange(E).repeat_interleave(per_class)
-    return images.flatten(0, 1).clamp(0, 1), labels
 
 
 @torch.no_grad()
@@ -52,9 +45,8 @@ def make_collapsed(model: VisionTransformer) -> None:
     for p in layer.experts.parameters():
         nn.init.normal_(p, std=0.3)
         p[:] = p[0].clone()
-    if hasattr(layer, 'quantizer'):
-        layer.quantizer.codebook.embed.copy_(10 + torch.rand(E, 16))
-        layer.quantizer.codebook.embed[2] = norm.bias + 0.1
+    layer.quantizer.codebook.embed.copy_(10 + torch.rand(E, 16))
+    layer.quantizer.codebook.embed[2] = norm.bias + 0.1
 
 
 DECIDERS = ('router', 'quantizer.codebook')
@@ -75,9 +67,12 @@ COLLAPSE = {
 }
 
 
-def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny):
-    images, labels = images_of_classes(5)
-    models = {name: make_tiny('vqmoe', codebook='plain') for name in ('sound', 'collapsed')}
+def test_each_measure_tells_a_collapsed_model_from_a_sound_one():
+    # five images of each class in a colour, with a little noise
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    images = colours[:, None, :, None, None] + 0.05 * torch.randn(E, 5, 3, 32, 32)
+    images, labels = images.flatten(0, 1).clamp(0, 1), torch.arange(E).repeat_interleave(5)
+    models = {name: make('vqmoe', codebook='plain') for name in ('sound', 'collapsed')}
     make_sound(models['sound'], images, labels)
     make_collapsed(models['collapsed'])
     sound, collapsed = (
@@ -126,8 +121,8 @@ def test_every_method_can_be_looked_at(tiny_variant):
 
 
 @pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
-def test_the_numbers_are_those_of_the_record(make_tiny, cosine):
-    model = make_tiny('vqmoe', num_codes=8, use_cosine_sim=cosine)
+def test_the_numbers_are_those_of_the_record(cosine):
+    model = make('vqmoe', num_codes=8, use_cosine_sim=cosine)
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         nn.init.normal_(moe_layers(model)[NAME].gate.weight)
@@ -159,8 +154,8 @@ def test_the_numbers_are_those_of_the_record(make_tiny, cosine):
         assert layer.numbers[f'effective_rank_{name}'] == pytest.approx(expected, rel=1e-4)
 
 
-def test_batches_change_nothing(make_tiny):
-    model, images = make_tiny('vqmoe'), torch.rand(4, 3, 32, 32)
+def test_batches_change_nothing():
+    model, images = make('vqmoe'), torch.rand(4, 3, 32, 32)
     labels = torch.tensor([0, 2, 1, 0])
     whole = look(model, (images, labels), classes=CLASSES)
     parts = look(model, *zip(images.split(1), labels.split(1), strict=True), classes=CLASSES)
@@ -172,8 +167,8 @@ def test_batches_change_nothing(make_tiny):
             assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_confident_patches_are_those_with_the_largest_weights(make_tiny):
-    model, images = make_tiny('smoe', top_k=2), torch.rand(6, 3, 32, 32)
+def test_confident_patches_are_those_with_the_largest_weights():
+    model, images = make('smoe', top_k=2), torch.rand(6, 3, 32, 32)
     record = recorded(model, images)[NAME]
     layer = look(model, *images.split(4)).layers[NAME]
     for expert in range(E):
@@ -192,9 +187,9 @@ def test_confident_patches_are_those_with_the_largest_weights(make_tiny):
         assert len(layer.confident['router'][expert]) == expected
 
 
-def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny):
+def test_label_maps_count_patches_by_most_of_their_pixels():
     # upper half class 0, lower half class 2, except that the last patch is mostly ignored
-    model, images = make_tiny('hashmoe'), torch.rand(2, 3, 32, 32)
+    model, images = make('hashmoe'), torch.rand(2, 3, 32, 32)
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
     labels[:, 16:] = 2
     labels[:, 24:, 25:] = 255
@@ -216,13 +211,13 @@ IMAGES = torch.rand(2, 3, 32, 32)
     ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, 'labels='),
     ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan'),
 )
-def test_mistakes_are_refused(make_tiny, batches, options, field):
-    refused(field, look, make_tiny('smoe'), *batches, **options)
+def test_mistakes_are_refused(batches, options, field):
+    refused(field, look, make('smoe'), *batches, **options)
     refused('dense', look, timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1), IMAGES)
 
 
-def test_memory_does_not_grow_with_images(make_tiny):
-    model = make_tiny('vqmoe', num_experts=2)
+def test_memory_does_not_grow_with_images():
+    model = make('vqmoe', num_experts=2)
     seen = look(model, *torch.rand(130, 3, 32, 32).split(26), num_examples=2)
     layer = seen.layers[NAME]
     assert len(layer.codebook.tokens) == MOST_TOKENS < 130 * 17

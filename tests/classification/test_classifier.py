@@ -12,14 +12,14 @@ from vqmoe_vision.classification import Classifier
 from vqmoe_vision.moe import METHODS, collect_losses
 
 from .. import cases, refused
-from ..models.conftest import pairs, shaken
+from ..models.conftest import DENSE, DINOV3, pairs, shaken
+from ..runs import total_of
 
-DENSE = 'vit_tiny_patch16_224'
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4)
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(6, 3, 8, 8), torch.arange(6) % 4
+def batch(number: int = 6, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(number, 3, side, side), torch.arange(number) % 4
 
 
 @pytest.mark.parametrize('method', [None, *METHODS])
@@ -31,15 +31,7 @@ def test_loss_holds_every_auxiliary_loss_of_the_model(method, grad_checkpointing
     block.attn.register_forward_pre_hook(lambda *_: calls.append(1))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     entries = model(*batch(), mode='loss')
-    auxiliary = {k for k in entries if 'loss' in k} - {'cross_entropy_loss'}
-    assert all(key.startswith('blocks.1.mlp/') for key in auxiliary)
-    assert bool(auxiliary) == getattr(block.mlp, 'needs_collecting', False)
-    # without a router every expert has as much to do, and there is no load to report
-    logged = model.logged_statistics.summary()
-    assert ('blocks.1.mlp/load_max' in logged) == hasattr(block.mlp, 'router')
-    total, _ = model.parse_losses(entries)
-    parts = sum(entries[key] for key in auxiliary | {'cross_entropy_loss'})
-    torch.testing.assert_close(total, parts)
+    total = total_of(model, entries, 'cross_entropy_loss', block.mlp)
     for name, buffer in model.named_buffers():  # state moves after the step
         torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
     total.backward()
@@ -123,8 +115,7 @@ def test_classes_of_a_name_are_not_those_of_a_training():
 
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
-DINOV3 = 'vit_small_patch16_dinov3'
-HOSTS = ('vit_tiny_patch16_224', 'deit3_small_patch16_224', DINOV3)
+HOSTS = (DENSE, 'deit3_small_patch16_224', DINOV3)
 PAIRS = pairs(*HOSTS)
 
 
@@ -132,10 +123,6 @@ def build(host: str, method: str | None = None, **kwargs: Any) -> Any:
     """A classifier of a host; `moe` in `kwargs` has options of the method."""
     moe = {**kwargs.pop('moe', {}), 'method': method} if method else None
     return Classifier(host, moe=moe, **{**SIZES, **kwargs})
-
-
-def four_images() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(4, 3, 16, 16), torch.arange(4)
 
 
 def saved(host: str, path: Path, **kwargs: Any) -> Any:
@@ -159,15 +146,9 @@ def test_a_host_with_experts_by_name_trains(host, method, tmp_path):
         given['features'] = str(tmp_path / 'dense.pth')
     model = build(host, method, **given)
     model.init_weights()
-    losses = model(*four_images(), mode='loss')
-    total, _ = model.parse_losses(losses)
-    total.backward()
+    entries = model(*batch(4, 16), mode='loss')
+    total_of(model, entries, 'cross_entropy_loss', model.model.blocks[1].mlp).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    layer = model.model.blocks[1].mlp
-    auxiliary = [name for name in losses if name.startswith('blocks.1.mlp/')]
-    assert bool(auxiliary) == layer.needs_collecting
-    logged = model.logged_statistics.summary()
-    assert ('blocks.1.mlp/load_max' in logged) == hasattr(layer, 'router')
 
 
 @pytest.mark.parametrize('way', ['pretrained', 'checkpoint_path', 'upcycle'])
@@ -189,7 +170,7 @@ def test_files_of_dinov3s_authors_are_understood(tmp_path):
     torch.save({**state, **extra}, tmp_path / 'theirs.pth')
     model = build(DINOV3, checkpoint=str(tmp_path / 'theirs.pth')).eval()
     model.init_weights()
-    images = four_images()[0]
+    images = batch(4, 16)[0]
     found, expected = model.model.forward_features(images), source.forward_features(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -205,7 +186,7 @@ def test_it_begins_with_the_answers_of_dense_weights(host, method, options, way,
     model = build(host, method, moe=options, **start(way, str(path))).eval()
     torch.manual_seed(7)  # another start than the source had
     model.init_weights()
-    images = four_images()[0]
+    images = batch(4, 16)[0]
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
     report = model.model.weights_report
     assert report.copied['blocks.1.mlp.experts.fc1.weight'] == 'blocks.1.mlp.fc1.weight'

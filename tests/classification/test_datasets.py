@@ -90,9 +90,7 @@ def test_cifar_as_class_folders(tmp_path, name):
     for part, count in (('train', 6), ('val', 3)):
         for animal in ('cat', 'dog'):
             write_images(tmp_path / part / animal, count)
-    sizes = {}
-    for split in SPLITS:
-        sizes[split] = len(build(name, data_root=str(tmp_path), split=split, dev_size=4))
+    sizes = {s: len(build(name, data_root=str(tmp_path), split=s, dev_size=4)) for s in SPLITS}
     assert sizes == {'train': 8, 'dev': 4, 'trainval': 12, 'test': 6}
     without = {s: len(build(name, data_root=str(tmp_path), split=s, dev_size=0)) for s in ALL}
     assert without == {'train': 12, 'trainval': 12, 'test': 6}

@@ -1,11 +1,13 @@
 """Tiny models of every method, of every preset that runs other code, and dense ones beside them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 import vqmoe_vision.models  # noqa: F401  registers the models
@@ -50,6 +52,12 @@ def dense(name: str = DENSE, **kwargs: Any) -> Any:
     return shaken(timm.create_model(name, **{**TINY, **kwargs}))
 
 
+def folder_of(path: Path, model: Any, safe: bool = True, **options: Any) -> Path:
+    """A folder of timm's with a model of these options."""
+    save_for_hf(model, path / 'L', model_args={**TINY, **options}, safe_serialization=safe)
+    return path / 'L'
+
+
 def fit_state(model: Any, state: Any, path: str, sizes: Any = ()) -> tuple[Any, list[str]]:
     fitted, report = transfer(model, state, path, sizes)
     return fitted, [f'{path}: {line}' for line in report.lines()]
@@ -83,12 +91,6 @@ def tiny_variant(request) -> Make:
     """Builds a tiny model of each method, preset and form in turn."""
     method, options = VARIANTS[request.param]
     return lambda **kwargs: make(method, **{**options, **kwargs})
-
-
-@pytest.fixture
-def make_tiny() -> Make:
-    """Builds a tiny model of a named method."""
-    return make
 
 
 @pytest.fixture

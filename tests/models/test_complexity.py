@@ -15,6 +15,7 @@ from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
 
 from .. import cases
+from .conftest import make
 
 
 @pytest.fixture(autouse=True)
@@ -66,22 +67,22 @@ EXPERT = 8352
     # of 16 tokens each of eight experts takes two
     ('ecmoe', {'capacity_factor': 1.0, 'class_token': False, 'global_pool': 'avg'}, 7),
 )
-def test_known_numbers_of_idle_experts(make_tiny, method, options, idle):
-    counts = complexity(make_tiny(method, **options))
+def test_known_numbers_of_idle_experts(method, options, idle):
+    counts = complexity(make(method, **options))
     assert counts.params - counts.active_params == 2 * idle * EXPERT
 
 
 @pytest.mark.parametrize('method', [n for n, m in METHODS.items() if 'matched' in m.config.PRESETS])
-def test_matched_has_the_compute_of_two_experts_per_token(make_tiny, method):
+def test_matched_has_the_compute_of_two_experts_per_token(method):
     # 16 tokens, all of them patches; two MoE blocks, D = 32
     kwargs = {'preset': 'matched', 'class_token': False, 'global_pool': 'avg', 'device': 'meta'}
-    models = [make_tiny(method, expert_mlp_ratio=ratio, **kwargs) for ratio in (1.0, 2.0)]
+    models = [make(method, expert_mlp_ratio=ratio, **kwargs) for ratio in (1.0, 2.0)]
     narrow, wide = (complexity(model).macs for model in models)
     # Only the experts grow: by 32 hidden units, of 32 products in and 32 out, for each row
     assert wide - narrow == 2 * (2 * 16) * 2 * 32 * 32
 
 
-def test_known_answer_of_smoe(make_tiny):
+def test_known_answer_of_smoe():
     # 16 patches, 17 tokens, D = 32, H = 128, per image:
     #   stem        16 * (8 * 8 * 3) * 32          =   98 304
     #   attention   17 * 32 * (96 + 32) + 2 * 17^2 * 32 = 69 632 + 18 496 = 88 128, times 4
@@ -90,7 +91,7 @@ def test_known_answer_of_smoe(make_tiny):
     #   head        32 * 10                        =      320
     expected = 98_304 + 4 * 88_128 + 2 * 139_264 + 2 * 282_880 + 320
     assert expected == 1_295_424
-    assert complexity(make_tiny('smoe')).macs == expected
+    assert complexity(make('smoe')).macs == expected
 
 
 def test_macs_of_vit_b_are_the_published_ones():

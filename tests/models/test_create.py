@@ -28,10 +28,10 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import VARIANTS
-from .conftest import TINY
+from .conftest import DENSE, DINOV3, TINY
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
-DENSE, OURS, FILE = 'vit_tiny_patch16_224', 'vit_tiny_smoe', '{}/model.safetensors'
+OURS, FILE = 'vit_tiny_smoe', '{}/model.safetensors'
 
 
 def test_options_of_the_moe_layers_reach_the_model():
@@ -106,11 +106,7 @@ def test_options_in_full_are_those_of_the_model(method, options):
     assert options_in_full(host) == {'method': method, **found}
 
 
-NAMES = ('test_vit_vqmoe', 'test_vit_dense')
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ['test_vit_vqmoe', 'test_vit_dense'])
 def test_the_weights_come_with_the_package_and_see_a_cat(name):
     assert f'{name}.cifar10' in timm.list_models(pretrained=True)
     model = timm.create_model(name, pretrained=True).eval()
@@ -126,10 +122,10 @@ def test_one_is_upcycled_from_the_other_and_not_from_its_own_weights():
     dense = timm.create_model('test_vit_dense', pretrained=True).eval()
     options = dict(form='discrete', expert_input='token', input_norm=False)
     sparse = timm.create_model('test_vit_vqmoe', upcycle='test_vit_dense', **options).eval()
-    torch.testing.assert_close(sparse(IMAGES), dense(IMAGES), rtol=1e-5, atol=1e-5)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(sparse(images), dense(images), rtol=1e-5, atol=1e-5)
 
 
-OWN, VIT, DINOV3 = 'vit_tiny_smoe', 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
 MOE = dict(method='smoe', moe_layers=[0, 1, 3])
 # all that timm has but its default, and 'skip', which is refused
 MODES = set(get_args(get_type_hints(VisionTransformer.__init__)['weight_init'])) - {'', 'skip'}
@@ -142,7 +138,7 @@ def spreads(model: Any) -> list[float]:
 
 
 def fresh(name: str, shared: bool, **options: Any) -> nn.Module:
-    moe = {k: v for k, v in MOE.items() if name != OWN or k != 'method'}
+    moe = {k: v for k, v in MOE.items() if name != OURS or k != 'method'}
     model = create_model(name, moe, **{**TINY, **options})
     if shared:
         share_start(model, name, seed=3, **{**TINY, **options})
@@ -152,14 +148,14 @@ def fresh(name: str, shared: bool, **options: Any) -> nn.Module:
 @pytest.mark.parametrize('shared', [False, True])
 @cases(
     'name, options, scaled',
-    (OWN, {}, False),
-    (OWN, {'fix_init': True}, True),
-    (VIT, {}, False),
-    (VIT, {'fix_init': True}, True),
+    (OURS, {}, False),
+    (OURS, {'fix_init': True}, True),
+    (DENSE, {}, False),
+    (DENSE, {'fix_init': True}, True),
     (DINOV3, {}, True),
 )
 def test_fresh_experts_are_spread_as_the_mlps_in_their_place(name, options, scaled, shared):
-    dense = timm.create_model(VIT if name == OWN else name, **{**TINY, **options})
+    dense = timm.create_model(DENSE if name == OURS else name, **{**TINY, **options})
     found = spreads(fresh(name, shared, **options))
     assert found == pytest.approx(spreads(dense), rel=0.05)  # 0.5 % by chance
     expected = [0.02 / (2 * i) ** 0.5 if scaled else 0.02 for i in range(1, 5)]
@@ -168,7 +164,7 @@ def test_fresh_experts_are_spread_as_the_mlps_in_their_place(name, options, scal
 
 def check_parts(model: Any, weight_init: str) -> None:
     """Each parameter of the experts is spread as that of an MLP, and no expert is another."""
-    dense = timm.create_model(VIT, **TINY, weight_init=weight_init)
+    dense = timm.create_model(DENSE, **TINY, weight_init=weight_init)
     experts = model.blocks[1].mlp.experts
     for name, own in dense.blocks[1].mlp.named_parameters():
         ours = experts.get_parameter(name)
@@ -179,7 +175,7 @@ def check_parts(model: Any, weight_init: str) -> None:
 
 
 @pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('name', [OWN, VIT])
+@pytest.mark.parametrize('name', [OURS, DENSE])
 @pytest.mark.parametrize('weight_init', sorted(MODES))
 def test_weight_init_is_that_of_the_experts_too(name, weight_init, shared):
     model = fresh(name, shared, weight_init=weight_init)
@@ -188,7 +184,7 @@ def test_weight_init_is_that_of_the_experts_too(name, weight_init, shared):
     check_parts(model, weight_init)
 
 
-@cases('name, dense', ('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT))
+@cases('name, dense', ('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', DENSE))
 def test_the_rest_is_that_of_the_dense_model_of_the_shape(name, dense):
     models = [timm.create_model(each, img_size=32) for each in (name, dense)]
     for model, each in zip(models, (name, dense), strict=True):

@@ -93,8 +93,7 @@ def test_blocks_that_are_not_there(at):
 def test_an_option_of_another_method_is_a_type_error(method):
     options = {name for other in METHODS.values() for name in other.config.option_names()}
     for option in options - METHODS[method].config.option_names():
-        with pytest.raises(TypeError, match=f"'{option}'"):
-            make(method, device='meta', **{option: 1})
+        refused(f"'{option}'", make, method, error=TypeError, device='meta', **{option: 1})
 
 
 class Doubled(nn.Linear):
@@ -139,8 +138,7 @@ def undrawn(name: str) -> Any:
 def test_what_cannot_be_converted_stays_as_it_is(build, options, named):
     model = build()
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises((TypeError, ValueError), match=named):
-        convert_to_moe(model, 'smoe', **options)
+    refused(named, convert_to_moe, model, 'smoe', error=(TypeError, ValueError), **options)
     assert [type(module) for module in model.modules()] == kinds
 
 

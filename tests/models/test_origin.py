@@ -23,29 +23,22 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import trials
-from .conftest import DENSE, TINY, dense, distance, fit_state, make, shaken
+from .conftest import DENSE, DINOV3, TINY, dense, distance, fit_state, folder_of, make, shaken
 
-DINOV3 = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
+AS_EVA = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
 OF_SIGLIP = dict(class_token=False, global_pool='avg')
-
-
-def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
-    """A dense model, and its folder."""
-    model = dense(name, **options)
-    save_for_hf(model, path / 'L', model_args={**TINY, **options}, safe_serialization=True)
-    return model, str(path / 'L')
 
 
 # Of timm: a name and options, options of the model that has the same tensors, and what is told.
 @cases(
     'name, options, target, told',
-    ('vit_small_patch16_dinov3', {}, DINOV3, 'rotary positions=RotaryEmbeddingDinoV3'),
+    (DINOV3, {}, AS_EVA, 'rotary positions=RotaryEmbeddingDinoV3'),
     ('vit_base_patch16_rpn_224', OF_SIGLIP, OF_SIGLIP, 'block_fn=ResPostBlock'),
     (DENSE, dict(attn_layer='diff', num_heads=4), {}, 'attn_layer=DiffAttention'),
     (DENSE, dict(norm_layer='rmsnorm'), dict(norm_layer='simplenorm'), 'norm_layer=RmsNorm'),
 )
 def test_another_function_is_refused(name, options, target, told, tmp_path):
-    _, folder = folder_of(tmp_path, name, **options)
+    folder = folder_of(tmp_path, dense(name, **options), **options)
     for start in (
         lambda: make('smoe', upcycle=f'local-dir:{folder}', **target),
         lambda: start_from(make('smoe', **target), f'{folder}/model.safetensors'),
@@ -65,7 +58,8 @@ def test_another_function_is_refused(name, options, target, told, tmp_path):
 )
 def test_the_same_function_answers_alike(name, options, tmp_path, images):
     saved = {k: v for k, v in options.items() if k != 'block_fn'}
-    source, folder = folder_of(tmp_path, name, **saved)
+    source = dense(name, **saved)
+    folder = folder_of(tmp_path, source, **saved)
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', renormalize=True, **options).eval()
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
     assert 'head.weight' in model.weights_report.loaded
@@ -80,7 +74,8 @@ def test_the_same_function_answers_alike(name, options, tmp_path, images):
     (dict(global_pool='max'), dict(global_pool='avg'), "global_pool='max'"),
 )
 def test_a_head_behind_another_pooling_starts_anew(options, target, hint, way, tmp_path, caplog):
-    source, folder = folder_of(tmp_path, DENSE, **options)
+    source = dense(**options)
+    folder = folder_of(tmp_path, source, **options)
     upcycle = f'local-dir:{folder}'
     if way != 'folder':
         upcycle = str(tmp_path / 'a.pth')
@@ -116,8 +111,8 @@ def test_a_head_that_is_loaded_with_all_else_is_fed_as_it_was(tmp_path):
 
 def test_a_bare_file_with_rotary_positions_is_refused(tmp_path):
     path = str(tmp_path / 'a.pth')
-    torch.save(dense('vit_small_patch16_dinov3').state_dict(), path)
-    refused(r'names of an Eva .* rotary', make, 'smoe', upcycle=path, **DINOV3)
+    torch.save(dense(DINOV3).state_dict(), path)
+    refused(r'names of an Eva .* rotary', make, 'smoe', upcycle=path, **AS_EVA)
 
 
 def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path):
@@ -132,28 +127,26 @@ def test_rotary_positions_beside_absolute_ones_are_suspected(tmp_path):
         assert told in model.weights_report.warnings[0]
     given = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
     assert not create_model(name, None, **TINY, **given).weights_report.warnings
-    _, folder = folder_of(tmp_path, DENSE, pre_norm=True, global_pool='map')
-    named: Any = make('smoe', upcycle=f'local-dir:{folder}', pre_norm=True, global_pool='map')
+    more = dict(pre_norm=True, global_pool='map')
+    folder = folder_of(tmp_path, dense(**more), **more)
+    named: Any = make('smoe', upcycle=f'local-dir:{folder}', **more)
     assert not named.weights_report.warnings
 
 
 EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
 
 
-DINO = 'vit_small_patch16_dinov3'
-
-
 @cases(
     'name, given, options',
-    (DINO, dict(rope_temperature=100.0), dict(rope_temperature=50.0)),
-    (DINO, dict(rope_rotate_half=True), dict(rope_rotate_half=False)),
-    (DINO, dict(rope_grid_offset=0.5), dict(rope_grid_offset=0.0)),
-    (DINO, dict(rope_grid_indexing='xy'), dict(rope_grid_indexing='ij')),
+    (DINOV3, dict(rope_temperature=100.0), dict(rope_temperature=50.0)),
+    (DINOV3, dict(rope_rotate_half=True), dict(rope_rotate_half=False)),
+    (DINOV3, dict(rope_grid_offset=0.5), dict(rope_grid_offset=0.0)),
+    (DINOV3, dict(rope_grid_indexing='xy'), dict(rope_grid_indexing='ij')),
     ('eva02_tiny_patch14_224', dict(ref_feat_shape=(16, 16)), dict(ref_feat_shape=(2, 2))),
 )
 def test_other_rotary_positions_are_refused(name, given, options, tmp_path):
-    shape = EVA02 if name != DINO else {}
-    _, folder = folder_of(tmp_path, name, **shape, **given)
+    shape = EVA02 if name != DINOV3 else {}
+    folder = folder_of(tmp_path, dense(name, **shape, **given), **shape, **given)
     place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
     arguments: dict[str, Any] = {**TINY, **shape, **given, **place}
     (option, before), after = *given.items(), *options.values()
@@ -214,12 +207,6 @@ OPTIONS = {
 }
 
 
-def run_of(model: Any, path: Path, stated: Any) -> str:
-    """What a run leaves, as far as it says what its experts are."""
-    torch.save({'state_dict': model.state_dict(), 'meta': {STATED: stated}}, path)
-    return str(path)
-
-
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
@@ -241,7 +228,8 @@ def test_experts_of_another_method_are_refused(theirs, ours, folders):
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
 def test_a_run_says_it_as_values(way, tmp_path):
     source = make('smoe', renormalize=True)
-    path = run_of(source, tmp_path / 'a.pth', state_network(source))
+    path = str(tmp_path / 'a.pth')
+    torch.save({'state_dict': source.state_dict(), 'meta': {STATED: state_network(source)}}, path)
     found, own = network_of(path), Network.of(source)
     assert found is not None
     assert (found.facts, found.options, found.img_size) == (own.facts, own.options, own.img_size)
@@ -261,7 +249,8 @@ def test_a_run_says_it_as_values(way, tmp_path):
     [None, 7, {'method': None, 'options': None}, {'method': 'moe_of_tomorrow'}, {'method': [1]}],
 )
 def test_what_says_nothing_is_not_refused(stated, tmp_path):
-    path = run_of(make('smoe'), tmp_path / 'a.pth', stated)
+    path = str(tmp_path / 'a.pth')
+    torch.save({'state_dict': make('smoe').state_dict(), 'meta': {STATED: stated}}, path)
     model: Any = create_model('vit_tiny_ecmoe', **TINY, upcycle=path)
     assert not model.weights_report.warnings
 

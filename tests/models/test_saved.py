@@ -17,7 +17,7 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import VARIANTS
-from .conftest import TINY, check_complete, dense, make, pairs
+from .conftest import DENSE, DINOV3, TINY, check_complete, dense, make, pairs
 
 PREPROCESSING: dict[str, Any] = {
     'input_size': (3, 32, 32),
@@ -109,13 +109,12 @@ def test_another_model_is_not_left_behind(name, given, problem, tmp_path):
         export.save(model, tmp_path / 'out', PREPROCESSING)
 
 
-VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
-HOSTS = (VIT, DINOV3)
+HOSTS = (DENSE, DINOV3)
 SOME = next(iter(METHODS))
 ROWS = [None, {'method': SOME}]
 
 
-def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = VIT, **kw: Any) -> Any:
+def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = DENSE, **kw: Any) -> Any:
     """A model by its name in timm, from weights in the place of the hub's."""
     overlay = {'state_dict': state}
     given = {'pretrained': True, 'pretrained_cfg_overlay': overlay}
@@ -144,10 +143,10 @@ REGISTERS = SCALED | {'reg_tokens': 2, 'no_embed_class': True}
 OF_DINOV3 = {'storage_tokens': 'reg_token', r'ls\1.gamma': r'gamma_(\d)'}
 UNUSED = ('mask_token', 'rope_embed.periods', 'blocks.0.attn.qkv.bias')
 THEIRS: dict[str, Any] = {
-    'dinov2': (VIT, SCALED, {}, ('mask_token',)),
-    'deit3': (VIT, SCALED, {r'gamma_\1': r'ls(\d)\.gamma'}, ()),
-    'dinov2-registers': (VIT, REGISTERS, {'register_tokens': 'reg_token'}, ('mask_token',)),
-    'augreg': (VIT, {'num_classes': 0}, {}, ('pre_logits.fc.weight',)),
+    'dinov2': (DENSE, SCALED, {}, ('mask_token',)),
+    'deit3': (DENSE, SCALED, {r'gamma_\1': r'ls(\d)\.gamma'}, ()),
+    'dinov2-registers': (DENSE, REGISTERS, {'register_tokens': 'reg_token'}, ('mask_token',)),
+    'augreg': (DENSE, {'num_classes': 0}, {}, ('pre_logits.fc.weight',)),
     'dinov3': (DINOV3, {}, OF_DINOV3, UNUSED),
 }
 

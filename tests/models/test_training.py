@@ -22,6 +22,7 @@ from vqmoe_vision.models.timm_tasks import MoeClassificationTask, TrainsExperts,
 from vqmoe_vision.moe import METHODS, start_training
 
 from .. import cases, refused
+from .conftest import make
 
 TARGETS = torch.arange(4)
 # Checkpointing repeats the very same operations, so nothing may differ but the order in which
@@ -71,9 +72,9 @@ def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
     ('vqmoe', {'codebook': 'cvq'}),
     ('stablemoe', {'stage1_steps': 1}),
 )
-def test_backward_outside_the_block_is_an_error_in_timms_block(make_tiny, images, method, options):
+def test_backward_outside_the_block_is_an_error_in_timms_block(images, method, options):
     """Nothing behind the experts keeps a tensor there, so that the repeated pass ends early."""
-    model = make_tiny(method, **options).train()
+    model = make(method, **options).train()
     model.set_grad_checkpointing()
     with collect_losses(model) as collected:
         loss = model(images).square().mean() + collected.total()
@@ -117,10 +118,10 @@ LEFT_ALONE: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize('variant', LEFT_ALONE)
-def test_what_weight_decay_leaves_alone(make_tiny, variant):
+def test_what_weight_decay_leaves_alone(variant):
     method, _, option = variant.partition('-')
     name, _, value = option.partition('=')
-    model = make_tiny(method, depth=2, **({name: value} if name else {}))
+    model = make(method, depth=2, **({name: value} if name else {}))
     names = {f'blocks.1.mlp.{each}' for each in LEFT_ALONE[variant]}
     assert names <= dict(model.named_parameters()).keys() - decayed(model)
 
@@ -153,8 +154,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step):
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_a_pass_that_is_overtaken_sees_its_own_images_or_is_refused(make_tiny, method):
-    model = make_tiny(method, depth=2).eval()
+def test_a_pass_that_is_overtaken_sees_its_own_images_or_is_refused(method):
+    model = make(method, depth=2).eval()
     slow_images, images = torch.randn(4, 3, 32, 32), 3 * torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected, expected_slow = model(images), model(slow_images)
@@ -204,9 +205,9 @@ def in_blocks(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('passes', [1, 2])
 @pytest.mark.parametrize('checkpointed', [in_blocks, Checkpointed])
-def test_gradients_are_the_same_or_refused(make_tiny, method, passes, checkpointed):
+def test_gradients_are_the_same_or_refused(method, passes, checkpointed):
     batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
-    plain = make_tiny(method, depth=2).train()
+    plain = make(method, depth=2).train()
     own = checkpointed(copy.deepcopy(plain))
     if passes == 2 and METHODS[method].read_patches is not None:
         with pytest.raises(RuntimeError, match=r'use model\.set_grad_checkpointing\(\)'):
@@ -283,19 +284,19 @@ def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, image
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_state_moves_once_per_step_and_travels_in_checkpoints(make_tiny, checkpointing):
+def test_state_moves_once_per_step_and_travels_in_checkpoints(checkpointing):
     options = {'vqmoe': {}, 'stablemoe': {'stage1_steps': 2}}
     moved = {}
     for method, chosen in options.items():
         torch.manual_seed(0)
-        task = make_task(make_tiny(method, depth=2, **chosen))
+        task = make_task(make(method, depth=2, **chosen))
         task.trainable_module.set_grad_checkpointing(checkpointing)
         task.setup_ema(decay=0.5)
         optimizer = create_optimizer_v2(task.trainable_module, opt='adamw', lr=1e-2)
         for _ in range(3):
             step(task, optimizer, [torch.randn(4, 3, 32, 32) for _ in range(2)])
         state = task.get_checkpoint_state()
-        again = make_task(make_tiny(method, depth=2, **chosen))
+        again = make_task(make(method, depth=2, **chosen))
         again.load_checkpoint_state(state['state_dict'])
         moved |= again.trainable_module.state_dict()
         averages = task.get_checkpoint_state(ema=True)

@@ -21,7 +21,7 @@ from vqmoe_vision.models.upcycle import Upcycling, upcycle
 from vqmoe_vision.moe.experts import Experts
 
 from .. import cases, refused
-from .conftest import DENSE, EXACT, TINY, check_complete, dense, make, shaken
+from .conftest import DENSE, EXACT, TINY, check_complete, dense, folder_of, make, shaken
 
 
 @pytest.mark.parametrize('method, options', EXACT)
@@ -222,8 +222,7 @@ def test_dinov2s_own_files_with_registers_are_understood(images):
     (dict(mean=0.5, std=True), 'std'),
 )
 def test_numbers_that_no_images_have_are_refused(numbers, field, saved, tmp_path):
-    save_for_hf(dense(), tmp_path / 'L', model_args=TINY, safe_serialization=True)
-    file = tmp_path / 'L/config.json'
+    file = folder_of(tmp_path, dense()) / 'config.json'
     content = json.loads(file.read_text())
     content['pretrained_cfg'].update(numbers)
     file.write_text(json.dumps(content))

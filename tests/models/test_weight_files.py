@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,15 @@ from vqmoe_vision.models.create import create_model, create_saved
 
 from .. import cases, refused
 from ..damaged import Call, flip
-from .conftest import DENSE, TINY, dense, make
+from .conftest import DENSE, TINY, dense, folder_of, make
 
 OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
-
-
-def folder_of(path: Path, model: Any, safe: bool = False) -> Path:
-    save_for_hf(model, path / 'L', model_args=TINY, safe_serialization=safe)
-    return path / 'L'
 
 
 @pytest.mark.parametrize('way', ['folder', 'pretrained', 'upcycle', 'checkpoint_path'])
 def test_a_flipped_bit_is_found(way, tmp_path):
     model: Any = make('smoe')
-    file = folder_of(tmp_path, model) / 'pytorch_model.bin'
+    file = folder_of(tmp_path, model, safe=False) / 'pytorch_model.bin'
     values = model.state_dict()['blocks.0.mlp.fc1.weight'].numpy().tobytes()
     flip(file, file.read_bytes().index(values))
     named = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
@@ -55,13 +49,13 @@ def test_a_flipped_bit_is_found(way, tmp_path):
     (OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}', "{'depht': 3}"),
 )
 def test_a_folder_whose_configuration_is_none(content, message, tmp_path):
-    folder = folder_of(tmp_path, dense(), safe=True)
+    folder = folder_of(tmp_path, dense())
     (folder / 'config.json').write_text(content)
     refused(message, make, 'smoe', upcycle=f'local-dir:{folder}')
 
 
 def test_parts_of_weights_are_refused(tmp_path):
-    folder = folder_of(tmp_path, source := dense(), safe=True)
+    folder = folder_of(tmp_path, source := dense())
     state = source.state_dict()
     (folder / 'model.safetensors').unlink()
     # the head alone in the second, without which the rest would be taken for weights of features
@@ -79,7 +73,7 @@ def test_parts_of_weights_are_refused(tmp_path):
 
 
 def test_of_several_files_none_is_chosen(tmp_path):
-    folder = folder_of(tmp_path, dense(), safe=True)
+    folder = folder_of(tmp_path, dense())
     other = folder / 'a.safetensors'
     other.write_bytes((folder / 'model.safetensors').read_bytes())
     make('smoe', upcycle=f'local-dir:{folder}')
@@ -136,7 +130,7 @@ def test_tensors_without_values(name, change, way, tmp_path):
 @pytest.mark.parametrize('stated', [{}, {'mean': 0.1, 'std': 0.4}])
 def test_what_is_beside_a_file_belongs_to_its_weights(stated, tmp_path):
     source = dense('deit_tiny_patch16_224')  # of mean 0.485, ours says 0.5
-    file = folder_of(tmp_path, source, safe=True) / 'model.safetensors'
+    file = folder_of(tmp_path, source) / 'model.safetensors'
     for place in (
         dict(upcycle=str(file), pretrained_cfg_overlay=stated),
         dict(upcycle=f'local-dir:{file.parent}', pretrained_cfg_overlay=stated),
@@ -183,9 +177,7 @@ def test_what_a_run_has_kept_is_followed(tmp_path):
 def test_positions_of_another_grid_are_reported_as_resized(method, tmp_path):
     before, after = (32, 72), (48, 48)  # 4 x 9 and 6 x 6 patches
     source = dense(img_size=before)
-    args = {**TINY, 'img_size': before}
-    save_for_hf(source, tmp_path / 'L', model_args=args, safe_serialization=True)
-    file = str(tmp_path / 'L' / 'model.safetensors')
+    file = str(folder_of(tmp_path, source, img_size=before) / 'model.safetensors')
     for size in (before, after):
         model: Any = make(method, upcycle=file, img_size=size)
         names = {name for name in model.state_dict() if name.endswith('pos_embed')}
@@ -232,7 +224,7 @@ def test_the_checkpoint_of_a_run_is_read_without_mmengine(tmp_path):
 
 def test_a_head_in_a_folder_is_that_of_its_classes(tmp_path):
     source = dense()
-    folder = folder_of(tmp_path, source, safe=True)
+    folder = folder_of(tmp_path, source)
     config = json.loads((folder / 'config.json').read_text())
     config['pretrained_cfg'].update(label_offset=1, num_classes=10)
     (folder / 'config.json').write_text(json.dumps(config))

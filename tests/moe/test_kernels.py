@@ -148,10 +148,7 @@ def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
     assert not any('_grouped_mm' in name for name in called)
 
 
-LOW = [torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize('dtype', LOW, ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('drop', [False, True])
 @pytest.mark.parametrize('shape', [(12, 4, 1, 8, 16), (12, 4, 2, 8, 16), (12, 4, 2, 5, 11)])

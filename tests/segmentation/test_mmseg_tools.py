@@ -30,8 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:invalid value encountered in divide:RuntimeWarning'),
 ]
 
-Run = Callable[..., None]
-
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> tuple[str, str, Path]:
@@ -44,7 +42,7 @@ def trained(tmp_path_factory) -> tuple[str, str, Path]:
 
 
 @pytest.fixture
-def run_tool(monkeypatch) -> Run:
+def run_tool(monkeypatch) -> Callable[..., None]:
     def run(name: str, *arguments: Any) -> None:
         monkeypatch.setattr('sys.argv', [name, *map(str, arguments)])
         runpy.run_path(str(TOOLS / name), run_name='__main__')
