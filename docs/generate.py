@@ -4,17 +4,16 @@ import argparse
 import importlib
 import inspect
 import re
-import runpy
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
-from unittest.mock import patch
 
 import timm
 import torch
 
 import vqmoe_vision.segmentation  # noqa: F401  what configs name
+from vqmoe_vision.arguments import TOOLS, parser_of
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models import MoeVisionTransformer, complexity
 from vqmoe_vision.models.upcycle import Upcycling
@@ -84,10 +83,6 @@ def configs() -> Iterator[str]:
         yield from [f'## {folder.title()}', *table('config, what, total batch, length, data', rows)]
 
 
-def take(parser: Any, *_: Any, **__: Any) -> None:
-    raise SystemExit(parser)
-
-
 def describe(parser: Any, name: str) -> Iterator[str]:
     rows, below = [], {}
     for action in parser._actions:
@@ -105,12 +100,8 @@ def describe(parser: Any, name: str) -> Iterator[str]:
 
 
 def command_lines() -> Iterator[str]:
-    for tool in sorted(ROOT.glob('tools/[!bd]*.py')):  # not the demo and the benchmark
-        with patch.object(argparse.ArgumentParser, 'parse_known_args', take):
-            try:
-                runpy.run_path(str(tool), run_name='__main__')
-            except SystemExit as taken:
-                yield from describe(taken.code, tool.stem)
+    for tool in TOOLS:
+        yield from describe(parser_of(tool), tool)
 
 
 def models() -> Iterator[str]:
