@@ -4,18 +4,17 @@ import argparse
 import importlib
 import inspect
 import re
-import runpy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
-from unittest.mock import patch
 
 import timm
 import torch
 
 import vqmoe_vision.segmentation  # noqa: F401  what configs name
+from vqmoe_vision.arguments import TOOLS, parser_of
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models import MoeVisionTransformer, complexity
 from vqmoe_vision.models.upcycle import Upcycling
@@ -87,10 +86,6 @@ def configs() -> Iterator[str]:
         yield from [f'## {folder.title()}', *table(head, rows)]
 
 
-def take(parser: Any, *_: Any, **__: Any) -> None:
-    raise SystemExit(parser)
-
-
 def described(parser: Any, name: str) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """Of a command, and of each below it: name, description, and arguments with their meaning."""
     rows, below = [], {}
@@ -109,13 +104,7 @@ def described(parser: Any, name: str) -> Iterator[tuple[str, str, list[tuple[str
 
 
 def command_lines() -> Iterator[str]:
-    commands: list[tuple[str, str, list[tuple[str, str]]]] = []
-    for tool in sorted(ROOT.glob('tools/[!bd]*.py')):  # not the demo and the benchmark
-        with patch.object(argparse.ArgumentParser, 'parse_known_args', take):
-            try:
-                runpy.run_path(str(tool), run_name='__main__')
-            except SystemExit as taken:
-                commands += described(taken.code, tool.stem)
+    commands = [each for tool in TOOLS for each in described(parser_of(tool), tool)]
     count = Counter(row for _, _, rows in commands for row in rows)
     shared = [row for row, number in count.items() if number > 2]
     yield from ['## Arguments of several commands', *table('argument, meaning', shared)]
