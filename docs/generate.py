@@ -4,17 +4,17 @@ import argparse
 import importlib
 import inspect
 import re
-import runpy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
-from unittest.mock import patch
 
 import timm
 import torch
 
 import vqmoe_vision.segmentation  # noqa: F401  what configs name
+from vqmoe_vision.arguments import TOOLS, parser_of
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models import MoeVisionTransformer, complexity
 from vqmoe_vision.models.upcycle import Upcycling
@@ -60,35 +60,34 @@ def options() -> Iterator[str]:
     yield from [*option_table(Upcycling), '## Every method', *option_table(MoeConfig)]
     for method in METHODS:
         yield from [f'## {method}', *option_table(METHODS[method].config, MoeConfig)]
+        presets: dict[str, list[str]] = {}
         for preset, given in METHODS[method].config.PRESETS.items():
             each = ', '.join(f'`{name}={value!r}`' for name, value in given.items())
-            yield f'`preset={preset!r}`: {each or "the defaults"}.'
+            presets.setdefault(each or 'the defaults', []).append(f'`preset={preset!r}`')
+        yield '\n'.join(f'- {", ".join(names)}: {each}.' for each, names in presets.items())
 
 
 def configs() -> Iterator[str]:
     for folder in ('classification', 'segmentation', 'comparisons'):
-        rows, last = [], ''
+        rows, head = [], 'config, what, total batch, length, data'
         for path in sorted((ROOT / 'configs' / folder).rglob('[!_]*.py')):
             said = re.match(r'(# .*\n)*', path.read_text())
-            what = sentence(re.sub('^# ', '', said[0] if said else '', flags=re.MULTILINE))
-            link = f'[{path.stem}](../../{path.relative_to(ROOT)})'
-            row = [link, 'the same' if what == last != '' else what]
+            lines = re.findall('^# (?!From scratch)(.*)', said[0] if said else '', re.MULTILINE)
+            what = re.split(r'[:;] ', sentence('\n'.join(lines)))[0].removesuffix('.')
+            row = [f'[{path.stem}](../../{path.relative_to(ROOT)})', what]
             if folder != 'comparisons':
                 config = load_config(str(path))
-                row[1] = row[1] or config.model.get('backbone', config.model).model_name
                 data, loop = config.train_dataloader.dataset, config.train_cfg
                 total = config.get('total_batch_size') or config.train_dataloader.batch_size
                 length = [f'{loop[n]:,} {n[4:]}' for n in ('max_epochs', 'max_iters') if n in loop]
                 row += [total, *length, data.get('data_root') or data.type]
-            rows, last = [*rows, row], what
-        yield from [f'## {folder.title()}', *table('config, what, total batch, length, data', rows)]
+            rows.append(row)
+        head = ', '.join(head.split(', ')[: len(rows[0])])
+        yield from [f'## {folder.title()}', *table(head, rows)]
 
 
-def take(parser: Any, *_: Any, **__: Any) -> None:
-    raise SystemExit(parser)
-
-
-def describe(parser: Any, name: str) -> Iterator[str]:
+def described(parser: Any, name: str) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+    """Of a command, and of each below it: name, description, and arguments with their meaning."""
     rows, below = [], {}
     for action in parser._actions:
         told = [action.help] if action.help else []
@@ -99,18 +98,21 @@ def describe(parser: Any, name: str) -> Iterator[str]:
             told += [f'Default: {action.default}.'] if action.default else []
             names = ', '.join(f'`{each}`' for each in action.option_strings or [action.dest])
             rows.append((names, ' '.join(told)))
-    yield from [f'## {name}', parser.description, *table('argument, meaning', rows)]
+    yield name, ' '.join(parser.description.split()), rows
     for sub, own in below.items():
-        yield from describe(own, f'{name} {sub}')
+        yield from described(own, f'{name} {sub}')
 
 
 def command_lines() -> Iterator[str]:
-    for tool in sorted(ROOT.glob('tools/[!bd]*.py')):  # not the demo and the benchmark
-        with patch.object(argparse.ArgumentParser, 'parse_known_args', take):
-            try:
-                runpy.run_path(str(tool), run_name='__main__')
-            except SystemExit as taken:
-                yield from describe(taken.code, tool.stem)
+    commands = [each for tool in TOOLS for each in described(parser_of(tool), tool)]
+    count = Counter(row for _, _, rows in commands for row in rows)
+    shared = [row for row, number in count.items() if number > 2]
+    yield from ['## Arguments of several commands', *table('argument, meaning', shared)]
+    for name, description, rows in commands:
+        yield from [f'## {name}', description]
+        if here := [names for names, told in rows if (names, told) in shared]:
+            yield f'[Shared](#arguments-of-several-commands): {", ".join(here)}.'
+        yield from table('argument, meaning', [row for row in rows if row not in shared])
 
 
 def models() -> Iterator[str]:
@@ -129,8 +131,11 @@ def public() -> dict[str, Any]:
     found = {(m, n) for m, names in IMPORT.findall(text) for n in re.findall(r'\w+', names)}
     for module in (f'vqmoe_vision{name}' for name in PACKAGES):
         found |= {(module, name) for name in importlib.import_module(module).__all__}
-    places = {f'{m}.{n}': getattr(importlib.import_module(m), n) for m, n in sorted(found)}
-    return {place: each for place, each in places.items() if callable(each)}
+    places: dict[int, tuple[str, Any]] = {}  # one that two modules give stands once
+    for module, name in sorted(found):
+        each = getattr(importlib.import_module(module), name)
+        places.setdefault(id(each), (f'{module}.{name}', each))
+    return {place: each for place, each in places.values() if callable(each)}
 
 
 def api() -> Iterator[str]:

@@ -61,7 +61,7 @@ FOLDERS |= dict(stl10='stl10_binary', svhn='')
 @pytest.mark.parametrize('name', FOLDERS)
 def test_what_is_missing_or_damaged_names_the_folder_and_the_page(name, tmp_path):
     def said() -> str:
-        with pytest.raises(ValueError, match=r'docs/data\.md') as caught:
+        with pytest.raises(ValueError, match=r'docs/how-to/data\.md') as caught:
             build(name, data_root=str(tmp_path), split='train')
         return str(caught.value)
 

@@ -221,7 +221,7 @@ def test_what_is_missing_is_named_with_the_page_that_helps(name, tmp_path):
     config = dict(type=name, data_root=str(tmp_path), data_prefix=CAMVID, ann_file='', **suffix)
 
     def said(**options: str) -> str:
-        with pytest.raises(ValueError, match=r'docs/segmentation\.md') as caught:
+        with pytest.raises(ValueError, match=r'docs/how-to/segmentation\.md') as caught:
             DATASETS.build({**config, **options})
         return str(caught.value)
 

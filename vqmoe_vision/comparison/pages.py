@@ -18,8 +18,8 @@ import pandas as pd
 
 from vqmoe_vision.moe.config import check
 
-from .frame import HELD_OUT, TEST, compared, contrasts, forest, scores_of, summary
-from .report import contrast_table, ends, interval, markdown
+from .frame import TEST, contrasts, forest, scores_of, summary
+from .report import contrast_table, ends, markdown
 from .spec import Comparison
 from .statistics import paired_difference
 from .store import Results
@@ -92,15 +92,14 @@ def _wide(cells: Iterable[tuple[Any, str, str]]) -> pd.DataFrame:
 
 def _contrasts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
     (made,) = found.values()
-    table = contrast_table(made.comparison, contrasts(*made))
+    table = contrast_table(made.comparison, contrasts(*made)).drop(columns='seeds')
     return table.assign(contrast=table['contrast'].map(_name))
 
 
 def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
     """Rows of one comparison: all, or those that it has of the ones that are named."""
     (made,) = found.values()
-    frame, held_out = summary(*made), compared(made.comparison, made.values, HELD_OUT)
-    lines = []
+    frame, lines = summary(*made), []
     for row in (row for row in rows or frame.index if row in frame.index):
         of: Any = frame.loc[row]
         bounds = ends(of['pooled_low'], of['pooled_high'])
@@ -110,7 +109,6 @@ def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFra
                 'row': _name(row),
                 'score': f'{of["score"]:.2f} ± {of["std"]:.2f}',
                 f'minus {_name(made.comparison.reference)}': own,
-                'the same on validation images': interval(held_out.get(row), of['seeds']),
             }
         )
     return pd.DataFrame(lines)

@@ -68,7 +68,7 @@ class TerminalHook(Hook):
         self.say(f'Training {self._what("train")}: {end} {kind}{begun}, into {runner.work_dir}')
         images, updates = runner.train_dataloader.batch_size, runner.optim_wrapper
         parts = runner.world_size, images, getattr(updates, '_accumulative_counts', 1)
-        if images is not None:
+        if images is not None and prod(parts) > images:
             told = '{} processes x {} images x {} batches'.format(*parts)
             self.say(f'Each step of the optimizer has {prod(parts)} images: {told}')
         self._bar.reset(runner.max_iters - runner.iter)
