@@ -106,13 +106,13 @@ def described(parser: Any, name: str) -> Iterator[tuple[str, str, list[tuple[str
 def command_lines() -> Iterator[str]:
     commands = [each for tool in TOOLS for each in described(parser_of(tool), tool)]
     count = Counter(row for _, _, rows in commands for row in rows)
-    shared = [row for row, number in count.items() if number > 2]
-    yield from ['## Arguments of several commands', *table('argument, meaning', shared)]
+    shared = {names: told for (names, told), number in count.items() if number > 1}
+    yield from ['## Arguments of several commands', *table('argument, meaning', shared.items())]
     for name, description, rows in commands:
         yield from [f'## {name}', description]
-        if here := [names for names, told in rows if (names, told) in shared]:
+        if here := [names for names, told in rows if shared.get(names) == told]:
             yield f'[Shared](#arguments-of-several-commands): {", ".join(here)}.'
-        yield from table('argument, meaning', [row for row in rows if row not in shared])
+        yield from table('argument, meaning', [r for r in rows if shared.get(r[0]) != r[1]])
 
 
 def models() -> Iterator[str]:
