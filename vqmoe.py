@@ -29,7 +29,7 @@ def main() -> None:
     args, unknown = parser.parse_known_args()
     if unknown:  # as the tool would say it
         tools.choices[args.tool].error(f'unrecognized arguments: {" ".join(unknown)}')
-    config = getattr(args, 'config', None)
+    config = getattr(args, 'config', getattr(args, 'spec', None))
     if config is not None:
         own = config.removeprefix('vqmoe_vision::')
         file = Path(config).expanduser() if own == config else folder / 'configs' / own
@@ -37,6 +37,7 @@ def main() -> None:
             sys.exit(f'error: there is no config {config}')
     script = folder / 'tools' / f'{args.tool}.py'
     sys.argv = [str(script), *sys.argv[2:]]
+    sys.path.insert(0, '')  # as `python -m` does: a config may import modules beside it
     runpy.run_path(str(script), run_name='__main__')
 
 

@@ -190,12 +190,14 @@ def test_examples_in_the_help_of_a_tool_are_possible_and_reach_it_as_they_are(to
         return {}
 
     monkeypatch.setattr(runpy, 'run_path', run)
+    monkeypatch.setattr(sys, 'path', sys.path[1:])
     for example in examples:
         parser_of(tool).parse_args(shlex.split(example))
         words = [word if word != 'CONFIG' else __file__ for word in shlex.split(example)]
         monkeypatch.setattr(sys, 'argv', ['vqmoe', tool, *words])
         vqmoe.main()
         assert ran.pop() == [str(script), *words]
+        assert sys.path[0] == ''  # a config imports modules of the user's folder
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in TOOLS.glob('*.py')))

@@ -236,3 +236,8 @@ def test_images_without_labels_are_classified(trained, tmp_path, capsys):
     torch.testing.assert_close(probabilities, shares.flatten())
     for flag, value in (('--topk', '11'), ('--opacity', '0.5'), ('--topk', '0')):
         refused(f'^error: {flag}=', predict, [*command, flag, value], error=SystemExit)
+    refused('none', predict, [config, 'none', *files], error=SystemExit)
+    refused('none', predict, [config, checkpoint, 'none'], error=SystemExit)
+    Path(files[2]).write_bytes(b'no image')  # of which the others are not lost
+    refused('2\\.png', predict, [*command, '--topk', '2', '--device', 'cpu'], error=SystemExit)
+    assert json.loads((out / 'predictions.json').read_text()) == found[:4]

@@ -190,6 +190,7 @@ TOTAL = 'total_batch_size = 8\ntrain_dataloader = dict(batch_size=1)\n'
     ('', {'train_dataloader': {'batch_size': 3}}, {1: 3, 8: 3}),
     ('train_dataloader = dict(batch_size=4)', {}, {1: 4, 8: 4}),
     ('train_dataloader = dict(num_workers=4)', {}, {1: 8, 8: 1}),
+    ('train_dataloader = dict(batch_size=1, num_workers=4)', {}, {1: 8, 8: 1}),  # a copy of it
     ('total_batch_size = 24', {}, {1: 24, 8: 3}),
     ('total_batch_size = None', {}, {1: 1, 8: 1}),
     # what cannot be shared is one line
@@ -201,7 +202,8 @@ def test_processes_share_the_total_batch(text, options, batches, tmp_path):
     (tmp_path / 'base.py').write_text(TOTAL)
     (tmp_path / 'mine.py').write_text(f"_base_ = 'base.py'\n{text}\n")
     mine = str(tmp_path / 'mine.py')
-    refused('^total_batch_size=0 ', load_config, mine, {'total_batch_size': 0})
+    for name in ('total_batch_size', 'optim_wrapper.accumulative_counts'):
+        refused(f'^{name}=0 ', load_config, mine, {name: 0})
     config = load_config(mine, options)
     for processes, batch in batches.items():
         if isinstance(batch, str):

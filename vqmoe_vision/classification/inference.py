@@ -55,7 +55,7 @@ class TopClasses:
         """Writes both files; a line for each image."""
         self._file.with_suffix('.json').write_text(json.dumps(self._rows, indent=1))
         with self._file.open('w', newline='') as file:
-            table = csv.DictWriter(file, self._rows[0].keys())
+            table = csv.DictWriter(file, ('image', 'rank', 'class', 'probability'))
             table.writeheader()
             table.writerows(self._rows)
         lines = [

@@ -245,11 +245,17 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
         yield
 
 
-def load_from_local(filename: str, map_location: Any) -> Any:
-    """The loader of files that mmengine asks for, which reads them as data."""
+def existing(filename: str) -> str:
+    """The path of a checkpoint with the user's folder in it, which must be there."""
     path = os.path.expanduser(filename)
     if not os.path.exists(path):
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')
+    return path
+
+
+def load_from_local(filename: str, map_location: Any) -> Any:
+    """The loader of files that mmengine asks for, which reads them as data."""
+    path = existing(filename)
     if os.path.isdir(path) or path.endswith('.safetensors') or describe(path).name:
         state, config = read_state(path), describe(path).config
         if {'mean', 'std'} <= config.keys():  # which timm keeps beside the weights

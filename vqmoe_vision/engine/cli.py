@@ -26,6 +26,7 @@ from torch import nn
 from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.moe.config import check
 
+from .checkpoint import existing
 from .checkpoint_files import SaveError, in_use, newest_before, newest_checkpoint
 from .checkpoint_hook import end_by
 from .config import (
@@ -146,9 +147,11 @@ def _predict(args: argparse.Namespace) -> None:
     allowed = 'Classifier or MoeEncoderDecoder'
     check(hasattr(kind, 'predictions'), 'model.type', config.model.type, allowed)
     predictions = kind.predictions(args, files)
-    for file in track_iter_progress(files, file=sys.stdout):
-        predictions.add(file)
-    print(f'\n{predictions.end()}')
+    try:
+        for file in track_iter_progress(files, file=sys.stdout):
+            predictions.add(file)
+    finally:  # of a damaged image the others are not lost
+        print(f'\n{predictions.end()}')
 
 
 def _check_parts(config: Config, splits: tuple[str, ...]) -> None:
@@ -179,6 +182,7 @@ def _test(args: argparse.Namespace) -> None:
         told = take_ours(config)
         join(args.launcher, config)
         check_configs(config)
+        existing(args.checkpoint)
         _check_parts(config, ('test',))
         if writes := args.out is not None and get_rank() == 0:  # before the work
             check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')

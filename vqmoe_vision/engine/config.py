@@ -79,10 +79,15 @@ _mmengine_merge = Config._merge_a_into_b
 
 
 def merge(own: dict, base: dict, *args: bool) -> dict:
-    """As mmengine's; a file that states the batch of a process takes no total of its base."""
-    loader = own.get('train_dataloader')
-    if isinstance(loader, dict) and 'batch_size' in loader and 'total_batch_size' not in own:
-        base = {name: value for name, value in base.items() if name != 'total_batch_size'}
+    """As mmengine's; a file that states another batch of a process takes no total of its base."""
+    if 'total_batch_size' in base and 'total_batch_size' not in own:
+        stated, known = (flat(each).get('train_dataloader.batch_size') for each in (own, base))
+        kept = stated in (None, known)  # a copy of the base's loader states its batch too
+        base = (
+            base
+            if kept
+            else {name: value for name, value in base.items() if name != 'total_batch_size'}
+        )
     return _mmengine_merge(own, base, *args)
 
 
@@ -92,6 +97,8 @@ def share_batch(config: Config, processes: int = 1, options: Mapping[str, Any] =
     if total is None or loader is None:
         return
     batches = (config.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+    valid = type(batches) is int and batches > 0
+    check(valid, 'optim_wrapper.accumulative_counts', batches, 'a whole number above 0')
     parts = processes * batches
     allowed = f'a multiple of {parts}, {processes} processes x {batches} batches a step'
     fits = type(total) is int and total > 0 and total % parts == 0
@@ -138,9 +145,9 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
         check(not left_out or hook in hooks, name, value, allowed)
     try:
         config.merge_from_dict(options)
+        loader = as_arguments(options).get('train_dataloader')
     except (KeyError, TypeError) as error:  # of an element that a list lacks, or of what holds none
         raise ValueError(f'--cfg-options {" ".join(options)}: {error}') from error
-    loader = as_arguments(options).get('train_dataloader')
     if 'total_batch_size' not in options and 'batch_size' in (loader or {}):
         config.pop('total_batch_size', None)  # what was stated later counts
     share_batch(config)
@@ -165,8 +172,11 @@ def check_folders(config: Config, splits: Sequence[str]) -> None:
     for name in (f'{split}_dataloader' for split in splits):
         for dataset in innermost((config.get(name) or {}).get('dataset') or ConfigDict()):
             root = dataset.get('data_root')
+            prefixes = (dataset.get('data_prefix') or {}).values()
+            elsewhere = dataset.get('backend_args') or any(map(os.path.isabs, prefixes))
             there = not isinstance(root, str) or '://' in root or Path(root).exists()
-            check(there, f'{name}.dataset.data_root', root, 'a folder, see docs/how-to/data.md')
+            allowed = 'a folder, see docs/how-to/data.md'
+            check(there or bool(elsewhere), f'{name}.dataset.data_root', root, allowed)
 
 
 def expand(holder: Any) -> None:

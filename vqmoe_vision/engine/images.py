@@ -14,13 +14,16 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
+from vqmoe_vision.moe.config import check
+
 IMAGE_SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'})
 
 
 def list_images(place: str | Path) -> list[Path]:
     """An image file, or those of a folder by name."""
-    if not Path(place).is_dir():
+    if Path(place).is_file():
         return [Path(place)]
+    check(Path(place).is_dir(), 'images', str(place), 'a file or a folder')
     if files := sorted(p for p in Path(place).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
         return files
     raise ValueError(f'{place} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')

@@ -31,7 +31,7 @@ from vqmoe_vision.moe.collect import moe_layers, summarize
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.raw_patches import image_reader
 
-from .checkpoint import log_notes, read_content, read_state, start_from
+from .checkpoint import existing, log_notes, read_content, read_state, start_from
 
 Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, in their order
 
@@ -356,6 +356,7 @@ def check_model(config: Config) -> None:
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
     """Builds the model of a config with the weights of a checkpoint, ready to predict."""
+    checkpoint = existing(checkpoint)
     with scope_of(config):
         model = MODELS.build(without_sources(config.model))
     state = read_state(checkpoint)
