@@ -203,7 +203,7 @@ def test_processes_share_the_total_batch(text, options, batches, tmp_path):
     (tmp_path / 'mine.py').write_text(f"_base_ = 'base.py'\n{text}\n")
     mine = str(tmp_path / 'mine.py')
     for name in ('total_batch_size', 'optim_wrapper.accumulative_counts'):
-        refused(f'^{name}=0 ', load_config, mine, {name: 0})
+        refused(f'^{name}=0 ', load_config, mine, {'total_batch_size': 8, name: 0})
     config = load_config(mine, options)
     for processes, batch in batches.items():
         if isinstance(batch, str):

@@ -246,7 +246,7 @@ def test_without_mmsegmentation_it_says_what_to_install(tool, monkeypatch):
     for name in [name for name in sys.modules if name.startswith('vqmoe_vision.segmentation')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'mmcv', None)
-    images = ['a.pth', 'b.png'] if tool == 'predict' else []
+    images = ['a.pth', __file__] if tool == 'predict' else []
     monkeypatch.setattr(sys, 'argv', [tool, str(SCENES), *images])
     path = ROOT / f'tools/{tool}.py'
     with pytest.raises(SystemExit, match=r"^error: .* pip install '\.\[seg.*\]'$"):

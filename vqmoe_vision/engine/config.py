@@ -82,12 +82,8 @@ def merge(own: dict, base: dict, *args: bool) -> dict:
     """As mmengine's; a file that states another batch of a process takes no total of its base."""
     if 'total_batch_size' in base and 'total_batch_size' not in own:
         stated, known = (flat(each).get('train_dataloader.batch_size') for each in (own, base))
-        kept = stated in (None, known)  # a copy of the base's loader states its batch too
-        base = (
-            base
-            if kept
-            else {name: value for name, value in base.items() if name != 'total_batch_size'}
-        )
+        if stated not in (None, known):  # a copy of the base's loader states its batch too
+            base = {name: value for name, value in base.items() if name != 'total_batch_size'}
     return _mmengine_merge(own, base, *args)
 
 
