@@ -203,7 +203,7 @@ class MoeTrainingMixin:
         kinds = {name.partition('.')[0] for name in own}, {*dict(model.named_children())}
         for part, kind in (('model', 'classifier'), ('backbone', 'segmentor')):
             if part in kinds[0] - kinds[1]:
-                return f'it is the checkpoint of a {kind}'
+                return f'it looks like the checkpoint of a {kind}'
         return misfit_of(model, self.in_own_names({KEY: self.normalization, **own}))
 
     def in_own_names(self, state: StateDict) -> StateDict:
