@@ -270,12 +270,13 @@ SHORT += 'train_cfg.val_interval=1 train_dataloader.batch_size=600'
 
 @pytest.mark.parametrize('choice', ['bar', 'plain', None])
 def test_a_terminal_shows_a_bar_and_a_file_every_line(choice, tmp_path, capsys):
-    options = ['--cfg-options', *SHORT.split(), f'experiment_name=terminal_{choice}']
+    twice = 'optim_wrapper.accumulative_counts=2'
+    options = ['--cfg-options', *SHORT.split(), twice, f'experiment_name=terminal_{choice}']
     asked = [] if choice is None else ['--log', choice]  # what is no terminal is plain
     run = tmp_path / 'run'
     cli.train([str(DIGITS), '--work-dir', str(run), *asked, *options])
     shown = capsys.readouterr().out
-    assert ' 600 images: 1 processes x 600 ' in shown
+    assert ' 1200 images: 1 processes x 600 images x 2 batches' in shown
     assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
     assert f'last {run}/epoch_1.pth' in shown and 'Trained, accuracy/top1 ' in shown
     bar = choice == 'bar'
