@@ -268,6 +268,7 @@ SHORT = 'model.depth=2 model.embed_dim=12 model.patch_size=16 train_cfg.max_epoc
 SHORT += 'train_cfg.val_interval=1 train_dataloader.batch_size=600'
 
 
+@pytest.mark.filterwarnings('ignore:Detected call of .scheduler:UserWarning')
 @pytest.mark.parametrize('choice', ['bar', 'plain', None])
 def test_a_terminal_shows_a_bar_and_a_file_every_line(choice, tmp_path, capsys):
     twice = 'optim_wrapper.accumulative_counts=2'
