@@ -328,7 +328,7 @@ def _export_page(args: argparse.Namespace) -> None:
     require_packages()
     with written_whole(free_folder(args.out)) as folder:
         model, source = _exportable(args)
-        graph = export_web(model, folder, args.source, photos_of(source))
+        graph = export_web(model, folder, Path(args.source).name, photos_of(source))
         print(differences(graph, load_exported(folder / 'model.onnx'), (1,))[0])
     print(f'wrote {args.out}: python -m http.server --directory {args.out}')
 

@@ -30,7 +30,6 @@ from vqmoe_vision.moe.layer import Decisions
 RUNTIME = 'onnxruntime-web@1.30.0'
 _FILES = ('ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm')
 _PAGE = Path(__file__).parent / 'templates/web.html'
-_PHOTOS = {'china.jpg': 'danielbuechele', 'flower.jpg': 'vultilion'}  # of scikit-learn
 Photo = tuple[Image.Image, str]  # and what is said of it
 
 
@@ -144,7 +143,7 @@ def photos_of(source: Any) -> Iterator[Photo]:
     if source is None:
         from sklearn.datasets import load_sample_image  # a second to import
 
-        for name, author in _PHOTOS.items():
+        for name, author in (('china.jpg', 'danielbuechele'), ('flower.jpg', 'vultilion')):
             yield Image.fromarray(load_sample_image(name)), f'{name} by {author}, CC BY 2.0'
         return
     mean, std = (torch.tensor(n)[:, None, None] for n in astuple(source.normalization))

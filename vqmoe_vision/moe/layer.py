@@ -126,11 +126,7 @@ class MoeLayer(Switched):
 
     @contextmanager
     def switched(self, on: Tensor) -> Iterator[None]:
-        """A block in which experts that are off get no token, and routers choose among the others.
-
-        Args:
-            on: (E,) bool, False for those that are off.
-        """
+        """A block in which no token goes to experts that are off, False in `on` (E,) bool."""
         parts = [part for part in self.modules() if isinstance(part, Switched)]
         try:
             for part in parts:

@@ -38,17 +38,14 @@ class Quantized:
     error: Tensor  # 0-dim, mean squared distance of tokens and `codes` per channel; no gradient
 
 
-def nearest_code(x: Tensor, codes: Tensor, usable: Tensor | None = None) -> Tensor:
-    """Index (T,) of the nearest of codes (M, D) to tokens (T, D), float32; the first of equals.
-
-    Of those `usable` (M,), if there is any.
-    """
+def nearest_code(x: Tensor, codes: Tensor, on: Tensor | None = None) -> Tensor:
+    """Index (T,) of the nearest of codes (M, D) to tokens (T, D), float32; the first of equals."""
     # not `no_grad`: where it ends a region without autocast, a saved program loads no more
     x, codes = x.detach(), codes.detach()
     # |x|^2 is the same for every code; leaving it out makes this one matrix product
     distances = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
-    if usable is not None:
-        distances = distances.masked_fill(~usable, torch.inf)
+    if on is not None:  # (E,), code j is of expert j mod E
+        distances = distances.masked_fill(~on.repeat(len(codes) // len(on)), torch.inf)
     return distances.argmin(dim=1)
 
 
@@ -105,9 +102,7 @@ class Codebook(Switched):
         with full_precision(x):
             x = x.float()
             compared, codes = self.compared(x), self.codes()
-            on = self.switches  # code j is of expert j mod E
-            usable = None if on is None else on.repeat(len(codes) // len(on))
-            indices = nearest_code(compared, codes, usable)
+            indices = nearest_code(compared, codes, self.switches)
             # not codes[indices], whose backward is one thread's work: 12 ms at 8192 tokens, not 0.6
             chosen = codes.index_select(0, indices)
             error = _mean_squared(compared, chosen.detach())
