@@ -358,8 +358,12 @@ def _exportable(args: argparse.Namespace) -> tuple[Exportable, Any]:
         found.about['classes'] = classes
     if not args.web:
         return found, None
-    with scope_of(config):
-        return found, model.source(config.test_dataloader.dataset)
+    try:
+        with scope_of(config):
+            return found, model.source(config.test_dataloader.dataset)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'the page has no test images: {error}')
+        return found, None
 
 
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
