@@ -111,7 +111,8 @@ class Trial:
     def __init__(self, method: str, way: Way, sizes: Mapping[str, Any]) -> None:
         # noise comes from the generator of a device
         known = METHODS[method].config.option_names()
-        options = {**sizes, **{n: 0.0 for n in ('router_noise', 'load_weight') if n in known}}
+        options: dict[str, Any] = dict(sizes)
+        options |= {name: 0.0 for name in ('router_noise', 'load_weight') if name in known}
         spec = ','.join([f'vit_tiny_{method}', *(f'{name}={v}' for name, v in options.items())])
         low = way.dtype != 'float32'
         comparison = Comparison(models=(spec,), batch=8, img_size=64, dtype=way.dtype, amp=low)
@@ -160,7 +161,8 @@ class Trial:
         losses = {f'loss {i}': loss.cpu() for i, loss in enumerate(self.losses)}
         if self.way.dtype != 'float32':
             return losses
-        state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        whole = StateDictOptions(full_state_dict=True)
+        state: dict[str, Any] = {**get_model_state_dict(self.model, options=whole)}
         if self.way.how == 'averaged':
             state |= {f'average {n}': v for n, v in self.average.module.state_dict().items()}
         return losses | {name: value.cpu().clone() for name, value in state.items()}

@@ -43,7 +43,7 @@ def counted_waits(device: str) -> Iterator[Counter[str]]:
         yield places
         return
 
-    def count(message: Any, *_: Any) -> None:
+    def count(message: Warning | str, *_: Any, **__: Any) -> None:
         if 'synchronizing CUDA operation' in str(message):
             places[place_of(traceback.walk_stack(None))] += 1
 
