@@ -71,10 +71,11 @@ def _judge(gate: Gate, rows: Sequence[Row]) -> list[dict[str, Any]]:
         same = {key: row[key] for key in IDENTITY if key in row}
         others = [r for r in rows if _has(r, {**same, 'contender': gate.against, **gate.versus})]
         name = f'{gate} at {_configuration(row)}'
-        if not others:
-            found.append(_judged(name, gate.at_most, None, 'nothing to compare with'))
-            continue
         spent, most = 'to_dense' if gate.versus else 'median_ms', gate.at_most
+        if not others or (most is None and 'expected_ms' not in row):
+            reason = 'nothing to expect it by' if others else 'nothing to compare with'
+            found.append(_judged(name, most, None, reason))
+            continue
         if most is None:
             most = SLACK * row['expected_ms'] / others[0]['expected_ms']
         found.append(_judged(name, most, row[spent] / others[0][spent]))
