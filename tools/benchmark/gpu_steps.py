@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.kernels.cuda import is_fast
+from vqmoe_vision.moe.kernels import KERNELS, kernel_of
 
 from .cells import Settings
 from .gpu_stages import outcome
@@ -53,8 +53,8 @@ def waiting_forbidden(device: str) -> Iterator[None]:
 
 def experts_wait(device: str) -> bool:
     """Whether experts in bfloat16 read back on this card, as the kernel does that it takes."""
-    rows, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 64), (2, 64, 64)))
-    return device.startswith('cuda') and not is_fast(rows.to(device), weight.to(device))
+    kernel = kernel_of(torch.device(device), torch.bfloat16, (64, 64))
+    return device.startswith('cuda') and KERNELS[kernel].ends_on_host
 
 
 def check_methods(
