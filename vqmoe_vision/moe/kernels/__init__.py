@@ -76,21 +76,13 @@ def _triton(kind: str) -> ModuleType | None:
         return None
 
 
-def _product_in_triton(*args: Any) -> Tensor:
-    return torch.ops.vqmoe_vision.tiled_product(*args)
-
-
-def _gradients_in_triton(*args: Any) -> Sequence[Tensor]:
-    return torch.ops.vqmoe_vision.tiled_gradients(*args)
-
-
 KERNELS = {
     'reference': Kernel(_one_by_one, ends_on_host=True),
     'batched': Kernel(cpu.product, cpu.gradients, ends_on_host=True, make_plan=cpu.make_plan),
     'grouped_mm': Kernel(cuda.product, cuda.gradients, cuda.fits),
     'triton': Kernel(
-        _product_in_triton,
-        _gradients_in_triton,
+        lambda *args: torch.ops.vqmoe_vision.tiled_product(*args),
+        lambda *args: torch.ops.vqmoe_vision.tiled_gradients(*args),
         lambda device, dtype, _: dtype in cuda.DTYPES and _has_triton(device),
     ),
 }

@@ -27,9 +27,12 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # torch 2.12 refuses what is interpreted
 wrap_triton: Any = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 
-# Tiles of answers and of the width that is summed over, warps and stages of loads, below float32
-# and in it: at most 48 KiB of shared memory, which all cards have.
-TILES = {2: (128, 128, 32, 4, 3), 4: (64, 64, 32, 4, 3)}
+# Of answers (ROWS, COLUMNS) and of the width that is summed over, by bytes of a number: at most
+# 48 KiB of shared memory, which all cards have.
+TILES = {
+    2: dict(ROWS=128, COLUMNS=128, INNER=32, num_warps=4, num_stages=3),
+    4: dict(ROWS=64, COLUMNS=64, INNER=32, num_warps=4, num_stages=3),
+}
 
 
 def builds_for(kind: str) -> bool:
@@ -163,41 +166,25 @@ def weight_kernel(
         tl.store(to, total.to(grad.dtype.element_ty), mask=is_wide[:, None] & is_column)
 
 
-def _precision(x: Tensor) -> str:
+def _options(x: Tensor) -> dict[str, Any]:
     fast = torch.backends.cuda.matmul.fp32_precision == 'tf32' and torch.version.hip is None
-    return 'tf32' if fast and x.dtype == torch.float32 else 'ieee'
+    precision = 'tf32' if fast and x.dtype == torch.float32 else 'ieee'
+    return TILES[x.element_size()] | {'PRECISION': precision}
 
 
 def _launch_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, turned: bool = False
 ) -> Tensor:
     """Rows (R, K) by weight (E, N, K), or by (E, K, N) if it is `turned`."""
-    (num_rows, k), num_experts = x.shape, weight.shape[0]
+    (num_rows, k), num_experts, told = x.shape, weight.shape[0], _options(x)
     n = weight.shape[2 if turned else 1]
     out = x.new_empty(num_rows, n)
-    rows, columns, inner, warps, stages = TILES[x.element_size()]
-    num_tiles = (triton.cdiv(num_rows, rows) + num_experts) * triton.cdiv(n, columns)
-    wrap_triton(product_kernel)[(num_tiles,)](
-        x,
-        weight,
-        x if bias is None else bias,
-        out,
-        ends,
-        num_rows,
-        num_experts,
-        n,
-        k,
-        1 if turned else k,
-        n if turned else 1,
-        HAS_BIAS=bias is not None,
-        PRECISION=_precision(x),
-        ROWS=rows,
-        COLUMNS=columns,
-        INNER=inner,
-        GROUPS=triton.next_power_of_2(num_experts + 1),
-        num_warps=warps,
-        num_stages=stages,
-    )
+    num_tiles = triton.cdiv(num_rows, told['ROWS']) + num_experts
+    tensors = x, weight, x if bias is None else bias, out, ends
+    strides = (1, n) if turned else (k, 1)
+    told |= {'HAS_BIAS': bias is not None, 'GROUPS': triton.next_power_of_2(num_experts + 1)}
+    grid = (num_tiles * triton.cdiv(n, told['COLUMNS']),)
+    wrap_triton(product_kernel)[grid](*tensors, num_rows, num_experts, n, k, *strides, **told)
     return out
 
 
@@ -217,25 +204,10 @@ def gradients(
     grad_weight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     grad_bias = x.new_empty(num_experts, n) if wanted[2] else x.new_empty(0)
     if wanted[1] or wanted[2]:
-        rows, columns, inner, warps, stages = TILES[x.element_size()]
-        across = triton.cdiv(k, columns) * wanted[1] + wanted[2]
-        wrap_triton(weight_kernel)[(triton.cdiv(n, rows) * across, num_experts)](
-            grad,
-            x,
-            grad_weight,
-            grad_bias,
-            ends,
-            n,
-            k,
-            FOR_WEIGHT=wanted[1],
-            FOR_BIAS=wanted[2],
-            PRECISION=_precision(x),
-            ROWS=rows,
-            COLUMNS=columns,
-            INNER=inner,
-            num_warps=warps,
-            num_stages=stages,
-        )
+        told = _options(x) | {'FOR_WEIGHT': wanted[1], 'FOR_BIAS': wanted[2]}
+        across = triton.cdiv(k, told['COLUMNS']) * wanted[1] + wanted[2]
+        grid = (triton.cdiv(n, told['ROWS']) * across, num_experts)
+        wrap_triton(weight_kernel)[grid](grad, x, grad_weight, grad_bias, ends, n, k, **told)
     return grad_x, grad_weight, grad_bias
 
 
