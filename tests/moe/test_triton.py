@@ -103,8 +103,7 @@ MATRIX = {'A100': 'mma.sync', '4090': 'mma.sync', 'H100': 'wgmma', 'RTX 50': 'mm
 
 
 @pytest.mark.parametrize('card', TARGETS)
-@pytest.mark.parametrize('dtype', SHORT, ids=str)
-@cases('widths', (384, 1536), (35, 11))
+@cases('dtype, widths', *((dtype, (384, 1536)) for dtype in SHORT), (torch.bfloat16, (35, 11)))
 def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
     monkeypatch.setenv('TRITON_DEFAULT_FP_FUSION', '1')  # without a word Triton 3.9 warns
     monkeypatch.setattr(triton.knobs.cache, 'dir', str(tmp_path))
