@@ -18,7 +18,7 @@ from vqmoe_vision.moe.kernels import KERNELS, grouped_linear, kernel_of, make_pl
 from vqmoe_vision.moe.kernels import cpu as plan_module
 from vqmoe_vision.moe.routing import Routing
 
-from .. import cases
+from .. import cases, refused
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
 
 UP_TO_6 = st.integers(1, 6)
@@ -61,7 +61,7 @@ def test_groups_of_several_tiles(kernel, dtype, widths, bias):
     case[2][:150] = torch.tensor([3, 1])  # skewed, and experts 0 and 4 have none
     case[2][case[2] % 4 == 0] = 3
     kept = torch.rand(300, 2, generator=torch.Generator().manual_seed(0)) < 0.8
-    if KERNELS[kernel].fits(torch.device('cpu'), dtype, widths):
+    if KERNELS[kernel].fits(torch.device('cpu'), dtype, (5, *widths)):
         compare(case, dtype, kernel, kept, looser=6)  # sums of up to 240
 
 
@@ -110,16 +110,21 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: facts.capability)
     ours = SimpleNamespace(compiles_for=lambda device: facts.capability >= (8, 0))
     monkeypatch.setattr(kernels, '_triton', lambda kind: ours if facts.triton else None)
-    facts.kernel = lambda dtype=torch.bfloat16, widths=(16, 8): kernel_of(
-        torch.device('cuda', 0), dtype, widths
+    facts.kernel = lambda dtype=torch.bfloat16, shape=(2, 16, 8): kernel_of(
+        torch.device('cuda', 0), dtype, shape
     )
     return facts
 
 
 def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch, card):
-    assert kernel_of(torch.device('cpu'), torch.bfloat16, (16, 8)) == 'batched'
+    assert kernel_of(torch.device('cpu'), torch.bfloat16, (2, 16, 8)) == 'batched'
     assert card.kernel() == 'grouped_mm'
-    assert card.kernel(widths=(12, 8)) == 'triton'
+    assert card.kernel(shape=(2, 12, 8)) == 'triton'
+    # its launch has a thread for each group
+    many = (1024, 8, 8)
+    assert card.kernel(shape=(1023, 8, 8)) == 'grouped_mm' and card.kernel(shape=many) == 'triton'
+    with use_kernel('grouped_mm'):
+        refused("^kernel='grouped_mm' .* 1024 experts", lambda: card.kernel(shape=many))
     for dtype in (torch.float32, torch.float16):
         assert card.kernel(dtype) == 'triton'
     assert card.kernel(torch.float64) == 'batched'
@@ -178,7 +183,7 @@ def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
 def test_autocast_computes_low_and_returns_gradients_in_float32(shape, drop, kernel, dtype):
     experts, x, indices, weights = make_case(*shape, bias=True)
     experts, x, weights = experts.float(), x.float(), weights.float()
-    if not KERNELS[kernel].fits(x.device, dtype, shape[3:]):
+    if not KERNELS[kernel].fits(x.device, dtype, (4, *shape[3:])):
         pytest.skip('widths')  # which a test of its own sees refused
     kept = torch.rand(weights.shape) < 0.6 if drop else None
     expected = run_and_backward(naive, experts, x, indices, weights, kept)

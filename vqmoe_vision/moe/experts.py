@@ -158,7 +158,8 @@ class Experts(nn.Module):
         return exchange(self._run, rows, offsets) if exchange else self._run(rows, offsets)
 
     def _run(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        ends = placed_ends(offsets, rows, (self.fc1.out_features, self.fc1.in_features))
+        widths = self.fc1.out_features, self.fc1.in_features
+        ends = placed_ends(offsets, rows, (len(offsets), *widths))
         hidden = self.fc1(rows, ends)
         if self.recompute:  # GELU alone, and nothing drops
             return self.fc2(hidden, ends, self.act.approximate)

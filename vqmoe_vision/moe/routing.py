@@ -107,6 +107,11 @@ def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -
     return counts / (max(indices.numel(), 1) if kept is None else counts.sum().clamp(min=1))
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What sums of many steps are kept in: float64, which Apple's MPS has not."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 def perplexity(shares: Tensor) -> float:
     """exp(entropy) of shares (M,): M if all are even, 1 if one takes everything."""
     return perplexities(shares, dim=0).item()

@@ -34,7 +34,7 @@ class Kernel:
     # of that answer's gradient, rows, weight, ends, and which are wanted: gradients of rows, weight
     # and bias, anything of those that are not; None where autograd knows the operators of `product`
     gradients: Callable[..., Sequence[Tensor | None]] | None = None
-    # of device, dtype and widths (out, in): whether it can compute
+    # of device, dtype and shape of the weight: whether it can compute
     fits: Callable[[torch.device, torch.dtype, Sequence[int]], bool] = lambda *_: True
     # whether it reads the ends back
     ends_on_host: bool = False
@@ -117,9 +117,9 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
     return KERNELS[_named or 'batched'].make_plan(indices, num_experts, dtype)
 
 
-def placed_ends(offsets: Tensor, x: Tensor, widths: Sequence[int]) -> Tensor:
-    """Ends for linear layers on rows `x` where their kernel wants them, read back once at most."""
-    chosen = KERNELS[kernel_of(x.device, compute_dtype(x), widths)]
+def placed_ends(offsets: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Ends where the kernel of weights (E, out, in) on rows `x` wants them: read once at most."""
+    chosen = KERNELS[kernel_of(x.device, compute_dtype(x), shape)]
     # on meta, where operations are counted, there is nothing to read
     return offsets.cpu() if chosen.ends_on_host and not offsets.is_meta else offsets
 
@@ -135,7 +135,7 @@ def grouped_linear(
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    name = kernel_of(x.device, dtype, weight.shape[1:])
+    name = kernel_of(x.device, dtype, weight.shape)
     if (kernel := KERNELS[name]).gradients is None:
         x = x if gelu is None else F.gelu(x, approximate=gelu)
         return kernel.product(x, weight, bias, offsets)
@@ -191,14 +191,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def kernel_of(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str:
-    """Key of `KERNELS` that runs linear layers of `widths` (out, in); the one that was named."""
+def kernel_of(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """Key of `KERNELS` that runs linear layers of weights (E, out, in); the one that was named."""
     if _named is not None:
-        allowed = f'one that computes {dtype} on {device.type} in widths {(*widths,)}'
-        check(KERNELS[_named].fits(device, dtype, widths), 'kernel', _named, allowed)
+        experts, *widths = shape
+        allowed = f'one that computes {experts} experts in {dtype} on {device.type}, width {widths}'
+        check(KERNELS[_named].fits(device, dtype, shape), 'kernel', _named, allowed)
         return _named
     if device.type != 'cuda':
         return 'batched'
-    if cuda.is_fast(device, dtype, widths):
+    if cuda.is_fast(device, dtype, shape):
         return 'grouped_mm'
-    return 'triton' if KERNELS['triton'].fits(device, dtype, widths) else 'batched'
+    return 'triton' if KERNELS['triton'].fits(device, dtype, shape) else 'batched'

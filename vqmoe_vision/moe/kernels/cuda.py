@@ -18,17 +18,19 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
+_MOST_EXPERTS = 1023  # that its kernel on a card takes
 
 
-def fits(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
-    """Whether it can compute linear layers of `widths` (out, in)."""
+def fits(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether it can compute linear layers of weights of a shape (E, out, in)."""
     known = dtype in DTYPES[: 1 if device.type == 'meta' else None]
-    return known and all(n * dtype.itemsize % _ALIGNMENT == 0 for n in widths)
+    few = device.type != 'cuda' or shape[0] <= _MOST_EXPERTS
+    return known and few and all(n * dtype.itemsize % _ALIGNMENT == 0 for n in shape[1:])
 
 
-def is_fast(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
+def is_fast(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
     """Whether it is one kernel on CUDA that reads nothing back."""
-    return dtype == torch.bfloat16 and fits(device, dtype, widths) and _has_kernel(device)
+    return dtype == torch.bfloat16 and fits(device, dtype, shape) and _has_kernel(device)
 
 
 @torch.compiler.assume_constant_result
