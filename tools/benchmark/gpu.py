@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vqmoe_vision.moe.kernels import KERNELS, _chosen
+from vqmoe_vision.moe.kernels import kernel_of
 
 from .cells import Cell, Settings
 from .environment import describe_machine
@@ -60,9 +60,8 @@ def first_line(settings: Settings, header: Mapping[str, Any], cell: Cell = FIRST
     """Card, driver, torch, kernel, waits and milliseconds of one layer, before all else."""
     quick = replace(settings, compiled=False, repeats=5)
     rows = {row['contender']: row for row in measure_layer(cell, quick, choose(['layer']))[0]}
-    weight = torch.empty(cell.experts, cell.hidden, cell.width, dtype=cell.compute_dtype)
-    chosen = _chosen(*(t.to(settings.device) for t in (weight[0], weight)))
-    kernel = next(name for name, each in KERNELS.items() if each is chosen)
+    shape = cell.experts, cell.hidden, cell.width
+    kernel = kernel_of(torch.device(settings.device), cell.compute_dtype, shape)
     card, layer, dense = settings.card, rows['layer'], rows['dense']
     assert card is not None
     return (

@@ -136,7 +136,8 @@ class Bed(nn.Module):
         self.reader: Any = method.reader(config, _MeanToken)
         self.raw_patches = RawPatches(self.reader)
         ratio = HIDDEN / WIDTH if config.expert_mlp_ratio is None else config.expert_mlp_ratio
-        experts = Experts(config.num_experts, WIDTH, int(ratio * WIDTH))
+        hidden, recompute = int(ratio * WIDTH), config.recompute
+        experts = Experts(config.num_experts, WIDTH, hidden, recompute=recompute)
         host = Host(TOKENS, in_chans=WIDTH // PIXELS**2, raw_patches=self.raw_patches)
         self.layer: Any = method.build(WIDTH, config, experts, host)
 
