@@ -26,8 +26,9 @@ from vqmoe_vision.analysis.pictures import (
 )
 from vqmoe_vision.analysis.report import number_tables, shift_tables, write_report
 from vqmoe_vision.analysis.shifts import Change, flip
-from vqmoe_vision.analysis.survey import Codes, Survey
+from vqmoe_vision.analysis.survey import Survey
 from vqmoe_vision.analysis.survey import survey as survey_of
+from vqmoe_vision.analysis.tally import Codes
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 

@@ -13,9 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vqmoe_vision.moe.config import check
 
-from . import figures
+from . import figures, verdicts
 from .figures import History
 from .measures import kept_beyond_chance
+from .overview import overview
 from .pictures import Picture, percent
 from .shifts import Change
 from .survey import Survey
@@ -87,7 +88,10 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template('report.html').render(surveys=surveys, sections=sections)
+    models, draws = [*map(overview, surveys)], verdicts.DRAWS
+    page = environment.get_template('report.html').render(
+        models=models, sections=sections, draws=draws
+    )
     numbers = {
         'surveys': [survey.numbers() for survey in surveys],
         'history': {name: list(lines) for name, lines in (history or {}).items()},
