@@ -18,7 +18,15 @@ from vector_quantize_pytorch import VectorQuantize
 from vqmoe_vision.analysis import Analysis, analyze
 from vqmoe_vision.analysis import verdicts as words
 from vqmoe_vision.comparison import control
-from vqmoe_vision.comparison.control import CLUSTERS, LABELS, PIXELS, WIDTH, Source, as_images
+from vqmoe_vision.comparison.control import (
+    CLUSTERS,
+    HIDDEN,
+    LABELS,
+    PIXELS,
+    WIDTH,
+    Source,
+    as_images,
+)
 
 DEFECTS = {
     'collapse': words.COLLAPSED,
@@ -29,7 +37,7 @@ DEFECTS = {
 STRENGTHS = (0.5, 0.9, 1.0)  # share of tokens whose choice is planted
 DEAD = (1, 4, 7)  # of eight codes, at the three strengths
 METHODS = ('smoe', 'vqmoe', 'xmoe', 'softmoe')
-CODES, SEPARATION, STEPS = 8, 3.0, 100
+CODES, SEPARATION, STEPS = 8, 3.0, 60
 
 
 class Gate(nn.Module):
@@ -64,10 +72,8 @@ class Experts(nn.Module):
             self.quantizer = VectorQuantize(WIDTH, CODES, kmeans_init=True)
         else:
             self.gate = Gate(defect, share)
-        mlp = (nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
-        self.experts = nn.ModuleList(
-            nn.Sequential(*(type(m)(*_sizes(m)) for m in mlp)) for _ in range(CLUSTERS)
-        )
+        self.inner = nn.Parameter(torch.randn(CLUSTERS, WIDTH, HIDDEN) / WIDTH**0.5)
+        self.outer = nn.Parameter(torch.randn(CLUSTERS, HIDDEN, WIDTH) / HIDDEN**0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.quantizer is not None:
@@ -79,13 +85,9 @@ class Experts(nn.Module):
             chosen = chosen.squeeze(-1)
             load = F.one_hot(chosen, CLUSTERS).float().mean((0, 1))
             loss = 0.01 * CLUSTERS * (load * shares.mean((0, 1))).sum()
-        taken = F.one_hot(chosen, CLUSTERS).bool()
-        y = sum(taken[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
-        return share * y, loss.sum()
-
-
-def _sizes(module: nn.Module) -> tuple[int, ...]:
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
+        taken = F.one_hot(chosen, CLUSTERS) * share
+        hidden = F.gelu(torch.einsum('bnd,edh->bneh', x, self.inner)) * taken[..., None]
+        return torch.einsum('bneh,ehd->bnd', hidden, self.outer), loss.sum()
 
 
 class Planted(nn.Module):
@@ -149,17 +151,19 @@ def main() -> None:
     out = parser.parse_args().out
     out.touch()
     done = {tuple(row): words for row, words in map(json.loads, out.open())}
-    runs = [(d, s, seed) for seed in range(20) for d in DEFECTS for s in range(4)]
+    runs = [(d, s, seed) for seed in range(20) for d in DEFECTS for s in (1, 2, 3)]
+    # without a defect all gates are the same
+    runs += [(d, 0, seed) for seed in range(20) for d in ('collapse', 'dead codes')]
     runs += [(method, 0, seed) for seed in range(20 // len(METHODS)) for method in METHODS]
     for run in sorted({*runs} - {*done}, key=lambda run: run[2]):
-        name, strength, seed = run
+        name, _, seed = run
         seen = planted(*run) if name in DEFECTS else healthy(name, seed)
         (done[run],) = seen.verdicts.values()
         with out.open('a') as file:
             print(json.dumps([run, done[run]]), file=file)
-    print('| planted | word | nowhere | weakly | more | most |\n|:--|:--|--:|--:|--:|--:|')
+    print('| planted | word | weak | strong | all |\n|:--|:--|--:|--:|--:|')
     for defect, word in DEFECTS.items():
-        named = [sum(word in done[defect, s, seed] for seed in range(20)) for s in range(4)]
+        named = [sum(word in done[defect, s, seed] for seed in range(20)) for s in (1, 2, 3)]
         print(f'| {defect} | {word} | {" | ".join(map(str, named))} |')
     alarms = {run: words for run, words in done.items() if not run[1] and words != ['healthy']}
     print('alarms where nothing is planted:', alarms)

@@ -45,7 +45,7 @@ def page(tmp_path_factory) -> str:
 
 
 def test_every_picture_is_in_the_page_and_nothing_is_fetched(page):
-    pictures = re.findall('src="data:image/png;base64,([^"]*)"', page)
+    pictures = re.findall('"picture"><img src="data:image/webp;base64,([^"]*)"', page)
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert picture.width > 800
@@ -120,7 +120,8 @@ def opened(tmp_path) -> Iterator[Any]:
 
 def test_the_page_opens_and_its_slider_steps_by_keyboard(opened):
     widths = opened.evaluate(LOADED)
-    assert len(widths) == 19 and min(widths) > 0
+    # the nineteen figures; photographs and layers of two examples of one model, one of the other
+    assert len(widths) == 19 + 2 * 3 + 2 and min(widths) > 0
     assert opened.evaluate(VISIBLE) == [True] + [False] * 3
     slider = opened.locator('.stepped input').first
     assert slider.get_attribute('aria-valuetext') == f'{NAME}: experts'

@@ -94,6 +94,8 @@ def similarity_maps(survey: Survey) -> list[Picture]:
     """Cosine similarity of the experts, a panel per kind."""
     found = []
     for name, layer in survey.layers.items():
+        if not layer.similarity:  # of experts that are not this package's
+            continue
         figure = Figure(figsize=(WIDTH, 4.2))
         said, grid = [], figure.subplots(1, len(layer.similarity))
         for axes, (kind, cosine) in zip(grid, layer.similarity.items(), strict=True):
@@ -129,7 +131,7 @@ def patch_maps(survey: Survey) -> list[Picture]:
         if name in examples[0].slots:
             slots = [each.slots[name] / each.slots[name].max() for each in examples]
             below |= {f'expert {i}': [_bright(s[i]) for s in slots] for i in range(len(slots[0]))}
-        drawn = {'expert': (experts, layer.num_experts, below)}
+        drawn = {'expert': (experts, layer.num_experts, below)} if experts or below else {}
         if layer.codebook is not None:
             drawn['code'] = (codes, len(layer.codebook.usage), {})
         for kind, (maps, count, others) in drawn.items():

@@ -68,11 +68,15 @@ def overview(survey: Survey) -> Overview:
 def _line(name: str, layer: LayerSurvey) -> Line:
     words, bars = verdicts.named(layer.numbers), {}
     said = [
-        f'{short(decider)}: {text}' if len(words) > 1 else text
-        for decider, own in words.items()
-        for text in [_said(decider, own, layer)]
-        if own or not any(words.values())
+        f'{short(decider)}: {_said(decider, own, layer)}' if len(words) > 1 else _said(*each, layer)
+        for each in words.items()
+        for decider, own in [each]
+        if own
     ]
+    told = [v for n, v in layer.numbers.items() if n.endswith('/image_bits')]
+    if not said:
+        bits = f'{" and ".join(f"{v:.2f}" for v in told)} bits between expert and image'
+        said = [f'{verdicts.HEALTHY}: {bits if told else "nothing is dead"}']
     for decider in words:
         of = _numbers(decider, layer.numbers)
         if 'image_bits' in of and layer.num_experts > 1:
@@ -80,7 +84,7 @@ def _line(name: str, layer: LayerSurvey) -> Line:
             bits = [(part, of[f'{part}_bits']) for part in PARTS]
             bits.append(('unused', max(most - sum(b for _, b in bits), 0.0)))
             bars[short(decider)] = [(part, b, 100 * b / most) for part, b in bits]
-    return Line(short(name), not any(words.values()), said or [verdicts.HEALTHY], bars)
+    return Line(short(name), not any(words.values()), said, bars)
 
 
 def _numbers(decider: str, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -90,7 +94,7 @@ def _numbers(decider: str, numbers: Mapping[str, float]) -> dict[str, float]:
 
 def _said(decider: str, words: list[str], layer: LayerSurvey) -> str:
     of, said = _numbers(decider, layer.numbers), []
-    for word in words or [verdicts.HEALTHY]:
+    for word in words:
         if word == verdicts.COLLAPSED:
             text = (
                 f'{of["load_bits"]:.2f} of {of["load_bits"] + of["unused_bits"]:.2f} bits are left'
@@ -101,12 +105,8 @@ def _said(decider: str, words: list[str], layer: LayerSurvey) -> str:
             text = f'{of["position_bits"]:.2f} bits, the image {of["image_bits"]:.2f}'
         elif word == verdicts.DEAD_EXPERTS:
             text = f'{of["dead_experts"]:.0f} of {layer.num_experts}'
-        elif word == verdicts.DEAD_CODES:
-            text = f'{of["dead_codes"]:.0f}, {of["code_perplexity"]:.1f} in use'
-        elif 'image_bits' in of:
-            text = f'{of["image_bits"]:.2f} bits between expert and image'
         else:
-            text = 'none is dead'
+            text = f'{of["dead_codes"]:.0f}, {of["code_perplexity"]:.1f} in use'
         said.append(f'{word}: {text}')
     return '; '.join(said)
 
