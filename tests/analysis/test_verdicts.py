@@ -100,17 +100,17 @@ def test_a_router_by_its_name():
     scores = model(IMAGES)
     (record,) = decisions(model, IMAGES).values()
     best = scores.softmax(dim=-1).topk(2)
-    assert torch.equal(record.experts['gate'], best.indices)
-    assert torch.equal(record.weights['gate'], best.values)
+    assert torch.equal(record.experts['router'], best.indices)
+    assert torch.equal(record.weights['router'], best.values)
     assert model.training and not model.layer.gate._forward_hooks
     seen = analyze(model, IMAGES, torch.arange(6) % 3)
     assert seen.verdicts.keys() == seen.numbers.keys() == {'layer'}
     load = best.indices.flatten().bincount(minlength=E) / best.indices.numel()
-    assert torch.equal(seen.survey.layers['layer'].load['gate'], load)
-    assert seen.survey.examples[0].experts['layer.gate'].shape == (4, 4)
+    assert torch.equal(seen.survey.layers['layer'].load['router'], load)
+    assert seen.survey.examples[0].experts['layer.router'].shape == (4, 4)
     # tokens before images is the same
     (other,) = decisions(Host(Own(), token_first=True), IMAGES).values()
-    assert torch.equal(other.experts['gate'], best.indices)
+    assert torch.equal(other.experts['router'], best.indices)
 
 
 def test_experts_of_transformers():
@@ -126,7 +126,7 @@ def test_experts_of_transformers():
     records = decisions(model, texts)
     for record, logits in zip(records.values(), scores, strict=True):
         best = logits.softmax(dim=-1).topk(2).indices.view(8, 12, 2)
-        assert torch.equal(record.experts['experts'], best)
+        assert torch.equal(record.experts['router'], best)
     words = analyze(model, texts).verdicts
     assert [*words] == [*records] == ['model.layers.0.mlp', 'model.layers.1.mlp']
     with torch.no_grad():  # routers without weights choose the same two experts everywhere
@@ -156,7 +156,7 @@ def test_gates_of_st_moe_pytorch():
     (record,) = decisions(model, IMAGES).values()
     _, combine, *_ = layer.gate(record.inputs)
     rebuilt = torch.zeros(*record.inputs.shape[:2], E + 1)
-    rebuilt.scatter_(-1, record.experts['gate'] % (E + 1), record.weights['gate'])
+    rebuilt.scatter_(-1, record.experts['router'] % (E + 1), record.weights['router'])
     torch.testing.assert_close(rebuilt[..., :E], combine.sum(dim=-1))
     assert [*analyze(model, IMAGES).verdicts] == ['layer']
 
@@ -183,4 +183,4 @@ def test_the_first_screen_names_what_is_wrong(tmp_path):
     assert all(word in first for word in seen.verdicts['layer'])
     assert seen.verdicts['layer'] == [verdicts.COLLAPSED, verdicts.IGNORES]
     assert first.count('<img') == 2 * 4  # photographs, and their patches
-    assert math.isclose(F.relu(torch.tensor(seen.numbers['layer']['gate/unused_bits'])), 2)
+    assert math.isclose(F.relu(torch.tensor(seen.numbers['layer']['router/unused_bits'])), 2)

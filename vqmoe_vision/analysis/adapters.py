@@ -1,18 +1,19 @@
 """What the layers of experts of any model decide: an adapter is a function from a module to it.
 
-This package's layers are recorded by their own recorder. Others are watched at what chooses or at
-what is chosen; no library is imported for that.
+This package's layers are recorded by their own recorder. Others are watched where they choose, or
+at what is chosen; no library is imported for that.
 
-Legend: B images or texts, N tokens of each, T tokens of all, D width, E experts, K experts per
-token, P slots per expert.
+Legend: B images or texts, N tokens of each, T tokens of all, D width, E experts, C capacity,
+K experts per token, P slots per expert.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,9 @@ from vqmoe_vision.moe.config import check
 
 from .record import LayerRecord, evaluating, record_layers
 
-
-class Decided(NamedTuple):
-    """What a module decided, in the order of the tokens that it was given."""
-
-    tokens: Tensor  # (B, N, D), (T, D), or (N, B, D)
-    number: int  # of experts, or of codes
-    experts: Tensor | None = None  # (..., K), -1 for none
-    weights: Tensor | None = None  # (..., K)
-    codes: Tensor | None = None  # (...)
-    slots: tuple[Tensor, Tensor] | None = None  # dispatch and combine weights, (B, N, E, P)
-
-
-Reads = Callable[[tuple, dict, Any], Decided]  # positional and named arguments, and the answer
+# Arguments by place and by name, and the answer, as a record whose tensors lie as they came: those
+# of tokens (B, N, D), (T, D) or (N, B, D).
+Reads = Callable[[tuple, dict, Any], LayerRecord]
 
 
 def called_experts(module: nn.Module) -> Reads | None:
@@ -43,9 +34,10 @@ def called_experts(module: nn.Module) -> Reads | None:
     if 'top_k_index' not in arguments.parameters:
         return None
 
-    def read(args: tuple, kwargs: dict, answer: Any) -> Decided:
+    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
         tokens, experts, weights = arguments.bind(*args, **kwargs).args[:3]
-        return Decided(tokens, int(module.num_experts), experts, weights)
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        return _of_router(tokens, int(module.num_experts), experts.gather(-1, order), weights)
 
     return read
 
@@ -55,11 +47,11 @@ def dispatching_gate(module: nn.Module) -> Reads | None:
     if not _is(module, 'st_moe_pytorch', 'TopNGating'):
         return None
 
-    def read(args: tuple, kwargs: dict, answer: Any) -> Decided:
-        weights = answer[1].sum(dim=-1)
-        chosen = weights.topk(int(module.top_n))
-        experts = chosen.indices.masked_fill(chosen.values == 0, -1)
-        return Decided(args[0], weights.shape[-1], experts, chosen.values)
+    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
+        shares = answer[1].sum(dim=-1)
+        weights, experts = shares.topk(int(module.top_n))
+        experts = experts.masked_fill(weights == 0, -1)
+        return _of_router(args[0], shares.shape[-1], experts, weights)
 
     return read
 
@@ -69,12 +61,13 @@ def soft_slots(module: nn.Module) -> Reads | None:
     if not _is(module, 'soft_moe_pytorch', 'SoftMoE'):
         return None
 
-    def read(args: tuple, kwargs: dict, answer: Any) -> Decided:
+    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
         own: Any = module
         tokens = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
         logits = torch.einsum('bnd,esd->bnes', own.norm(tokens), own.slot_norm(own.slot_embeds))
-        combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
-        return Decided(tokens, logits.shape[2], slots=(logits.softmax(dim=1), combine))
+        dispatch, combine = logits.softmax(dim=1), logits.flatten(2).softmax(dim=-1)
+        number = logits.shape[2]
+        return LayerRecord(number, tokens, None, dispatch=dispatch, combine=combine.view_as(logits))
 
     return read
 
@@ -84,19 +77,19 @@ def quantizer(module: nn.Module) -> Reads | None:
     size = getattr(module, 'codebook_size', None)
     if not _is(module, 'vector_quantize_pytorch', type(module).__name__) or size is None:
         return None
-    return lambda args, kwargs, answer: Decided(args[0], int(size), codes=answer[1])
+    return lambda args, kwargs, answer: LayerRecord(
+        0, args[0], None, codes={'codebook': answer[1]}, num_codes=int(size)
+    )
 
 
 def scores(module: nn.Module, top_k: int) -> Reads:
-    """A router that answers with a score per expert, (..., E), or a map of them."""
+    """A router that answers with a score per expert, (..., E)."""
 
-    def read(args: tuple, kwargs: dict, answer: Any) -> Decided:
+    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
         check(isinstance(answer, Tensor), 'router', type(answer).__name__, 'a score per expert')
-        is_map = isinstance(module, nn.Conv2d)
-        tokens, logits = (x.movedim(1, -1) if is_map else x for x in (args[0], answer))
-        check(top_k <= logits.shape[-1], 'top_k', top_k, f'up to {logits.shape[-1]} experts')
-        chosen = logits.float().softmax(dim=-1).topk(top_k)
-        return Decided(tokens, logits.shape[-1], chosen.indices, chosen.values)
+        check(top_k <= answer.shape[-1], 'top_k', top_k, f'up to {answer.shape[-1]} experts')
+        weights, experts = answer.float().softmax(dim=-1).topk(top_k)
+        return _of_router(args[0], answer.shape[-1], experts, weights)
 
     return read
 
@@ -110,30 +103,26 @@ def _is(module: nn.Module, package: str, name: str) -> bool:
     return kind.__module__.split('.')[0] == package and kind.__name__ == name
 
 
-def readers(
-    model: nn.Module, router: str, top_k: int
-) -> Iterator[tuple[str, str, nn.Module, Reads]]:
-    """Layer, decider, module and what reads it, of all layers that are not this package's."""
+def _of_router(tokens: Tensor, number: int, experts: Tensor, weights: Tensor) -> LayerRecord:
+    return LayerRecord(number, tokens, None, {'router': experts}, {'router': weights})
+
+
+def readers(model: nn.Module, router: str, top_k: int) -> Iterator[tuple[str, nn.Module, Reads]]:
+    """Layer, module and what reads it, of all layers that are not this package's."""
     # what is inside of these is theirs
     whole = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, MoeLayer))
     seen: set[str] = set()
-    for adapter in (*ADAPTERS, None):
+    for adapter in (*ADAPTERS, None):  # what is known comes before what has a name
         for name, module in model.named_modules():
-            layer, _, decider = name.rpartition('.')
-            if adapter is None:
-                by_name = fnmatchcase(f'.{name}', router) or fnmatchcase(name, router)
-                read = scores(module, top_k) if by_name and name else None
-            else:
-                read = adapter(module)
-            if adapter in _LAYERS:
-                layer, decider = name, 'codebook'
+            by_name = bool(name) and fnmatchcase(f'.{name}', router) | fnmatchcase(name, router)
+            layer = name if adapter in _LAYERS else name.rpartition('.')[0]
             layer = layer or type(model).__name__
-            if read is None or layer in seen or f'{name}.'.startswith(whole):
-                continue
-            yield layer, decider, module, read
-            seen.add(layer)
-            if adapter in _LAYERS:
-                whole = (*whole, f'{name}.' if name else '')
+            read = scores(module, top_k) if adapter is None and by_name else None
+            read = read if adapter is None else adapter(module)
+            if read is not None and layer not in seen and not f'{name}.'.startswith(whole):
+                yield layer, module, read
+                seen.add(layer)
+                whole = (*whole, f'{name}.') if adapter in _LAYERS and name else whole
 
 
 def decisions(
@@ -142,14 +131,14 @@ def decisions(
     """Runs a model in eval mode: what its layers decided by their name; it is left as it was."""
     records: dict[str, LayerRecord] = {}
 
-    def keep(layer: str, decider: str, read: Reads, _: Any, args: Any, kwargs: Any, y: Any) -> None:
-        records[layer] = _record(layer, decider, read(args, kwargs, y), len(images))
+    def keep(layer: str, read: Reads, _: Any, args: tuple, kwargs: dict, answer: Any) -> None:
+        records[layer] = _by_image(layer, read(args, kwargs, answer), len(images))
 
     with ExitStack() as stack:
         if moe_layers(model):
             records = stack.enter_context(record_layers(model))
-        for layer, decider, module, read in readers(model, router, top_k):
-            hook = partial(keep, layer, decider, read)
+        for layer, module, read in readers(model, router, top_k):
+            hook = partial(keep, layer, read)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         stack.enter_context(evaluating(model))
         model(images.to(next(model.parameters(), images).device))
@@ -158,33 +147,24 @@ def decisions(
     return records
 
 
-def _record(layer: str, decider: str, found: Decided, batch: int) -> LayerRecord:
-    tokens = found.tokens
+def _by_image(layer: str, seen: LayerRecord, batch: int) -> LayerRecord:
+    tokens = seen.inputs
     count = tokens[..., 0].numel()
     check(count % batch == 0, f'{layer}: tokens', count, f'a multiple of {batch} images')
     token_first = tokens.ndim == 3 and len(tokens) != batch == tokens.shape[1]
 
-    def by_image(value: Tensor, *last: int) -> Tensor:
-        value = value.detach().cpu()
-        if token_first:
-            return value.reshape(-1, batch, *last).transpose(0, 1)
-        return value.reshape(batch, -1, *last)
+    def own(value: Tensor, last: int = 1) -> Tensor:  # (B, N, ...), by how many axes are behind
+        value, behind = value.detach().cpu(), value.shape[value.ndim - last :]
+        shaped = value.reshape(-1, batch, *behind) if token_first else None
+        return value.reshape(batch, -1, *behind) if shaped is None else shaped.transpose(0, 1)
 
-    inputs = by_image(tokens, tokens.shape[-1]).float()
-    placed = tokens.ndim == 2 or token_first or len(tokens) == batch  # not in windows
-    if found.slots is not None:
-        dispatch, combine = (by_image(s, *s.shape[2:]).float() for s in found.slots)
-        return LayerRecord(found.number, inputs, None, dispatch=dispatch, combine=combine)
-    if found.codes is not None:
-        codes = {decider: by_image(found.codes)}
-        return LayerRecord(0, inputs, None, codes=codes, num_codes=found.number, placed=placed)
-    assert found.experts is not None and found.weights is not None
-    weights, order = (
-        by_image(found.weights, found.weights.shape[-1])
-        .float()
-        .sort(dim=-1, descending=True, stable=True)
-    )
-    experts = by_image(found.experts, order.shape[-1]).gather(-1, order)
-    return LayerRecord(
-        found.number, inputs, None, {decider: experts}, {decider: weights}, placed=placed
+    return replace(
+        seen,
+        inputs=own(tokens).float(),
+        experts={name: own(experts) for name, experts in seen.experts.items()},
+        weights={name: own(weights).float() for name, weights in seen.weights.items()},
+        codes={name: own(codes, 0) for name, codes in seen.codes.items()},
+        dispatch=None if seen.dispatch is None else own(seen.dispatch, 2).float(),
+        combine=None if seen.combine is None else own(seen.combine, 2).float(),
+        placed=tokens.ndim == 2 or token_first or len(tokens) == batch,  # not in windows
     )

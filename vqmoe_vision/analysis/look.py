@@ -73,18 +73,17 @@ def analyze(
         parts = [*zip(batches, of_parts, strict=True)]  # type: ignore[list-item]
     visible = batches[0].ndim == 4 and batches[0].shape[1] in (1, 3)  # others are not drawn
     normalization = _normalization(model, batches[0]) if visible else None
-    title = type(model).__name__
-    return Analysis(
-        survey(
-            model,
-            parts,
-            title=title,
-            normalization=normalization,
-            classes=classes,
-            router=router,
-            top_k=top_k,
-        )
+    known = getattr(model, 'pretrained_cfg', None) or {}
+    seen = survey(
+        model,
+        parts,
+        title=known.get('architecture') or type(model).__name__,
+        normalization=normalization,
+        classes=classes,
+        router=router,
+        top_k=top_k,
     )
+    return Analysis(seen)
 
 
 def _normalization(model: nn.Module, images: Tensor) -> Normalization:

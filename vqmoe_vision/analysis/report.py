@@ -24,7 +24,6 @@ from .survey import Survey
 # In the order of the page: anchor, heading, and what draws a model's pictures.
 PICTURES = (
     ('patches', 'Where the patches go', figures.patch_maps),
-    ('load', 'Load of the experts', figures.load_maps),
     ('surest', 'The surest patches of each expert', figures.surest_patches),
     ('codes', 'Codes among tokens', figures.code_maps),
     ('classes', 'Experts and classes', figures.class_maps),
