@@ -82,7 +82,9 @@ def classes_of_tokens(labels: Tensor | None, grid: Grid | None, num_tokens: int)
     if labels.ndim == 1:
         return labels[:, None].expand(-1, num_tokens)
     if grid is None:
-        return None
+        raise ValueError(
+            'labels: are per pixel, but where the tokens of this model lie is not known'
+        )
     ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
     # padding is shifted so that what it adds, zeros, is the class of pixels that have none
     of_patch = image_patches(ignored + 1, grid.patch).flatten(3).mode(dim=-1).values - 1

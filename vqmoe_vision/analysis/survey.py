@@ -109,7 +109,11 @@ def survey(
     """
     tallies: dict[str, LayerTally] = {}
     shifted = None
-    if shifts and isinstance(model, Transformer) and normalization is not None:
+    if shifts:
+        if not isinstance(model, Transformer) or normalization is None:
+            raise ValueError(
+                f'shifts: {type(model).__name__} is no VisionTransformer or Eva of timm'
+            )
         shifted = ShiftTally(model, normalization, shifts)
     examples: list[Example] = []
     count = 0

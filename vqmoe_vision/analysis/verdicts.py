@@ -92,23 +92,22 @@ def _empty(drawn: np.ndarray) -> float:
 
 def named(numbers: Mapping[str, float]) -> dict[str, list[str]]:
     """Words by decider, from the numbers of a layer; what is larger of two parts names it."""
-    found: dict[str, list[str]] = {}
-    for name in numbers:
-        decider, _, measure = name.rpartition('/')
-        of = {n.rpartition('/')[2]: v for n, v in numbers.items() if n.startswith(f'{decider}/')}
-        words = found.setdefault(decider, []) if decider else []
-        if measure == 'unused_bits' and of['unused_bits'] > of['load_bits']:
-            words.append(COLLAPSED)
-        elif measure == 'unused_bits' and of['dead_experts'] > of['dead_by_chance']:
-            words.append(DEAD_EXPERTS)
-        elif measure == 'image_bits':
-            image, position, noise = (of[f'{n}_bits'] for n in ('image', 'position', 'noise'))
-            if image == 0 or noise > max(image, position):
-                words.append(IGNORES)
-            if position > max(image, noise):
-                words.append(BY_POSITION)
-        elif measure == 'dead_codes' and of['dead_codes'] > of['dead_codes_by_chance']:
-            words.append(DEAD_CODES)
+    deciders = dict.fromkeys(n.rpartition('/')[0] for n in numbers if '/' in n)
+    found = {}
+    for decider in deciders:
+        start = f'{decider}/'
+        of = {n[len(start) :]: v for n, v in numbers.items() if n.startswith(start)}
+        collapsed = of.get('unused_bits', 0) > of.get('load_bits', 0)
+        dead = of.get('dead_experts', 0) > of.get('dead_by_chance', 0)
+        image, position, noise = (of.get(f'{n}_bits', -1) for n in ('image', 'position', 'noise'))
+        said = {
+            COLLAPSED: collapsed,
+            DEAD_EXPERTS: dead and not collapsed,
+            IGNORES: image == 0 or noise > max(image, position),
+            BY_POSITION: position > max(image, noise),
+            DEAD_CODES: of.get('dead_codes', 0) > of.get('dead_codes_by_chance', 0),
+        }
+        found[decider] = [word for word, true in said.items() if true]
     return found
 
 
