@@ -39,6 +39,9 @@ def test_bits_by_hand(first, again, image, position, neither):
     expected = {'image_bits': image, 'position_bits': position, 'noise_bits': neither}
     # chance has (E - 1)(N - 1) / 2T / ln 2 = 0.03 bits of a place, which are taken off
     assert bits == pytest.approx(expected, abs=0.06)
+    # what chance gives as well is none at all
+    assert (bits['image_bits'] == 0) == (image == 0)
+    assert (bits['position_bits'] == 0) == (position == 0)
 
 
 def test_load_by_hand():
