@@ -21,9 +21,9 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 OLDEST := $(VENV)/oldest
 
-# a process of the tests per core, each with one thread; a file's tests share what they have built
+# a process of the tests per core, each with one thread; who is done takes what others have left
 ALL_CORES := OMP_NUM_THREADS=1
-IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test long soak oldest lint format types timm-suite timm-scripts reference docs picture bench bench-ci gpu-check release clean

@@ -1,5 +1,6 @@
 """One seed is one pair: every row sees the same images and starts from the same shared tensors."""
 
+import gc
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vqmoe_vision.classification.datasets import ImageClassification, digits
 from vqmoe_vision.comparison.spec import FEATURE_ROWS, PRESET_ROWS
@@ -103,6 +105,10 @@ def keep(tmp_path_factory):
         runner.register_hook(hook)
         with pytest.raises(EnoughError):
             runner.train()
+        # as garbage, whose queues may go first, each worker is waited for five seconds
+        for left in gc.get_objects() if num_workers else ():
+            if isinstance(left, _MultiProcessingDataLoaderIter):
+                left._shutdown_workers()
         return hook
 
     def features(kind: str, model: str, folder: Path) -> dict[str, Any]:
