@@ -28,7 +28,7 @@ from .record import LayerRecord, evaluating, record_layers
 Reads = Callable[[tuple, dict, Any], LayerRecord]
 
 
-def called_experts(module: nn.Module) -> Reads | None:
+def called_experts(module: Any) -> Reads | None:
     """Experts of transformers, which are called with the indices of those that are chosen."""
     arguments = inspect.signature(module.forward)
     if 'top_k_index' not in arguments.parameters:
@@ -37,34 +37,35 @@ def called_experts(module: nn.Module) -> Reads | None:
     def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
         tokens, experts, weights = arguments.bind(*args, **kwargs).args[:3]
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
-        return _of_router(tokens, int(module.num_experts), experts.gather(-1, order), weights)
+        return _of_router(tokens, module.num_experts, experts.gather(-1, order), weights)
 
     return read
 
 
-def dispatching_gate(module: nn.Module) -> Reads | None:
+def dispatching_gate(module: Any) -> Reads | None:
     """The gate of st-moe-pytorch, which answers with dispatch and combine tensors (B, N, E, C)."""
     if not _is(module, 'st_moe_pytorch', 'TopNGating'):
         return None
 
     def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
         shares = answer[1].sum(dim=-1)
-        weights, experts = shares.topk(int(module.top_n))
+        weights, experts = shares.topk(module.top_n)
         experts = experts.masked_fill(weights == 0, -1)
         return _of_router(args[0], shares.shape[-1], experts, weights)
 
     return read
 
 
-def soft_slots(module: nn.Module) -> Reads | None:
+def soft_slots(module: Any) -> Reads | None:
     """The layer of soft-moe-pytorch, whose weights are computed again from its tokens."""
     if not _is(module, 'soft_moe_pytorch', 'SoftMoE'):
         return None
 
     def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
-        own: Any = module
         tokens = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
-        logits = torch.einsum('bnd,esd->bnes', own.norm(tokens), own.slot_norm(own.slot_embeds))
+        logits = torch.einsum(
+            'bnd,esd->bnes', module.norm(tokens), module.slot_norm(module.slot_embeds)
+        )
         dispatch, combine = logits.softmax(dim=1), logits.flatten(2).softmax(dim=-1)
         number = logits.shape[2]
         return LayerRecord(number, tokens, None, dispatch=dispatch, combine=combine.view_as(logits))
@@ -72,7 +73,7 @@ def soft_slots(module: nn.Module) -> Reads | None:
     return read
 
 
-def quantizer(module: nn.Module) -> Reads | None:
+def quantizer(module: Any) -> Reads | None:
     """A codebook of vector-quantize-pytorch with an index per token."""
     size = getattr(module, 'codebook_size', None)
     if not _is(module, 'vector_quantize_pytorch', type(module).__name__) or size is None:

@@ -1,8 +1,9 @@
 """One call that looks at the routing of any model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,23 +62,22 @@ def analyze(
         ValueError: If no layer of experts is found, there are no two images, or labels or options
             do not fit.
     """
-    batches = list(images.split(BATCH)) if isinstance(images, Tensor) else list(images)
+    batches: list[Any] = list(images.split(BATCH)) if isinstance(images, Tensor) else list(images)
     count = sum(map(len, batches))
     check(count > 1, 'images', count, 'at least two, to compare them')
-    classes, parts = None, batches
+    classes, parts, timms = None, [*batches], getattr(model, 'pretrained_cfg', None) or {}
     if labels is not None:
         check(len(labels) == count, 'labels', len(labels), f'one per image, {count}')
         known = labels[labels != 255] if labels.ndim > 1 else labels
         classes = [str(i) for i in range(int(known.max()) + 1)]
         of_parts = labels.split([len(batch) for batch in batches])
-        parts = [*zip(batches, of_parts, strict=True)]  # type: ignore[list-item]
+        parts = [*zip(batches, of_parts, strict=True)]
     visible = batches[0].ndim == 4 and batches[0].shape[1] in (1, 3)  # others are not drawn
-    normalization = _normalization(model, batches[0]) if visible else None
-    known = getattr(model, 'pretrained_cfg', None) or {}
+    normalization = _normalization(timms, batches[0]) if visible else None
     seen = survey(
         model,
         parts,
-        title=known.get('architecture') or type(model).__name__,
+        title=timms.get('architecture') or type(model).__name__,
         normalization=normalization,
         classes=classes,
         router=router,
@@ -86,9 +86,9 @@ def analyze(
     return Analysis(seen)
 
 
-def _normalization(model: nn.Module, images: Tensor) -> Normalization:
+def _normalization(known: Mapping, images: Tensor) -> Normalization:
     """That of timm's models; of others whatever makes the darkest black and the brightest white."""
-    known, channels = getattr(model, 'pretrained_cfg', None) or {}, images.shape[1]
+    channels = images.shape[1]
     if 'mean' in known and 'std' in known and len(known['mean']) == channels:
         return Normalization.of(known, channels=channels)
     low, high = torch.aminmax(images.detach().float())

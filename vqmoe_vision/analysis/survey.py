@@ -135,9 +135,9 @@ def survey(
             of_tokens = classes_of_tokens(labels, grid, tokens)
             seen = Seen(len(images), count, of_tokens, grid, patches, seconds)
             tallies[name].add(record, seen)
-        for i in range(min(num_examples - count, len(images)) if pixels is not None else 0):
+        for i, own in enumerate(() if pixels is None else pixels[: max(num_examples - count, 0)]):
             called = names[count + i] if count + i < len(names) else f'image {count + i}'
-            examples.append(_example(model, images, i, pixels[i].clone(), called, records))
+            examples.append(_example(model, images, i, own.clone(), called, records))
         if shifted is not None:
             shifted.add(images[: max(shifted_images - count, 0)])
         count += len(images)
