@@ -16,7 +16,7 @@ from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, make_plan
 from vqmoe_vision.moe.kernels import cpu as plan_module
 from vqmoe_vision.moe.routing import Routing
 
-from .. import cases
+from .. import cases, refused
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
 
 UP_TO_6 = st.integers(1, 6)
@@ -100,6 +100,11 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['grouped_mm']
     odd = torch.zeros(2, 12, 8, dtype=torch.bfloat16)
     assert _chosen(OnCard(x), OnCard(odd)) is KERNELS['batched']
+    many = torch.zeros(1024, 8, 8, dtype=torch.bfloat16)  # its launch has a thread for each group
+    assert _chosen(OnCard(x), OnCard(many[:-1])) is KERNELS['grouped_mm']
+    assert _chosen(OnCard(x), OnCard(many)) is KERNELS['batched']
+    with use_kernel('grouped_mm'):
+        refused("^kernel='grouped_mm' .* 1024 experts", _chosen, OnCard(x), OnCard(many))
     for dtype in (torch.float32, torch.float16, torch.float64):
         assert _chosen(OnCard(x.to(dtype)), OnCard(weight)) is KERNELS['batched']
     monkeypatch.setattr(torch.version, 'hip', '6.4')  # its cards report the same capability

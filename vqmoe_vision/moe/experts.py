@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .kernels import Plan, grouped_linear, make_plan, refuse_named
 from .kernels.cpu import sorted_plan
+from .routing import Switched
 
 
 class StackedLinear(nn.Module):
@@ -112,7 +113,7 @@ class SeparateLinear(nn.ModuleList):
         return torch.stack([layer(own) for layer, own in zip(self, rows, strict=True)])
 
 
-class Experts(nn.Module):
+class Experts(Switched):
     """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop."""
 
     exchange: Any = None  # the `Exchange` with experts of other processes

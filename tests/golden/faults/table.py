@@ -99,7 +99,7 @@ vqmoe_vision/models/convert.py: models/test_convert.py models/test_saved.py
 
 sums-in-place-of-means [models] Sharded over N processes, routers have N times the gradient of everything else.
 vqmoe_vision/models/sharding.py: models/test_sharding.py
-- parameter.grad /= dist.get_world_size()
+- flat /= dist.get_world_size()
 + pass
 
 experts-start-by-method [models] At one seed the experts of two rows start differently: seeds are no pairs.

@@ -110,6 +110,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _chosen(x: Tensor, weight: Tensor) -> Kernel:
     if _named is None:
         return KERNELS['grouped_mm' if cuda.is_fast(x, weight) else 'batched']
-    allowed = f'one that computes {x.dtype} on {x.device.type} in widths {(*weight.shape[1:],)}'
+    experts, *widths = weight.shape
+    allowed = f'one that computes {experts} experts in {x.dtype} on {x.device.type}, width {widths}'
     check(KERNELS[_named].fits(x, weight), 'kernel', _named, allowed)
     return KERNELS[_named]

@@ -17,12 +17,14 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
+_MOST_EXPERTS = 1023  # that its kernel on a card takes
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether it can compute rows (R, in) and weight (E, out, in)."""
     known = x.dtype in _DTYPES[: 1 if x.device.type == 'meta' else None]
-    return known and all(n * x.element_size() % _ALIGNMENT == 0 for n in weight.shape[1:])
+    few = x.device.type != 'cuda' or weight.shape[0] <= _MOST_EXPERTS
+    return known and few and all(n * x.element_size() % _ALIGNMENT == 0 for n in weight.shape[1:])
 
 
 def is_fast(x: Tensor, weight: Tensor) -> bool:

@@ -77,7 +77,7 @@ class ExpertChoiceRouter(Router):
         if torch.jit.is_tracing():  # sizes are tensors then
             num_tokens = int(num_tokens)
         with full_precision(x):
-            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+            probs = self.among_on(F.linear(x.float(), self.weight.float())).softmax(dim=-1)
             chosen = probs.transpose(1, 2).topk(self._capacity(num_tokens), dim=-1)  # (B, E, C)
         first = torch.arange(batch, device=x.device)[:, None, None] * num_tokens
         experts = torch.arange(self.config.num_experts, device=x.device)[:, None]

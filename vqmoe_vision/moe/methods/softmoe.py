@@ -133,6 +133,7 @@ class SoftMoEMlp(MoeLayer):
                 x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
             # float64 too is mixed in float32
             logits = self.mixing_logits(x, dtype if dtype.itemsize < 4 else torch.float32)
+            logits = self.among_on(logits, self.slots_per_expert)
             dispatch, combine = (logits.softmax(dim, dtype=torch.float32) for dim in (1, 2))
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
         # by expert: (B, S, D) -> (E, B, P, D) -> (E, B * P, D)
