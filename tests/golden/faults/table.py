@@ -217,6 +217,11 @@ vqmoe_vision/analysis/pictures.py: analysis/test_report.py
 - palette = torch.cat([expert_colours(num_experts), NO_EXPERT])
 + palette = torch.cat([NO_EXPERT, expert_colours(num_experts)])
 
+chance-forgotten [analysis] What chance gives counts: random routing seems to follow the image.
+vqmoe_vision/analysis/verdicts.py: analysis/test_verdicts.py
+- return seen > max(drawn) + 1e-9, sum(drawn) / DRAWS
++ return seen > 1e-9, 0.0
+
 mirror-not-turned-back [analysis] After a flip the left patch is compared with the right one: routing seems to change.
 vqmoe_vision/analysis/shifts.py: analysis/test_measures.py
 - lambda before, after: (before, after.flip(-1)),
