@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
-from vqmoe_vision.analysis import Analysis, analyze
+from vqmoe_vision.analysis import Survey, analyze
 from vqmoe_vision.analysis import verdicts as words
 from vqmoe_vision.comparison import control
 from vqmoe_vision.comparison.control import (
@@ -104,7 +104,7 @@ class Planted(nn.Module):
         return self.head(self.norm2(tokens + y)), loss
 
 
-def planted(defect: str, strength: int, seed: int) -> Analysis:
+def planted(defect: str, strength: int, seed: int) -> Survey:
     """What is seen of a trained model, `strength` from 0, of nothing, to 3."""
     torch.manual_seed(seed)
     source = Source(SEPARATION, seed)
@@ -140,7 +140,7 @@ class OfImages(nn.Module):
         return self.bed((tokens, torch.zeros(tokens.shape[:2], dtype=torch.int64)))
 
 
-def healthy(row: str, seed: int, steps: int = control.STEPS) -> Analysis:
+def healthy(row: str, seed: int, steps: int = control.STEPS) -> Survey:
     source, bed = control.trained(control.all_rows()[row], SEPARATION, seed, steps)
     return analyze(OfImages(bed), drawn(source))
 

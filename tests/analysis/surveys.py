@@ -27,11 +27,10 @@ def example(name: str, layers: list[str], size: tuple[int, int] = (48, 48)) -> E
     return Example(
         name,
         picture,
-        {f'{layer}.{decider}': (x + at) % EXPERTS
-         for at, layer in enumerate(layers) for decider in (ROUTER, CODEBOOK)},
-        {f'{layer}.{CODEBOOK}': (x + y) % CODES for layer in layers},
-        {layer: torch.sigmoid((x - y).float()) for layer in layers},
-        {},
+        {layer: {ROUTER: (x + at) % EXPERTS, CODEBOOK: (x + at) % EXPERTS,
+                 f'{CODEBOOK}: codes': (x + y) % CODES,
+                 'continuous share': torch.sigmoid((x - y).float())}
+         for at, layer in enumerate(layers)},
     )  # fmt: skip
 
 
@@ -77,7 +76,8 @@ def soft_survey(title: str = 'vit_tiny_softmoe') -> Survey:
     load, same = {'slots': torch.tensor([0.4, 0.3, 0.2, 0.1])}, torch.eye(EXPERTS)
     similar = {'weights': same, 'outputs': same}
     layer = LayerSurvey(EXPERTS, {'effective_rank_before': 7.25}, load, {}, similar, {}, None)
-    seen = Example('0.png', blobs(48, 48), {}, {}, {}, {NAME: slots})
+    maps = {'slots': slots.argmax(0), **{f'expert {e}': s for e, s in enumerate(slots)}}
+    seen = Example('0.png', blobs(48, 48), {NAME: maps})
     return Survey(title, 1, None, {NAME: layer}, [seen], {})
 
 

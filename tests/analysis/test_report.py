@@ -51,9 +51,9 @@ def test_every_picture_is_in_the_page_and_nothing_is_fetched(page):
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert picture.width > 800
-    # per layer of the first: experts, codes, surest, code map, classes, similarity. Of
-    # the second: slots, similarity. Three of training.
-    assert len(pictures) == 2 * 6 + 2 + 3
+    # per layer of the first: surest, code map, classes, similarity. Of the second: similarity.
+    # Three of training.
+    assert len(pictures) == 2 * 4 + 1 + 3
     assert not any(word in page for word in ('http:', 'https:', '@import'))
 
 
@@ -61,7 +61,7 @@ def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page):
     sections = re.findall('<h2 id="([^"]*)"', page)[1:]
     assert {*re.findall('<a [^>]*href="#([^"]*)"', page)} == {*sections}
     assert sections == [
-        'patches', 'surest', 'codes', 'classes', 'similarity', 'training', 'numbers',
+        'surest', 'codes', 'classes', 'similarity', 'training', 'numbers',
         'shifts', 'changes',
     ]  # fmt: skip
     levels = [int(level) for level in re.findall(r'<h(\d)', page)]
@@ -96,7 +96,6 @@ def test_models_as_they_are(tmp_path):
 
 
 LOADED = '[...document.images].map(i => i.complete ? i.naturalWidth : 0)'
-VISIBLE = "[...document.querySelector('.stepped').querySelectorAll('figure')].map(f => !f.hidden)"
 
 
 @pytest.fixture
@@ -120,17 +119,17 @@ def opened(tmp_path) -> Iterator[Any]:
     assert [c for c in complaints if c != page.as_uri()[:99] and not c.startswith('data:')] == []
 
 
-def test_the_page_opens_and_its_slider_steps_by_keyboard(opened):
+def test_the_page_opens_and_a_layer_shows_its_maps_by_keyboard(opened):
     widths = opened.evaluate(LOADED)
-    # the figures; photographs and layers of two examples of one model, one of the other
-    assert len(widths) == 17 + 2 * 3 + 2 and min(widths) > 0
-    assert opened.evaluate(VISIBLE) == [True] + [False] * 3
-    slider = opened.locator('.stepped input').first
-    assert slider.get_attribute('aria-valuetext') == f'{NAME}: experts'
-    slider.focus()
-    opened.keyboard.press('ArrowRight')
-    assert opened.evaluate(VISIBLE) == [False, True, False, False]
-    assert opened.get_by_text(f'2 of 4: {NAME}: codes').is_visible()
+    # the figures; photographs and a row for each of two layers, of one model, of the other one;
+    # in each layer a row for two deciders, codes and gates; for slots and four experts
+    assert len(widths) == 12 + 2 * 3 + 2 + 2 * 2 * 4 + 5 and min(widths) > 0
+    layer = opened.locator('.verdicts summary').first
+    picture = opened.locator('.verdicts img').first
+    assert not picture.is_visible()
+    layer.focus()
+    opened.keyboard.press('Enter')
+    assert picture.is_visible() and opened.get_by_text('codebook: codes').first.is_visible()
 
 
 def plain(text: str) -> str:
@@ -141,13 +140,13 @@ def test_loads_of_layers_with_different_numbers_of_experts():
     first, second = layer_survey(), layer_survey()
     second = dataclasses.replace(second, num_experts=2, load={ROUTER: torch.tensor([0.25, 0.75])})
     loads = overview(Survey('x', 1, None, {NAME: first, 'blocks.3.mlp': second}, [], {}))['loads']
-    shares = {name: [round(share) for _, share, _ in parts] for name, parts in loads.items()}
+    shares = {name: [round(share) for share, _ in parts] for name, parts in loads.items()}
     assert shares == {
         'blocks.1.router': [50, 30, 20, 0],
         'blocks.1.codebook': [25] * 4,
         'blocks.3.router': [25, 75],
     }
-    red = loads['blocks.1.router'][3][2]  # as the legend of every picture has it
+    red = loads['blocks.1.router'][3][1]  # as the legend of every picture has it
     assert red == to_hex(expert_colours(EXPERTS)[3].tolist())
 
 
@@ -162,27 +161,19 @@ def test_a_row_of_the_class_map_sums_to_a_hundred():
     assert plain(picture.alt) == 'Most together: 100 % of the tokens of cat go to expert 0.'
 
 
-def cell(picture, row: int, column: int) -> torch.Tensor:
-    (drawn,) = picture.figure.axes[0].get_images()
-    step, middle = CELL + GAP, CELL // 2
-    return torch.as_tensor(drawn.get_array()[row * step + middle, column * step + middle])
-
-
-def test_a_patch_has_the_colour_that_the_legend_gives_its_expert():
+def test_a_patch_has_the_colour_of_its_expert_in_the_load():
     seen = survey(layers=1)
     for example in seen.examples:
         example.image[:] = 0
-        example.experts[f'{NAME}.{ROUTER}'][:] = 2
-        example.experts[f'{NAME}.{CODEBOOK}'][:] = -1
-    first = figures.patch_maps(seen)[0]
-    (legend,) = first.figure.legends
-    shown = {
-        text.get_text(): patch.get_facecolor()[:3]
-        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
-    }
-    assert list(shown) == [*(f'expert {i}' for i in range(4)), 'no expert']
-    for row, name in ((1, 'expert 2'), (2, 'no expert')):
-        assert cell(first, row, 1).tolist() == pytest.approx(shown[name], abs=1e-6)
+        example.maps[NAME][ROUTER][:] = 2
+        example.maps[NAME][CODEBOOK][:] = -1
+    found = overview(seen)
+    for row, expected in ((0, found['loads']['blocks.1.router'][2][1]), (1, '#333333')):
+        for uri, _ in found['lines'][0]['strips'][row][1]:
+            with Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2]))) as picture:
+                assert {color for _, color in picture.convert('RGB').getcolors()} == {
+                    tuple(bytes.fromhex(expected[1:]))
+                }
 
 
 def test_axes_of_the_map_by_hand():

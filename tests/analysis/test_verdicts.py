@@ -1,6 +1,7 @@
 """What is wrong with a layer: by hand, planted, and in layers that this package did not build."""
 
 import math
+from collections import OrderedDict
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.analysis import analyze, verdicts
 from vqmoe_vision.analysis.adapters import decisions
-from vqmoe_vision.analysis.verdicts import bits_of_choice, bits_of_load, dead_by_chance
+from vqmoe_vision.analysis.verdicts import bits_of_choice, bits_of_load
 
 from .. import cases, refused
 from .planted import DEFECTS, METHODS, healthy, planted
@@ -44,6 +45,19 @@ def test_bits_by_hand(first, again, image, position, neither):
     assert (bits['position_bits'] == 0) == (position == 0)
 
 
+def test_one_decision_per_image():
+    # of 64 images in four groups the image decides all, of two chance decides as much
+    chosen = torch.arange(B)[:, None] % E
+    expected = {'image_bits': 2, 'position_bits': 0, 'noise_bits': 0}
+    assert bits_of_choice(chosen, chosen) == pytest.approx(expected)
+    assert bits_of_choice(chosen[:2], chosen[:2]) == {}
+    drawn = noise(1)[:, :1]
+    assert bits_of_choice(drawn, noise(2)[:, :1])['image_bits'] == 0
+    # no layer is blamed for a choice that it does not have
+    single = Host(nn.Sequential(OrderedDict(gate=nn.Linear(16, 1), end=traced())))
+    assert analyze(single, IMAGES, top_k=1).verdicts == {'layer': ['healthy']}
+
+
 def test_load_by_hand():
     # H(0.9, 0.1) = 0.469 of log2 4 = 2 bits
     bits = bits_of_load(torch.tensor([90.0, 10, 0, 0]), 100)
@@ -56,7 +70,7 @@ def test_load_by_hand():
     # an even load lacks no more than chance does
     assert bits_of_load(torch.tensor([26.0, 24, 25, 25]), 100)['unused_bits'] == 0
     # of 100 codes 10 tokens leave at least 90 empty, and 10 or more wherever chance repeats one
-    assert 90 < dead_by_chance(torch.ones(100) * 0.1) < 100
+    assert 90 < bits_of_load(torch.ones(100) * 0.1, 10)['dead_by_chance'] < 100
 
 
 @pytest.mark.parametrize(
@@ -98,6 +112,10 @@ class Own(nn.Module):
 IMAGES = torch.rand(6, 3, 32, 32)
 
 
+def traced() -> Any:  # it has no signature
+    return torch.jit.trace(nn.Flatten(1), torch.rand(2, 3))
+
+
 def test_a_router_by_its_name():
     model = Host(Own()).train()
     scores = model(IMAGES)
@@ -109,8 +127,8 @@ def test_a_router_by_its_name():
     seen = analyze(model, IMAGES, torch.arange(6) % 3)
     assert seen.verdicts.keys() == seen.numbers.keys() == {'layer'}
     load = best.indices.flatten().bincount(minlength=E) / best.indices.numel()
-    assert torch.equal(seen.survey.layers['layer'].load['router'], load)
-    assert seen.survey.examples[0].experts['layer.router'].shape == (4, 4)
+    assert torch.equal(seen.layers['layer'].load['router'], load)
+    assert seen.examples[0].maps['layer']['router'].shape == (4, 4)
     # tokens before images is the same
     (other,) = decisions(Host(Own(), token_first=True), IMAGES).values()
     assert torch.equal(other.experts['router'], best.indices)
@@ -149,7 +167,7 @@ def test_slots_of_soft_moe_pytorch():
     slots = torch.einsum('bnd,bnep->bepd', tokens, record.dispatch)
     expected = torch.einsum('bepd,bnep->bnd', layer.experts(slots), record.combine)
     torch.testing.assert_close(model(IMAGES), expected)
-    assert [*analyze(model, IMAGES).survey.layers['layer'].load] == ['slots']
+    assert [*analyze(model, IMAGES).layers['layer'].load] == ['slots']
 
 
 def test_gates_of_st_moe_pytorch():
@@ -185,5 +203,5 @@ def test_the_first_screen_names_what_is_wrong(tmp_path):
     first = page[: page.index('<nav')]
     assert all(word in first for word in seen.verdicts['layer'])
     assert seen.verdicts['layer'] == [verdicts.COLLAPSED, verdicts.IGNORES]
-    assert first.count('<img') == 2 * 4  # photographs, and their patches
+    assert first.count('<img') == 3 * 4  # photographs, and their patches, in the layer too
     assert math.isclose(F.relu(torch.tensor(seen.numbers['layer']['router/unused_bits'])), 2)

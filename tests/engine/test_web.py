@@ -42,7 +42,7 @@ def tiny(method: str) -> Any:
 
 
 def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
-    """Logits, experts and weights by PyTorch, and by what the analysis records."""
+    """Logits and experts by PyTorch, and by what the analysis records."""
     layers = moe_layers(model)
     with ExitStack() as stack:
         for layer, on in zip(layers.values(), switches, strict=True):
@@ -50,7 +50,7 @@ def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
         with torch.no_grad():
             logits = model(image)
         records = recorded(model, image)
-    experts, weights = [], []
+    experts = []
     for name, on in zip(layers, switches, strict=True):
         record = records[name]
         rows = [(record.experts[part][0], record.weights[part][0]) for part in record.experts]
@@ -60,8 +60,7 @@ def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
         for chosen, shares in rows:
             weight, best = (shares * on[chosen]).max(dim=-1, keepdim=True)
             experts.append(torch.where(weight > 0, chosen.gather(1, best), -1)[:, 0].int())
-            weights.append(weight[:, 0])
-    return [logits, torch.stack(experts), torch.stack(weights)]
+    return [logits, torch.stack(experts)]
 
 
 # the long suite has all others
@@ -73,8 +72,7 @@ def test_a_graph_with_switches_answers_as_pytorch(method, tmp_path):
     needs_onnx()
     model, image = tiny(method), torch.randn(1, 3, 16, 16)
     graph = Exportable(
-        SwitchedGraph(model), (3, 16, 16), ('logits', 'experts', 'weights'), {},
-        {'switches': SWITCHES[0]},
+        SwitchedGraph(model), (3, 16, 16), ('logits', 'experts'), {}, {'switches': SWITCHES[0]},
     )  # fmt: skip
     run = load_exported(export_onnx(graph, tmp_path / 'model.onnx', batch=1), threads=1)
     plain = load_exported(export_onnx(model, tmp_path / 'plain.onnx', batch=1), threads=1)
@@ -166,7 +164,7 @@ def test_the_page_answers_as_pytorch_when_it_is_clicked(served, browser, tmp_pat
     def check(switches: Tensor) -> None:
         found = window.evaluate(ANSWER)
         torch.testing.assert_close(torch.tensor(found['input']), image.flatten(), **CLOSE)
-        right = zip(('logits', 'experts', 'weights'), expected(model, image, switches), strict=True)
+        right = zip(('logits', 'experts'), expected(model, image, switches), strict=True)
         for name, value in right:
             torch.testing.assert_close(
                 torch.tensor(found[name]), value.flatten(), **CLOSE, check_dtype=False
@@ -174,8 +172,8 @@ def test_the_page_answers_as_pytorch_when_it_is_clicked(served, browser, tmp_pat
 
     def press(layer: int, expert: int, then: bool) -> None:
         section, name = window.locator('section').nth(1 + layer), f'expert {expert}'
-        section.get_by_role('button', name=name).click()
-        section.get_by_role('button', name=name, pressed=then).wait_for()
+        section.get_by_role('checkbox', name=name).click()
+        section.get_by_role('checkbox', name=name, checked=then).wait_for()
 
     check(SWITCHES[0])
     press(0, 1, False)

@@ -5,7 +5,7 @@
 pictures need matplotlib (extra `train`), the corruptions imagecorruptions-imaug (extra `analyze`).
 """
 
-from .look import Analysis, analyze
 from .record import mean_statistics, patch_experts, token_experts
+from .survey import Survey, analyze
 
-__all__ = ['Analysis', 'analyze', 'mean_statistics', 'patch_experts', 'token_experts']
+__all__ = ['Survey', 'analyze', 'mean_statistics', 'patch_experts', 'token_experts']

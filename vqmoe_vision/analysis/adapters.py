@@ -1,7 +1,4 @@
-"""What the layers of experts of any model decide: an adapter is a function from a module to it.
-
-This package's layers are recorded by their own recorder. Others are watched where they choose, or
-at what is chosen; no library is imported for that.
+"""What the layers of experts of any model decide; no library is imported for that.
 
 Legend: B images or texts, N tokens of each, T tokens of all, D width, E experts, C capacity,
 K experts per token, P slots per expert.
@@ -23,107 +20,85 @@ from vqmoe_vision.moe.config import check
 
 from .record import LayerRecord, evaluating, record_layers
 
-# Arguments by place and by name, and the answer, as a record whose tensors lie as they came: those
-# of tokens (B, N, D), (T, D) or (N, B, D).
-Reads = Callable[[tuple, dict, Any], LayerRecord]
+# Of a module, its arguments by place and by name, and its answer, a record whose tensors lie as
+# they came: those of tokens (B, N, D), (T, D) or (N, B, D).
+Adapter = Callable[[Any, tuple, dict, Any], LayerRecord]
 
 
-def called_experts(module: Any) -> Reads | None:
+def called_experts(module: Any, args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
     """Experts of transformers, which are called with the indices of those that are chosen."""
-    arguments = inspect.signature(module.forward)
-    if 'top_k_index' not in arguments.parameters:
-        return None
-
-    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
-        tokens, experts, weights = arguments.bind(*args, **kwargs).args[:3]
-        weights, order = weights.sort(dim=-1, descending=True, stable=True)
-        return _of_router(tokens, module.num_experts, experts.gather(-1, order), weights)
-
-    return read
+    given = inspect.signature(module.forward).bind(*args, **kwargs)
+    tokens, experts, weights = given.args[:3]
+    weights, order = weights.sort(dim=-1, descending=True, stable=True)
+    return _of_router(tokens, module.num_experts, experts.gather(-1, order), weights)
 
 
-def dispatching_gate(module: Any) -> Reads | None:
+def dispatching_gate(module: Any, args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
     """The gate of st-moe-pytorch, which answers with dispatch and combine tensors (B, N, E, C)."""
-    if not _is(module, 'st_moe_pytorch', 'TopNGating'):
-        return None
-
-    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
-        shares = answer[1].sum(dim=-1)
-        weights, experts = shares.topk(module.top_n)
-        experts = experts.masked_fill(weights == 0, -1)
-        return _of_router(args[0], shares.shape[-1], experts, weights)
-
-    return read
+    shares = answer[1].sum(dim=-1)
+    weights, experts = shares.topk(module.top_n)
+    experts = experts.masked_fill(weights == 0, -1)
+    return _of_router(args[0], shares.shape[-1], experts, weights)
 
 
-def soft_slots(module: Any) -> Reads | None:
+def soft_slots(module: Any, args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
     """The layer of soft-moe-pytorch, whose weights are computed again from its tokens."""
-    if not _is(module, 'soft_moe_pytorch', 'SoftMoE'):
-        return None
-
-    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
-        tokens = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
-        logits = torch.einsum(
-            'bnd,esd->bnes', module.norm(tokens), module.slot_norm(module.slot_embeds)
-        )
-        dispatch, combine = logits.softmax(dim=1), logits.flatten(2).softmax(dim=-1)
-        number = logits.shape[2]
-        return LayerRecord(number, tokens, None, dispatch=dispatch, combine=combine.view_as(logits))
-
-    return read
+    tokens = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
+    slots = module.slot_norm(module.slot_embeds)
+    logits = torch.einsum('bnd,esd->bnes', module.norm(tokens), slots)
+    combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
+    return LayerRecord(len(slots), tokens, None, dispatch=logits.softmax(dim=1), combine=combine)
 
 
-def quantizer(module: Any) -> Reads | None:
+def quantizer(module: Any, args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
     """A codebook of vector-quantize-pytorch with an index per token."""
-    size = getattr(module, 'codebook_size', None)
-    if not _is(module, 'vector_quantize_pytorch', type(module).__name__) or size is None:
-        return None
-    return lambda args, kwargs, answer: LayerRecord(
-        0, args[0], None, codes={'codebook': answer[1]}, num_codes=int(size)
-    )
+    codes, number = {'codebook': answer[1]}, int(module.codebook_size)
+    return LayerRecord(0, args[0], None, codes=codes, num_codes=number)
 
 
-def scores(module: nn.Module, top_k: int) -> Reads:
+def scores(top_k: int, module: Any, args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
     """A router that answers with a score per expert, (..., E)."""
-
-    def read(args: tuple, kwargs: dict, answer: Any) -> LayerRecord:
-        check(isinstance(answer, Tensor), 'router', type(answer).__name__, 'a score per expert')
-        check(top_k <= answer.shape[-1], 'top_k', top_k, f'up to {answer.shape[-1]} experts')
-        weights, experts = answer.float().softmax(dim=-1).topk(top_k)
-        return _of_router(args[0], answer.shape[-1], experts, weights)
-
-    return read
+    check(isinstance(answer, Tensor), 'router', type(answer).__name__, 'a score per expert')
+    check(top_k <= answer.shape[-1], 'top_k', top_k, f'up to {answer.shape[-1]} experts')
+    weights, experts = answer.float().softmax(dim=-1).topk(top_k)
+    return _of_router(args[0], answer.shape[-1], experts, weights)
 
 
-ADAPTERS = (called_experts, dispatching_gate, soft_slots, quantizer)
 _LAYERS = (soft_slots, quantizer)  # of these the module is the layer, of others its parent
-
-
-def _is(module: nn.Module, package: str, name: str) -> bool:
-    kind = type(module)
-    return kind.__module__.split('.')[0] == package and kind.__name__ == name
 
 
 def _of_router(tokens: Tensor, number: int, experts: Tensor, weights: Tensor) -> LayerRecord:
     return LayerRecord(number, tokens, None, {'router': experts}, {'router': weights})
 
 
-def readers(model: nn.Module, router: str, top_k: int) -> Iterator[tuple[str, nn.Module, Reads]]:
-    """Layer, module and what reads it, of all layers that are not this package's."""
+def adapter_of(module: Any) -> Adapter | None:
+    """What reads a module of a library that is known."""
+    package, name = type(module).__module__.split('.')[0], type(module).__name__
+    if package == 'vector_quantize_pytorch' and hasattr(module, 'codebook_size'):
+        return quantizer
+    kinds = {'st_moe_pytorch.TopNGating': dispatching_gate, 'soft_moe_pytorch.SoftMoE': soft_slots}
+    if isinstance(module, torch.jit.ScriptModule):  # without a signature
+        return None
+    calls = 'top_k_index' in inspect.signature(module.forward).parameters
+    return called_experts if calls else kinds.get(f'{package}.{name}')
+
+
+def _readers(model: nn.Module, router: str, top_k: int) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """Layer, module and adapter of all layers that are not this package's."""
+    modules = dict(model.named_modules())
+    known = {n: adapter for n, module in modules.items() if (adapter := adapter_of(module))}
+    named = [n for n in modules if n and fnmatchcase(f'.{n}', router) | fnmatchcase(n, router)]
+    by_name: dict[str, Adapter] = dict.fromkeys(named, partial(scores, top_k))
     # what is inside of these is theirs
-    whole = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, MoeLayer))
-    seen: set[str] = set()
-    for adapter in (*ADAPTERS, None):  # what is known comes before what has a name
-        for name, module in model.named_modules():
-            by_name = bool(name) and fnmatchcase(f'.{name}', router) | fnmatchcase(name, router)
-            layer = name if adapter in _LAYERS else name.rpartition('.')[0]
-            layer = layer or type(model).__name__
-            read = scores(module, top_k) if adapter is None and by_name else None
-            read = read if adapter is None else adapter(module)
-            if read is not None and layer not in seen and not f'{name}.'.startswith(whole):
-                yield layer, module, read
-                seen.add(layer)
-                whole = (*whole, f'{name}.') if adapter in _LAYERS and name else whole
+    ours = (n for n, module in modules.items() if isinstance(module, MoeLayer))
+    whole = tuple(f'{n}.' for n in (*ours, *(n for n in known if known[n] in _LAYERS)))
+    seen: set[str] = set()  # what is known comes before what has a name
+    for name, adapter in (*known.items(), *by_name.items()):
+        layer = name if adapter in _LAYERS else name.rpartition('.')[0]
+        layer = layer or type(model).__name__
+        if layer not in seen and not name.startswith(whole):
+            yield layer, modules[name], adapter
+            seen.add(layer)
 
 
 def decisions(
@@ -132,14 +107,14 @@ def decisions(
     """Runs a model in eval mode: what its layers decided by their name; it is left as it was."""
     records: dict[str, LayerRecord] = {}
 
-    def keep(layer: str, read: Reads, _: Any, args: tuple, kwargs: dict, answer: Any) -> None:
-        records[layer] = _by_image(layer, read(args, kwargs, answer), len(images))
+    def keep(layer: str, adapter: Adapter, *seen: Any) -> None:
+        records[layer] = _by_image(layer, adapter(*seen), len(images))
 
     with ExitStack() as stack:
         if moe_layers(model):
             records = stack.enter_context(record_layers(model))
-        for layer, module, read in readers(model, router, top_k):
-            hook = partial(keep, layer, read)
+        for layer, module, adapter in _readers(model, router, top_k):
+            hook = partial(keep, layer, adapter)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         stack.enter_context(evaluating(model))
         model(images.to(next(model.parameters(), images).device))
@@ -156,16 +131,18 @@ def _by_image(layer: str, seen: LayerRecord, batch: int) -> LayerRecord:
 
     def own(value: Tensor, last: int = 1) -> Tensor:  # (B, N, ...), by how many axes are behind
         value, behind = value.detach().cpu(), value.shape[value.ndim - last :]
-        shaped = value.reshape(-1, batch, *behind) if token_first else None
-        return value.reshape(batch, -1, *behind) if shaped is None else shaped.transpose(0, 1)
+        value = value.float() if value.is_floating_point() else value
+        if token_first:
+            return value.reshape(-1, batch, *behind).transpose(0, 1)
+        return value.reshape(batch, -1, *behind)
 
     return replace(
         seen,
-        inputs=own(tokens).float(),
+        inputs=own(tokens),
         experts={name: own(experts) for name, experts in seen.experts.items()},
-        weights={name: own(weights).float() for name, weights in seen.weights.items()},
+        weights={name: own(weights) for name, weights in seen.weights.items()},
         codes={name: own(codes, 0) for name, codes in seen.codes.items()},
-        dispatch=None if seen.dispatch is None else own(seen.dispatch, 2).float(),
-        combine=None if seen.combine is None else own(seen.combine, 2).float(),
+        dispatch=None if seen.dispatch is None else own(seen.dispatch, 2),
+        combine=None if seen.combine is None else own(seen.combine, 2),
         placed=tokens.ndim == 2 or token_first or len(tokens) == batch,  # not in windows
     )

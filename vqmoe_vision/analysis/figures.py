@@ -1,4 +1,4 @@
-"""The pictures of a survey: classes, similarity, patches, codes, and curves over training.
+"""The pictures of a survey: classes, similarity, surest patches, codes, and curves over training.
 
 Legend: E experts, C classes, M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
 """
@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from .measures import mean_similarity
 from .pictures import (
@@ -22,7 +20,6 @@ from .pictures import (
     expert_colours,
     heat_map,
     percent,
-    plot_experts,
     rows_of_pictures,
     short,
     styled,
@@ -31,7 +28,6 @@ from .pictures import (
 from .survey import Survey
 
 CLASSES = 30  # rows of a map that a page has room for
-COLUMNS = 6  # examples in a row: more would be too small
 NAMED = 32  # codes; more numbers would lie on each other
 
 History = Sequence[dict[str, Any]]  # lines of `routing.jsonl`
@@ -85,45 +81,6 @@ def similarity_maps(survey: Survey) -> list[Picture]:
         alt = f'Mean cosine of two experts: {", ".join(said)}.'
         found.append(Picture(f'{name}: cosine similarity of experts', alt, figure))
     return found
-
-
-@styled
-def patch_maps(survey: Survey) -> list[Picture]:
-    """Examples with the expert and the code of each patch, gates and slots, layer by layer."""
-    examples = survey.examples[:COLUMNS]
-    images = [example.image for example in examples]
-    found = []
-    for name, layer in survey.layers.items() if examples else ():
-        experts, codes = (
-            {
-                decider: [getattr(example, kind)[decider] for example in examples]
-                for decider in getattr(examples[0], kind)
-                if decider == name or decider.startswith(f'{name}.')
-            }
-            for kind in ('experts', 'codes')
-        )
-        below: dict[str, list[Tensor]] = {}
-        if name in examples[0].gates:
-            below['continuous\nshare'] = [_bright(each.gates[name]) for each in examples]
-        if name in examples[0].slots:
-            slots = [each.slots[name] / each.slots[name].max() for each in examples]
-            below |= {f'expert {i}': [_bright(s[i]) for s in slots] for i in range(len(slots[0]))}
-        drawn = {'expert': (experts, layer.num_experts, below)} if experts or below else {}
-        if layer.codebook is not None:
-            drawn['code'] = (codes, len(layer.codebook.usage), {})
-        for kind, (maps, count, others) in drawn.items():
-            title = f'{short(name)}: {kind} of each patch'
-            figure = plot_experts(images, maps, count, title, kind, others)
-            seen = {i for of in maps.values() for each in of for i in each.unique().tolist()}
-            alt = f'{len(seen - {-1})} of {count} {kind}s occur in {len(images)} pictures.'
-            found.append(Picture(f'{name}: {kind}s', alt, figure))
-    return found
-
-
-def _bright(values: Tensor) -> Tensor:
-    """Values (rows, columns) in [0, 1] as a picture (3, rows, columns), dark to bright."""
-    colours = matplotlib.colormaps['viridis'](values.clamp(0, 1).numpy())
-    return torch.as_tensor(colours)[..., :3].movedim(-1, 0)
 
 
 @styled

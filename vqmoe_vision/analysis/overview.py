@@ -8,6 +8,8 @@ import io
 import math
 from typing import Any
 
+import matplotlib
+import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_hex
 from PIL import Image
@@ -18,7 +20,7 @@ from .pictures import expert_colours, short, tint_patches
 from .survey import Example, Survey
 from .tally import LayerSurvey
 
-PHOTOS, SHOWN, PIXELS = 4, 3, 240  # photographs, layers below them, and the most of a side
+SHOWN, PIXELS = 3, 160  # layers below the photographs, and the most of a side
 SAID = {  # with the numbers of a decider
     verdicts.COLLAPSED: '{load_bits:.2f} of {all_bits:.2f} bits are left',
     verdicts.IGNORES: '{image_bits:.2f} bits between expert and image',
@@ -30,20 +32,19 @@ SAID = {  # with the numbers of a decider
 
 def overview(survey: Survey) -> dict[str, Any]:
     """What the template shows of a model; of its layers, those that are not healthy come first."""
-    lines = [_line(name, layer) for name, layer in survey.layers.items()]
+    photos = survey.examples
+    lines = [
+        {**_line(name, layer), 'strips': _strips(photos, name, layer)}
+        for name, layer in survey.layers.items()
+    ]
     worst = [line['layer'] for line in sorted(lines, key=lambda line: line['healthy'])[:SHOWN]]
-    photos = survey.examples[:PHOTOS]
-    strips = [('', [(_uri(example.image), example.name) for example in photos])] if photos else []
-    for name, layer in survey.layers.items():
-        maps = [(example, _map(example, name)) for example in photos if short(name) in worst]
-        if shown := [_tinted(e, chosen, layer) for e, chosen in maps if chosen is not None]:
-            strips.append((short(name), shown))
+    strips = [('', [(_uri(photo.image), photo.name) for photo in photos])] if photos else []
+    shown = [line for line in lines if line['layer'] in worst and line['strips']]
+    strips += [(line['layer'], line['strips'][0][1]) for line in shown]
     loads = {
         short(f'{name}.{decider}'): [
-            (expert, 100 * share, to_hex(colour))
-            for expert, (share, colour) in enumerate(
-                zip(load.tolist(), expert_colours(len(load)).tolist(), strict=True)
-            )
+            (100 * share, to_hex(colour))
+            for share, colour in zip(load.tolist(), expert_colours(len(load)).tolist(), strict=True)
         ]
         for name, layer in survey.layers.items()
         for decider, load in layer.load.items()
@@ -53,11 +54,10 @@ def overview(survey: Survey) -> dict[str, Any]:
 
 def _line(name: str, layer: LayerSurvey) -> dict[str, Any]:
     """What is said of a layer, and by decider the bits of each part and their percent."""
-    words, said, bars, seen = verdicts.named(layer.numbers), [], {}, []
+    words, numbers = verdicts.named(layer.numbers), verdicts.by_decider(layer.numbers)
+    said, bars, seen, most = [], {}, [], math.log2(max(layer.num_experts, 2))
     for decider, own in words.items():
-        start, most = f'{decider}/', math.log2(max(layer.num_experts, 2))
-        of = {n[len(start) :]: v for n, v in layer.numbers.items() if n.startswith(start)}
-        of |= {'number': layer.num_experts}
+        of: Any = {**numbers[decider], 'number': layer.num_experts}
         of['all_bits'] = of.get('load_bits', 0) + of.get('unused_bits', 0)
         text = ', '.join(f'{word}: {SAID[word].format(**of)}' for word in own)
         said += [f'{short(decider)} {text}' if len(words) > 1 else text] if own else []
@@ -67,24 +67,27 @@ def _line(name: str, layer: LayerSurvey) -> dict[str, Any]:
             bits.append(('unused', max(most - sum(b for _, b in bits), 0.0)))
             bars[short(decider)] = [(part, b, 100 * b / most) for part, b in bits]
     number = f'{" and ".join(seen)} bits between expert and image' if seen else 'nothing is dead'
-    healthy = f'{verdicts.HEALTHY}: {number}'
-    text = '; '.join(said) or healthy
+    text = '; '.join(said) or f'{verdicts.HEALTHY}: {number}'
     return {'layer': short(name), 'healthy': not said, 'said': text, 'bars': bars}
 
 
-def _map(example: Example, layer: str) -> Tensor | None:
-    """What the first that decides in a layer chose at every patch."""
-    for name, chosen in (example.experts | example.codes).items():
-        if name.startswith(f'{layer}.'):
-            return chosen
-    return example.slots[layer].argmax(dim=0) if layer in example.slots else None
+def _strips(photos: list[Example], name: str, layer: LayerSurvey) -> list[tuple[str, list]]:
+    """What a layer does with each photograph, a row for all that it is made of."""
+    strips = []
+    for kind in photos[0].maps.get(name, ()) if photos else ():
+        maps = [(photo, photo.maps[name][kind]) for photo in photos if name in photo.maps]
+        number = max(layer.num_experts, *(int(chosen.max()) + 1 for _, chosen in maps))
+        strips.append((short(kind), [_drawn(photo, chosen, number) for photo, chosen in maps]))
+    return strips
 
 
-def _tinted(example: Example, chosen: Tensor, layer: LayerSurvey) -> tuple[str, str]:
-    number = max(int(chosen.max()) + 1, layer.num_experts)
+def _drawn(photo: Example, chosen: Tensor, number: int) -> tuple[str, str]:
+    if chosen.is_floating_point():  # shares, from dark to bright
+        bright = matplotlib.colormaps['viridis'](chosen.numpy())
+        return _uri(torch.as_tensor(bright)[..., :3].movedim(-1, 0)), photo.name
     used = ', '.join(map(str, chosen.unique().tolist()))
-    tinted = tint_patches(example.image[None], chosen[None], number)[0]
-    return _uri(tinted), f'{example.name}: chosen are {used}'
+    tinted = tint_patches(photo.image[None], chosen[None], number)[0]
+    return _uri(tinted), f'{photo.name}: chosen are {used}'
 
 
 def _uri(image: Tensor) -> str:

@@ -109,19 +109,17 @@ def plot_experts(
     experts: Mapping[str, Sequence[Tensor] | Tensor],
     num_experts: int,
     title: str,
-    kind: str = 'expert',
-    below: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Figure:
-    """Draws a row of images, below it one per router with the expert of every patch, and others."""
+    """Draws a row of images, and below it one per router with the expert of every patch."""
     rows = {'image': list(images)}
     for name, maps in experts.items():
         pairs = zip(images, maps, strict=True)
         rows[name] = [tint_patches(x[None], each[None], num_experts)[0] for x, each in pairs]
-    figure = rows_of_pictures({**rows, **(below or {})}, title)
-    names, colours = [f'{kind} {i}' for i in range(num_experts)], expert_colours(num_experts)
+    figure = rows_of_pictures(rows, title)
+    names, colours = [f'expert {i}' for i in range(num_experts)], expert_colours(num_experts)
     if any((each == -1).any() for maps in experts.values() for each in maps):
-        names, colours = [*names, f'no {kind}'], torch.cat([colours, NO_EXPERT])
-    if experts and num_experts <= LEGEND:
+        names, colours = [*names, 'no expert'], torch.cat([colours, NO_EXPERT])
+    if num_experts <= LEGEND:
         with_legend(figure, names, colours)
     return figure
 

@@ -4,12 +4,13 @@ Legend: B images, N tokens per image (class and register tokens too), T = B * N,
 K experts per token, P slots per expert.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from vqmoe_vision.moe.codebooks import Quantized
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
 from vqmoe_vision.moe.routing import Routing
+
+PREFIX = 8  # the most tokens before patches that are guessed
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class LayerRecord:
     combine: Tensor | None = None  # (B, N, E, P), sums to 1 over E and P
     num_codes: int = 0  # M of a codebook that is not this package's
     placed: bool = True  # whether tokens are in the order of patches
+
+    @property
+    def firsts(self) -> dict[str, Tensor]:
+        """First experts (B, N) by decider, of slots those with the largest weight."""
+        found = {name: experts[..., 0] for name, experts in self.experts.items()}
+        if self.combine is not None:
+            found['slots'] = self.combine.sum(dim=-1).argmax(dim=-1)
+        return found
 
 
 @contextmanager
@@ -91,11 +102,41 @@ def decided(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     }
 
 
-def on_patches(model: Transformer, images: Tensor, of_tokens: Tensor) -> Tensor:
-    """What is known of every token (B, N, ...) at its patch (B, rows, columns, ...)."""
+class Grid(NamedTuple):
+    """Rows and columns of patches, behind tokens that are of no place."""
+
+    prefix: int
+    rows: int
+    columns: int
+    patch: tuple[int, int]  # height and width in pixels
+
+    @classmethod
+    def of_timm(cls, model: Transformer, images: Tensor) -> 'Grid':
+        """That of images (B, C, H, W) in a model of timm."""
+        height, width = images.shape[-2:]
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        return cls(model.num_prefix_tokens, rows, columns, tuple(model.patch_embed.patch_size))
+
+    def of(self, of_tokens: Tensor) -> Tensor:
+        """What is known of every token (B, N, ...) at its patch (B, rows, columns, ...)."""
+        return of_tokens[:, self.prefix :].unflatten(1, (self.rows, self.columns))
+
+
+def grid_of(model: nn.Module, images: Tensor, num_tokens: int) -> Grid | None:
+    """That of timm's transformers; of others one of square patches, None if none fits."""
+    if images.ndim != 4:
+        return None
     height, width = images.shape[-2:]
-    grid = model.patch_embed.dynamic_feat_size((height, width))
-    return of_tokens[:, model.num_prefix_tokens :].unflatten(1, grid)
+    if isinstance(model, Transformer):
+        grid = Grid.of_timm(model, images)
+        return grid if num_tokens == grid.prefix + grid.rows * grid.columns else None
+    for prefix in range(PREFIX + 1):
+        rows = round(math.sqrt(max(num_tokens - prefix, 0) * height / width))
+        columns = (num_tokens - prefix) // max(rows, 1)
+        fits = rows * columns == num_tokens - prefix > prefix and rows * width == columns * height
+        if fits and height % rows == 0:
+            return Grid(prefix, rows, columns, (height // rows, width // columns))
+    return None
 
 
 def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> LayerRecord:
@@ -212,7 +253,5 @@ def patch_experts(model: Transformer, images: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: If no layer sends tokens to experts.
     """
-    return {
-        name: on_patches(model, images, experts[..., 0])
-        for name, experts in token_experts(model, images).items()
-    }
+    grid, found = Grid.of_timm(model, images), token_experts(model, images)
+    return {name: grid.of(experts[..., 0]) for name, experts in found.items()}

@@ -23,7 +23,6 @@ from .survey import Survey
 
 # In the order of the page: anchor, heading, and what draws a model's pictures.
 PICTURES = (
-    ('patches', 'Where the patches go', figures.patch_maps),
     ('surest', 'The surest patches of each expert', figures.surest_patches),
     ('codes', 'Codes among tokens', figures.code_maps),
     ('classes', 'Experts and classes', figures.class_maps),
@@ -87,12 +86,11 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    models, draws = [*map(overview, surveys)], verdicts.DRAWS
     page = environment.get_template('report.html').render(
-        models=models, sections=sections, draws=draws
+        models=[*map(overview, surveys)], sections=sections, draws=verdicts.DRAWS
     )
     numbers = {
-        'surveys': [survey.numbers() for survey in surveys],
+        'surveys': [survey.content() for survey in surveys],
         'history': {name: list(lines) for name, lines in (history or {}).items()},
         'changes': [vars(change) for change in changes],
         'convergence': convergence
@@ -165,9 +163,8 @@ def _changes(
 
 def _by_chance(survey: Survey) -> dict[str, float]:
     return {
-        f'{name}.{decider}': value
+        f'{name}.{decider}': of['changed_by_chance']
         for name, layer in survey.layers.items()
-        for number, value in layer.numbers.items()
-        for decider, _, measure in [number.rpartition('/')]
-        if measure == 'changed_by_chance'
+        for decider, of in verdicts.by_decider(layer.numbers).items()
+        if 'changed_by_chance' in of
     }

@@ -25,7 +25,7 @@ from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 
 from . import measures
-from .record import decided, on_patches
+from .record import Grid, decided
 
 # As imagecorruptions lists them, which whoever makes tables of what was measured need not have.
 CORRUPTIONS = (
@@ -115,8 +115,8 @@ class ShiftTally:
 
     def _first_experts(self, pixels: Tensor) -> dict[str, Tensor]:
         images = self._normalization.normalized(pixels)
-        found = decided(self._model, images)
-        return {name: on_patches(self._model, images, e[..., 0]) for name, e in found.items()}
+        grid, found = Grid.of_timm(self._model, images), decided(self._model, images)
+        return {name: grid.of(experts[..., 0]) for name, experts in found.items()}
 
 
 def in_colour(pixels: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """What is counted of a layer while images pass, in memory that stays flat.
 
-Legend: B images, N tokens per image, T tokens, D width, E experts, K experts per token, C classes,
-M codes, P slots per expert, S sampled tokens.
+Legend: B images, N tokens per image, T tokens, D width, E experts, K experts per token, C classes
+(of images channels), H, W height and width, M codes, P slots per expert, S sampled tokens.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.moe.routing import perplexities
 
 from . import measures, verdicts
-from .places import Grid
-from .record import LayerRecord
+from .record import Grid, LayerRecord
 
 
 class Patch(NamedTuple):
@@ -62,6 +62,7 @@ class LayerSurvey:
         return verdicts.verdict(self.numbers)
 
 
+IGNORED = 255  # the class of pixels that have none, as in mmsegmentation
 COMPARED_TOKENS = 256  # on which the answers of all experts are compared
 MOST_TOKENS = 2000  # S, of a layer
 MOST_PATCHES = 8  # of an expert
@@ -108,9 +109,8 @@ class ExpertTally:
         self._add(assigned, first[..., 1:], of_expert, weight, seen)
 
     def compare(self, first: Tensor, again: Tensor) -> None:
-        """Take first experts (B, N) of two passes over a batch."""
-        sizes = {pair[0].shape[1] for pair in self._twice} or {first.shape[1]}
-        if first.shape[1] in sizes:
+        """Take first experts (B, N) of two passes over a batch, of as many tokens as the first."""
+        if not self._twice or self._twice[0][0].shape[1] == first.shape[1]:
             self._twice.append((first.short(), again.short()))
 
     def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
@@ -174,11 +174,9 @@ class ExpertTally:
         if self.by_class.any():
             for measure in (measures.mutual_information, measures.normalized_mutual_information):
                 numbers[measure.__name__] = measure(self.by_class)
-        first, again = (
-            torch.cat(each)[: verdicts.INFORMED] for each in zip(*self._twice, strict=True)
-        )
-        if len(first) > 1:  # one image has none to compare with
-            numbers |= verdicts.bits_of_choice(first, again)
+        twice = [torch.cat(each)[: verdicts.INFORMED] for each in zip(*self._twice, strict=True)]
+        if twice and len(twice[0]) > 1 and self.num_experts > 1:  # else there is no choice to tell
+            numbers |= verdicts.bits_of_choice(*twice)
         return numbers | {name: total / self.images for name, total in self.mixed.items()}
 
 
@@ -222,7 +220,7 @@ class LayerTally:
             self.experts[name].add(experts, record.weights[name], scores[name], seen)
         if record.dispatch is not None and record.combine is not None:
             self.experts['slots'].add_slots(record.dispatch, record.combine, seen)
-        for name, first in firsts(record).items() if seen.again else ():
+        for name, first in record.firsts.items() if seen.again else ():
             self.experts[name].compare(first, seen.again[name])
         if record.gates is not None:
             self.gates += record.gates.double().sum((0, 1))
@@ -266,26 +264,25 @@ class LayerTally:
             numbers['gate_continuous'] = (self.gates[0] / self.gates.sum()).item()
         for name, tally in self.experts.items():
             numbers |= {f'{name}/{measure}': v for measure, v in tally.numbers().items()}
-        codes = None
+        codes, of_codes = None, {}
         if self.codebook:
-            dead = {
+            chance = verdicts.bits_of_load(self.usage, self.count)['dead_by_chance']
+            of_codes = {
                 'code_perplexity': measures.usage_perplexity(self.usage),
                 'dead_codes': float(measures.num_dead(self.usage)),
-                'dead_codes_by_chance': verdicts.dead_by_chance(self.usage),
+                'dead_codes_by_chance': chance,
             }
-            numbers |= {f'{self.codebook}/{name}': value for name, value in dead.items()}
         if self.codebook and self.layer is not None:
             # errors are relative to the tokens that came with its codes
             distance, energy = self.squared_distance, self.before.trace().item()  # `sum |x|^2`
             spread = energy - (self.total.square().sum() / self.count).item()  # around their mean
-            of_codes = {
-                'quantization_error': measures.quantization_error(distance, energy),
-                'quantization_error_around_mean': measures.quantization_error(distance, spread),
-            }
-            numbers |= {f'{self.codebook}/{name}': value for name, value in of_codes.items()}
+            for name, whole in (('', energy), ('_around_mean', spread)):
+                error = measures.quantization_error(distance, whole)
+                of_codes[f'quantization_error{name}'] = error
             codebook, own = self._codebook()
             usage = (self.usage / self.usage.sum()).float()
             codes = Codes(own, usage, codebook.compared(self.tokens), self.indices)
+        numbers |= {f'{self.codebook}/{name}': value for name, value in of_codes.items()}
         return LayerSurvey(
             self.num_experts,
             numbers,
@@ -297,9 +294,44 @@ class LayerTally:
         )
 
 
-def firsts(record: LayerRecord) -> dict[str, Tensor]:
-    """The first expert of every token by decider, (B, N), of slots that with the largest weight."""
-    found = {name: experts[..., 0] for name, experts in record.experts.items()}
-    if record.combine is not None:
-        found['slots'] = record.combine.sum(dim=-1).argmax(dim=-1)
-    return found
+def image_patches(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
+    (height, width), (h, w) = pixels.shape[-2:], patch
+    padded = F.pad(pixels, (0, -width % w, 0, -height % h))
+    # (B, C, rows, h, columns, w)
+    return padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h)).permute(0, 2, 4, 1, 3, 5)
+
+
+def checked_labels(
+    images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
+) -> Tensor | None:
+    """Labels of images (B,) or of pixels (B, H, W) as int64 on the CPU."""
+    if labels is None:
+        return None
+    check(bool(classes), 'classes', classes, 'names of the classes, as there are labels')
+    allowed = [(len(images),), (len(images), *images.shape[-2:])]
+    fits = tuple(labels.shape) in allowed and not labels.is_floating_point()
+    given = f'{labels.dtype} {tuple(labels.shape)}'
+    check(fits, 'labels', given, f'integers, one per image or per pixel, {allowed}')
+    labels = labels.detach().cpu().long()
+    of_image, most = labels.ndim == 1, len(classes or ()) - 1
+    wrong = (labels < 0) | (labels > most) & (of_image | (labels != IGNORED))
+    check(not wrong.any(), 'labels', labels[wrong][:1].tolist(), f'classes from 0 to {most}')
+    return labels
+
+
+def classes_of_tokens(labels: Tensor | None, grid: Grid | None, num_tokens: int) -> Tensor | None:
+    """Class of every token (B, N), -1 for none: of its image, or of most pixels of its patch."""
+    if labels is None:
+        return None
+    if labels.ndim == 1:
+        return labels[:, None].expand(-1, num_tokens)
+    if grid is None:
+        raise ValueError(
+            'labels: are per pixel, but where the tokens of this model lie is not known'
+        )
+    ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
+    # padding is shifted so that what it adds, zeros, is the class of pixels that have none
+    of_patch = image_patches(ignored + 1, grid.patch).flatten(3).mode(dim=-1).values - 1
+    prefix = of_patch.new_full((len(labels), grid.prefix), -1)
+    return torch.cat([prefix, of_patch.flatten(1)], dim=1)

@@ -47,7 +47,7 @@ from .cli import load_config, make_folder, run
 from .config import as_arguments
 from .model import load_trained, scope_of, weights_normalization
 from .record import PACKAGES, read_numbers
-from .web import export_web, photos_of, require_npm
+from .web import export_web, photos_of
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
 
@@ -324,7 +324,6 @@ def _export_page(args: argparse.Namespace) -> None:
     for name in ('size', 'batch', 'opset', 'int8'):
         given = getattr(args, name)
         check(not given, f'--{name}', given, 'left out with --web')
-    require_npm()
     require_packages()
     with written_whole(free_folder(args.out)) as folder:
         model, source = _exportable(args)

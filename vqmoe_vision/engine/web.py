@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,9 +35,9 @@ Photo = tuple[Image.Image, str]  # and what is said of it
 
 
 class SwitchedGraph(nn.Module):
-    """An image (1, C, H, W) and switches (L, E) bool to logits, experts and weights (M, N).
+    """An image (1, C, H, W) and switches (L, E) bool to logits, and experts (M, N) int32.
 
-    Of each token it is the expert with the largest weight, int32, -1 and 0 where none takes it.
+    Of each token it is the expert with the largest weight, -1 where none takes it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -44,7 +45,7 @@ class SwitchedGraph(nn.Module):
         self.network = network
         self.parts: dict[str, list[str]] = {}  # names of what decides, by layer, of the last pass
 
-    def forward(self, image: Tensor, switches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, switches: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network."""
         found: dict[str, dict[str, Tensor]] = {}
         with ExitStack() as stack:
@@ -57,48 +58,39 @@ class SwitchedGraph(nn.Module):
         self.parts = {name: list(parts) for name, parts in found.items()}
         every = torch.stack([each for parts in found.values() for each in parts.values()])
         weights, experts = every.max(dim=2)
-        return logits, experts.where(weights > 0, -1).int(), weights
+        return logits, experts.where(weights > 0, -1).int()
 
 
 def _keep_weights(
     kept: dict[str, Tensor], on: Tensor, decisions: Decisions, inputs: Tensor, _: Tensor
 ) -> None:
-    """Of each part that decides the weights (N, E) of all experts."""
+    """Of each part that decides the weights (N, E) of all experts, before gates."""
     num_tokens, num_experts = inputs.shape[1], on.shape[0]
-    gates: Any = decisions.get('gates')  # of the router and the codebook
     for part, decided in decisions.items():
         if isinstance(decided, Tensor):
-            if part == 'combine':  # (1, N, E * P)
-                kept[part] = decided[0].unflatten(1, (num_experts, -1)).sum(dim=2) * on
-            continue
-        if isinstance(decided, Quantized):
-            experts = decided.indices[:, None] % num_experts  # code j is of expert j mod E
-            weights = on[experts].float()
+            if part != 'combine':  # (1, N, E * P)
+                continue
+            table = decided[0].unflatten(1, (num_experts, -1)).sum(dim=2)
+        elif isinstance(decided, Quantized):  # code j is of expert j mod E
+            table = F.one_hot(decided.indices % num_experts, num_experts).float()
         else:
-            experts, weights = decided.indices, decided.weights * on[decided.indices]
+            weights, tokens = decided.weights, decided.tokens
             weights = weights if decided.kept is None else weights * decided.kept
-        tokens: Any = getattr(decided, 'tokens', None)  # of assignments, where it is any number
-        if tokens is None:
-            tokens = torch.arange(num_tokens)[:, None]
-        places = (tokens * num_experts + experts).flatten()
-        table = weights.new_zeros(num_tokens * num_experts).index_add(0, places, weights.flatten())
-        kept[part] = table.view(num_tokens, num_experts)
-        if gates is not None:
-            kept[part] = kept[part] * gates[:, int(isinstance(decided, Quantized)), None]
-
-
-def require_npm() -> str:
-    """The program npm, or a line on what is missing."""
-    if (found := shutil.which('npm')) is None:
-        raise ValueError(f'--web needs npm, of Node.js, for {RUNTIME}: apt-get install npm')
-    return found
+            if tokens is None:  # else of assignments, where a token has any number
+                tokens = torch.arange(num_tokens)[:, None]
+            places = (tokens * num_experts + decided.indices).flatten()
+            table = weights.new_zeros(num_tokens * num_experts)
+            table = table.index_add(0, places, weights.flatten()).view(num_tokens, num_experts)
+        kept[part] = table * on
 
 
 def export_web(
     model: nn.Module | Exportable, folder: Path, title: str, photos: Iterable[Photo]
 ) -> Exportable:
     """Writes a page of a classifier, its model and what runs it; returns what became the graph."""
-    npm, exportable, chosen = require_npm(), Exportable.of(model), list(photos)
+    if (npm := shutil.which('npm')) is None:
+        raise ValueError(f'--web needs npm, of Node.js, for {RUNTIME}: apt-get install npm')
+    exportable, chosen = Exportable.of(model), list(photos)
     network: Any = exportable.network
     layers, size = moe_layers(network), exportable.input_size
     known = {'mean', 'std'} <= exportable.about.keys() and size[0] == 3
@@ -119,8 +111,7 @@ def export_web(
         'layers': graph.parts,
         'photos': [text for _, text in chosen],
     }
-    outputs = ('logits', 'experts', 'weights')
-    exportable = Exportable(graph, size, outputs, about, {'switches': switches})
+    exportable = Exportable(graph, size, ('logits', 'experts'), about, {'switches': switches})
     export_onnx(exportable, folder / 'model.onnx', batch=1)
     (folder / 'about.json').write_text(json.dumps(about))
     for number, (photo, _) in enumerate(chosen):

@@ -219,8 +219,8 @@ vqmoe_vision/analysis/pictures.py: analysis/test_report.py
 
 chance-forgotten [analysis] What chance gives counts: random routing seems to follow the image.
 vqmoe_vision/analysis/verdicts.py: analysis/test_verdicts.py
-- return seen > max(drawn) + 1e-9, sum(drawn) / DRAWS
-+ return seen > 1e-9, 0.0
+- image = max(repeated - position, 0.0) if repeated > most + 1e-9 else 0.0
++ image = max(repeated - position, 0.0)
 
 mirror-not-turned-back [analysis] After a flip the left patch is compared with the right one: routing seems to change.
 vqmoe_vision/analysis/shifts.py: analysis/test_measures.py
