@@ -1,4 +1,4 @@
-"""The pictures of a survey: classes, similarity, surest patches, codes, and curves over training.
+"""The pictures of a survey: classes, similarity, codes, and curves over training.
 
 Legend: E experts, C classes, M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
 """
@@ -20,7 +20,6 @@ from .pictures import (
     expert_colours,
     heat_map,
     percent,
-    rows_of_pictures,
     short,
     styled,
     with_legend,
@@ -80,27 +79,6 @@ def similarity_maps(survey: Survey) -> list[Picture]:
             said.append(f'{mean_similarity(cosine):.2f} of {kind}')
         alt = f'Mean cosine of two experts: {", ".join(said)}.'
         found.append(Picture(f'{name}: cosine similarity of experts', alt, figure))
-    return found
-
-
-@styled
-def surest_patches(survey: Survey) -> list[Picture]:
-    """The patches of each expert with the largest weights, a row per expert."""
-    found = []
-    for name, layer in survey.layers.items():
-        for decider, patches in layer.confident.items():
-            if not any(patches):
-                continue
-            loads = [percent(share) for share in layer.load[decider].tolist()]
-            rows = {
-                f'expert {expert}\n{load}': [patch.pixels for patch in own]
-                for expert, (own, load) in enumerate(zip(patches, loads, strict=True))
-            }
-            figure = rows_of_pictures(rows, f'{short(f"{name}.{decider}")}: surest patches')
-            weights = [patch.weight for own in patches for patch in own]
-            alt = f'Their weights are from {min(weights):.2f} to {max(weights):.2f}.'
-            title = f'{name}, {decider}: the surest patches of each expert'
-            found.append(Picture(title, alt, figure))
     return found
 
 

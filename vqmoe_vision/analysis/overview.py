@@ -6,6 +6,7 @@ Needs pillow, which comes with matplotlib (extra `train`).
 import base64
 import io
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import verdicts
-from .pictures import expert_colours, short, tint_patches
+from .pictures import expert_colours, percent, short, tint_patches
 from .survey import Example, Survey
 from .tally import LayerSurvey
 
@@ -34,13 +35,13 @@ def overview(survey: Survey) -> dict[str, Any]:
     """What the template shows of a model; of its layers, those that are not healthy come first."""
     photos = survey.examples
     lines = [
-        {**_line(name, layer), 'strips': _strips(photos, name, layer)}
+        {**_line(name, layer), 'strips': [*_strips(photos, name, layer), *_surest(layer)]}
         for name, layer in survey.layers.items()
     ]
     worst = [line['layer'] for line in sorted(lines, key=lambda line: line['healthy'])[:SHOWN]]
     strips = [('', [(_uri(photo.image), photo.name) for photo in photos])] if photos else []
     shown = [line for line in lines if line['layer'] in worst and line['strips']]
-    strips += [(line['layer'], line['strips'][0][1]) for line in shown]
+    strips += [(line['layer'], line['strips'][0][1]) for line in shown if photos]
     loads = {
         short(f'{name}.{decider}'): [
             (100 * share, to_hex(colour))
@@ -81,6 +82,19 @@ def _strips(photos: list[Example], name: str, layer: LayerSurvey) -> list[tuple[
     return strips
 
 
+def _surest(layer: LayerSurvey) -> Iterator[tuple[str, list]]:
+    """The patches that each expert takes with the largest weights, these first."""
+    for decider, patches in layer.confident.items():
+        for expert, own in enumerate(patches):
+            if own:
+                share, weights = layer.load[decider][expert].item(), [patch.weight for patch in own]
+                said = (
+                    f'{short(decider)}: expert {expert} takes {percent(share)}, these with weights'
+                )
+                said += f' from {min(weights):.2f} to {max(weights):.2f}'
+                yield said, [(_uri(torch.cat([patch.pixels for patch in own], dim=-1), 320), said)]
+
+
 def _drawn(photo: Example, chosen: Tensor, number: int) -> tuple[str, str]:
     if chosen.is_floating_point():  # shares, from dark to bright
         bright = matplotlib.colormaps['viridis'](chosen.numpy())
@@ -90,11 +104,11 @@ def _drawn(photo: Example, chosen: Tensor, number: int) -> tuple[str, str]:
     return _uri(tinted), f'{photo.name}: chosen are {used}'
 
 
-def _uri(image: Tensor) -> str:
+def _uri(image: Tensor, most: int = PIXELS) -> str:
     """The address of a picture (3, H, W) in [0, 1], no larger than the page shows it."""
-    scale = min(PIXELS / max(image.shape[-2:]), 1)
+    scale = min(most / max(image.shape[-2:]), 1)
     size = [max(round(scale * length), 1) for length in image.shape[-2:]]
     small, data = F.interpolate(image[None].float(), size, mode='area')[0].clamp(0, 1), io.BytesIO()
     pixels = (255 * small).round().byte().movedim(0, -1).numpy()
-    Image.fromarray(pixels).save(data, 'webp', lossless=scale == 1, quality=85)
+    Image.fromarray(pixels).save(data, 'webp', lossless=most == PIXELS > max(size), quality=80)
     return f'data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}'

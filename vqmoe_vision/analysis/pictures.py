@@ -45,7 +45,7 @@ class Picture:
         """The address of its bytes in a page."""
         data = io.BytesIO()
         # a quarter of a PNG: a page of a dozen layers stays below 3 MB
-        self.figure.savefig(data, format='webp', dpi=110, pil_kwargs={'quality': 75})
+        self.figure.savefig(data, format='webp', dpi=96, pil_kwargs={'quality': 75})
         return f'data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}'
 
 

@@ -23,7 +23,6 @@ from .survey import Survey
 
 # In the order of the page: anchor, heading, and what draws a model's pictures.
 PICTURES = (
-    ('surest', 'The surest patches of each expert', figures.surest_patches),
     ('codes', 'Codes among tokens', figures.code_maps),
     ('classes', 'Experts and classes', figures.class_maps),
     ('similarity', 'Similarity of the experts', figures.similarity_maps),
