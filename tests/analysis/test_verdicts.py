@@ -203,5 +203,6 @@ def test_the_first_screen_names_what_is_wrong(tmp_path):
     first = page[: page.index('<nav')]
     assert all(word in first for word in seen.verdicts['layer'])
     assert seen.verdicts['layer'] == [verdicts.COLLAPSED, verdicts.IGNORES]
-    assert first.count('<img') == 3 * 4  # photographs, and their patches, in the layer too
+    # photographs, and their patches, in the layer too beside the surest of one expert
+    assert first.count('<img') == 3 * 4 + 1
     assert math.isclose(F.relu(torch.tensor(seen.numbers['layer']['router/unused_bits'])), 2)

@@ -76,7 +76,7 @@ def _strips(photos: list[Example], name: str, layer: LayerSurvey) -> list[tuple[
     """What a layer does with each photograph, a row for all that it is made of."""
     strips = []
     for kind in photos[0].maps.get(name, ()) if photos else ():
-        maps = [(photo, photo.maps[name][kind]) for photo in photos if name in photo.maps]
+        maps = [(p, p.maps[name][kind]) for p in photos if kind in p.maps.get(name, ())]
         number = max(layer.num_experts, *(int(chosen.max()) + 1 for _, chosen in maps))
         strips.append((short(kind), [_drawn(photo, chosen, number) for photo, chosen in maps]))
     return strips
