@@ -17,7 +17,7 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import VARIANTS
-from .conftest import DENSE, DINOV3, TINY, check_complete, dense, make, pairs
+from .conftest import DENSE, DINOV3, MORE, TINY, check_complete, dense, make, pairs
 
 PREPROCESSING: dict[str, Any] = {
     'input_size': (3, 32, 32),
@@ -109,7 +109,7 @@ def test_another_model_is_not_left_behind(name, given, problem, tmp_path):
         export.save(model, tmp_path / 'out', PREPROCESSING)
 
 
-HOSTS = (DENSE, DINOV3)
+HOSTS = (DENSE, DINOV3, *MORE)
 SOME = next(iter(METHODS))
 ROWS = [None, {'method': SOME}]
 

@@ -41,7 +41,7 @@ from .compat import (
     refuse_without_values,
 )
 from .fitting import in_names_of_timm, transfer
-from .layers import VIT_MODULES, Transformer
+from .layers import VIT_MODULES, Convertible
 from .moe_vit import SparseModel
 from .normalization import Normalization, check_normalization
 from .upcycle import BEGINNING, read_upcycling
@@ -389,7 +389,7 @@ def read_fitting(model: nn.Module, path: str) -> StateDict:
     with reading(path):
         state = load_file(path)
     expected = model.state_dict()
-    if isinstance(model, Transformer):
+    if isinstance(model, Convertible):
         for line in compare(model, network_of(path), path):
             _logger.warning('%s: %s', path, line)
         if expected.keys().isdisjoint(state):
