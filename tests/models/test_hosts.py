@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.models import complexity, convert_to_moe
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS, use_kernel
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.moe.valid import ValidTokens
@@ -20,7 +21,7 @@ from vqmoe_vision.moe.valid import ValidTokens
 from .. import cases
 from ..variants import VARIANTS
 from ..watch import Watch
-from .conftest import MORE, NAFLEX, dense, make
+from .conftest import MORE, NAFLEX, SAM, TINY, check_complete, dense, make
 
 TAKEN, GATED, NORM, NO_MLP = '', "GluMlp'|='SwiGLU'", r'mlp\.norm=', "mlp='NoneType'"
 # of each module of timm how many names take experts, and how many do not, by what is said
@@ -85,6 +86,31 @@ def test_a_host_is_counted(host):
     assert after.params - before.params == 2 * (3 * 8352 + 4 * 32)
     assert after.active_params - before.params == 2 * 4 * 32
     assert after.macs > before.macs > 0
+
+
+@pytest.mark.parametrize('host', MORE)
+def test_weights_of_a_host_by_name_give_its_answers(host, images):
+    source = dense(host)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    given = {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': state}}
+    model: Any = create_model(host, {'method': 'smoe', 'renormalize': True}, **TINY, **given)
+    check_complete(model.weights_report, model, source.state_dict())
+    torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:.*(searchsorted|non-tuple):UserWarning')  # of timm itself
+@pytest.mark.parametrize('host', [host for host in MORE if host not in (SAM, NAFLEX)])
+def test_a_host_of_another_image_size(host):
+    model, method = dense(host), 'ecmoe'
+    as_dense = METHODS[method].config.EXACT_UPCYCLING['all']
+    sparse = copy.deepcopy(model)
+    convert_to_moe(sparse, method, **as_dense)
+    images = torch.randn(2, 3, 64, 48)
+    for each in (model, sparse):
+        each.set_input_size((64, 48))
+    torch.testing.assert_close(sparse(images), model(images), rtol=1e-5, atol=1e-5)
+    # both experts take all tokens
+    assert sparse.blocks[1].mlp.experts_per_token == 2
 
 
 def batch(images: list[Tensor], length: int = 0) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ Value = TypeVar('Value')
 STATED = 'vqmoe_vision'
 CLASSIFIERS = ('head.', 'head_dist.')
 HEADS = (*CLASSIFIERS, 'attn_pool.')
-# Where timm has the last norm.
-NORMS = ('norm.', 'fc_norm.')
+# Where timm has the last norm; that of SAM is in a neck.
+NORMS = ('norm.', 'fc_norm.', 'neck.')
 # Where activations are compared: of those that timm names, no two agree in all these points.
 _POINTS = torch.linspace(-8.0, 8.0, 65)
 # What rotary positions are made of beside weights, and the arguments of timm's `Eva` for it.
