@@ -138,10 +138,10 @@ class SoftMoEMlp(MoeLayer):
                 x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
             # float64 too is mixed in float32
             logits = self.mixing_logits(x, dtype if dtype.itemsize < 4 else torch.float32)
-            combine = logits.softmax(2, dtype=torch.float32)
-            if valid is not None:
-                logits = logits.masked_fill(~valid.mask[:, :, None], -torch.inf)
-            dispatch = logits.softmax(1, dtype=torch.float32)
+            if valid is not None:  # finite: what padding is combined of has to be a number too
+                lowest = torch.finfo(logits.dtype).min
+                logits = logits.masked_fill(~valid.mask[:, :, None], lowest)
+            dispatch, combine = (logits.softmax(dim, dtype=torch.float32) for dim in (1, 2))
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
         # by expert: (B, S, D) -> (E, B, P, D) -> (E, B * P, D)
         rows = slots.unflatten(1, (-1, self.slots_per_expert)).transpose(0, 1)
