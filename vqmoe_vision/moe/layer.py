@@ -121,8 +121,7 @@ class MoeLayer(nn.Module):
         Args:
             decisions: Routing or quantization by the module's name in the layer; or any tensor that
                 begins with (B, N), or (T,).
-            inputs: What the layer was given, (B, N, D); of a padded batch maybe (T, 1, D), see
-                `run_valid`.
+            inputs: What the layer was given, (B, N, D); (T, 1, D) of tokens of a padded batch.
             outputs: Its answer, as `inputs`.
         """
         if self.recorder.watcher is not None and not in_recomputation():
