@@ -38,7 +38,12 @@ def main() -> None:
     script = folder / 'tools' / f'{args.tool}.py'
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path.insert(0, '')  # as `python -m` does: a config may import modules beside it
-    runpy.run_path(str(script), run_name='__main__')
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except SystemExit as end:
+        if folder != package.parent and isinstance(end.code, str):  # pip finds no '.' there
+            end.code = end.code.replace("'.[", "'vqmoe-vision[")
+        raise
 
 
 if __name__ == '__main__':

@@ -144,6 +144,9 @@ def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path):
     command = [sys.executable, '-m', 'vqmoe', 'publish', 'none', 'out']
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=wheel)
     assert done.returncode == 1 and done.stderr.startswith("error: source='none'")
+    (wheel / 'mmengine.py').write_text('raise ModuleNotFoundError(__name__)')
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=wheel)
+    assert done.stderr.endswith("need: pip install 'vqmoe-vision[train]'\n")  # as .ci/try-wheel
 
 
 # commands, and with which status they end
