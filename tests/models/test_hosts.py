@@ -186,6 +186,20 @@ def test_each_image_of_a_padded_batch_is_as_alone(method, options, rope):
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
+def test_features_of_a_padded_batch_are_those_of_each_image():
+    model = naflex('ecmoe', {})
+    images = [torch.randn(3, *size) for size in ((32, 32), (8, 24))]
+    inputs = batch(images)
+    of_all, of_each = (
+        [model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True) for x in parts]
+        for parts in ([inputs], [batch([image]) for image in images])
+    )
+    for block in range(2):
+        found = of_all[0][block][inputs['patch_valid']]
+        expected = torch.cat([features[block][0] for features in of_each])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_checkpointing_has_the_mask_of_its_pass(method):
     if METHODS[method].read_patches is not None:
         pytest.skip('no NaFlexVit has it')
