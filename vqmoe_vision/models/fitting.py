@@ -311,7 +311,7 @@ def _left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
 
 
 def _resized_positions(
-    state: StateDict, model: Convertible, path: str, image_sizes: Sequence[Size]
+    state: StateDict, model: Any, path: str, image_sizes: Sequence[Size]
 ) -> StateDict:
     """The position embedding for the model's grid, if an image size fits it."""
     own = getattr(model, 'pos_embed', None)

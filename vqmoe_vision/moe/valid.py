@@ -14,7 +14,7 @@ class ValidTokens(NamedTuple):
     """The tokens of a padded batch that are there, image after image."""
 
     mask: Tensor  # (B, N) bool
-    index: Tensor  # (T,) int64 in [0, B * N)
+    places: Tensor  # (T,) int64 in [0, B * N)
     numbers: tuple[int, ...]  # of each image
 
     @classmethod
@@ -26,12 +26,12 @@ class ValidTokens(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """What they have of (B, N, ...), (T, ...)."""
-        return x.flatten(0, 1).index_select(0, self.index)
+        return x.flatten(0, 1).index_select(0, self.places)
 
     def put(self, tokens: Tensor) -> Tensor:
         """Each at its place, and zeros as padding; (T, D) -> (B, N, D)."""
         padded = tokens.new_zeros(self.mask.numel(), tokens.shape[1])
-        return padded.index_copy(0, self.index, tokens).view(*self.mask.shape, -1)
+        return padded.index_copy(0, self.places, tokens).view(*self.mask.shape, -1)
 
     def one_by_one(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The answers (B, N, D) of what decides for each token alone, which is an image to it."""

@@ -73,6 +73,6 @@ class HashRouter(TopKRouter):
         positions = torch.arange(num_tokens, device=x.device) % POSITIONS
         indices = self.hash[positions].repeat(batch, 1)
         if valid is not None:
-            indices = indices.index_select(0, valid.index)
+            indices = indices.index_select(0, valid.places)
         weights = torch.full_like(indices, 1 / self.config.top_k, dtype=torch.float32)
         return Routing(indices, weights)
