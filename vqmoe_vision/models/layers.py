@@ -33,9 +33,9 @@ from ..moe.raw_patches import (
 )
 from .upcycle import Upcycling, upcycle
 
-# What has patches in order behind prefix tokens; and what else takes experts.
-Transformer: TypeAlias = VisionTransformer | Eva | Beit | VisionTransformerRelPos
-Convertible: TypeAlias = Transformer | VisionTransformerSAM | NaFlexVit
+# What is analysed too: it has patches in order behind prefix tokens. And what else takes experts.
+Transformer: TypeAlias = VisionTransformer | Eva | Beit
+Convertible: TypeAlias = Transformer | VisionTransformerRelPos | VisionTransformerSAM | NaFlexVit
 # Modules of timm, and ours, whose models are `VisionTransformer`s, and those with `Eva`s.
 OWN_MODULES = ('vit_moe',)
 VIT_MODULES = ('vision_transformer', 'deit', *OWN_MODULES)
