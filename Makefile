@@ -114,7 +114,7 @@ bench: $(VENV)/.bench ## measure layers and models beside dense and other librar
 bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under two minutes
 	$(BIN)/python tools/benchmark.py moe --preset ci
 
-gpu-check: $(VENV)/.dev ## on a machine with a CUDA card: is it right, does it wait, how fast is it (ten minutes)
+gpu-check: $(VENV)/.dev ## on a machine with a CUDA card: is it right, does it wait, how fast is it (one line first)
 	env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py gpu --out work_dirs/gpu-check.json
 
 # Uploads nothing.

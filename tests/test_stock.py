@@ -19,7 +19,7 @@ from .rows import CONFIGS
 from .runs import messages
 
 PROGRAM = """
-import importlib, pkgutil, sys, warnings
+import importlib.util, pkgutil, sys, warnings
 warnings.simplefilter('ignore')
 import mmengine, mmcv.transforms, mmseg.apis, mmseg.datasets, mmseg.models, mmseg.evaluation
 import mmengine.dataset, mmengine.runner, mmseg.engine, mmseg.visualization, timm, timm.task
@@ -58,7 +58,8 @@ def functions():
 before, theirs = names(), functions()
 import vqmoe_vision
 for module in pkgutil.walk_packages(vqmoe_vision.__path__, 'vqmoe_vision.'):
-    if not module.name.endswith('__main__'):
+    name = module.name.rpartition('.')[2]
+    if name != '__main__' and (name != 'triton' or importlib.util.find_spec(name)):
         importlib.import_module(module.name)
 after, ours = names(), functions()
 taken = [key for key, kind in before.items() if after[key] is not kind]

@@ -62,6 +62,8 @@ def show(args: argparse.Namespace) -> None:
     print(f'\nWhich expert took each patch of a digit  {experts}')
     print(f'Scenes, their labels and predictions     {scenes}')
     print(f'Which expert does what, in a browser     {WORK_DIR / "report/report.html"}')
+    page = f'vqmoe export {WORK_DIR / "classification"} work_dirs/page --web'
+    print(f'The same for a picture of yours          {page}')
 
 
 def train(config: str, work_dir: Path, quick: bool, options: dict) -> tuple[Runner, dict]:

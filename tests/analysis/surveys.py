@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from vqmoe_vision.analysis.survey import Codes, Example, LayerSurvey, Patch, Survey
+from vqmoe_vision.analysis.survey import Example, Survey
+from vqmoe_vision.analysis.tally import Codes, LayerSurvey, Patch
 
 EXPERTS, ROWS = 4, 6
 CLASSES = ['cat', 'dog', 'tree']

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vqmoe_vision.analysis.record import recorded
 from vqmoe_vision.analysis.shifts import flip
-from vqmoe_vision.analysis.survey import MOST_PATCHES, MOST_TOKENS, Survey, survey
+from vqmoe_vision.analysis.survey import Survey, survey
+from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 
@@ -53,7 +54,8 @@ DECIDERS = ('router', 'quantizer.codebook')
 # by measure: on which side the collapsed model stands, and a border between the two
 OF_BOTH = dict(load_variation=('above', 1), dead_experts=('above', 1.5))
 OF_BOTH |= dict.fromkeys(('mutual_information', 'normalized_mutual_information'), ('below', 0.2))
-OF_BOTH |= dict.fromkeys(('load_entropy', 'changed_by_chance'), ('below', 0.5))
+OF_BOTH |= dict.fromkeys(('load_entropy', 'changed_by_chance', 'image_bits'), ('below', 0.5))
+OF_BOTH |= {'load_bits': ('below', 1), 'unused_bits': ('above', 1)}
 COLLAPSE = {
     **{f'{at}/{name}': side for at in DECIDERS for name, side in OF_BOTH.items()},
     'quantizer.codebook/code_perplexity': ('below', 1.5),
@@ -82,7 +84,9 @@ def test_each_measure_tells_a_collapsed_model_from_a_sound_one():
     for measure, (side, border) in COLLAPSE.items():
         low, high = (collapsed, sound) if side == 'below' else (sound, collapsed)
         assert low[measure] < border < high[measure], measure
-    others = {f'{d}/unrouted' for d in DECIDERS}
+    of_both = 'unrouted', 'position_bits', 'noise_bits', 'dead_by_chance'
+    others = {f'{d}/{name}' for d in DECIDERS for name in of_both}
+    others |= {'quantizer.codebook/dead_codes_by_chance'}
     others |= {'gate_continuous', 'quantizer.codebook/quantization_error'}
     assert sound.keys() == collapsed.keys() == COLLAPSE.keys() | others
 

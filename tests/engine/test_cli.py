@@ -20,7 +20,7 @@ from torch.multiprocessing import ProcessExitedException
 from vqmoe_vision.engine import cli, optim
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config, run, train
-from vqmoe_vision.engine.optim import use_amp
+from vqmoe_vision.engine.optim import suit_card, use_amp
 
 from .. import cases, refused
 from ..forked import spawn
@@ -194,6 +194,29 @@ def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(config, monkeypatch, supp
     assert wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
 
 
+@cases(
+    'given, fused, told',
+    ({}, True, True),
+    ({'type': 'AmpOptimWrapper'}, True, False),
+    ({'optimizer.fused': False}, False, True),
+    ({'optimizer.foreach': True}, None, True),
+    ({'optimizer.type': 'SGD'}, None, True),
+)
+def test_a_card_gets_what_it_is_better_at_and_a_config_what_it_says(
+    config, monkeypatch, given, fused, told
+):
+    settings = load_config(config, {f'optim_wrapper.{name}': v for name, v in given.items()})
+    before = settings.to_dict()
+    assert suit_card(settings, 'c.py') == '' and settings.to_dict() == before
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: True)
+    line = suit_card(settings, 'c.py')
+    assert settings.optim_wrapper.optimizer.get('fused') == fused
+    assert ('bfloat16: vqmoe train c.py --amp' in line) == told
+    settings = load_config(config, {'parallel': {'param_dtype': 'bfloat16'}})
+    assert not suit_card(settings, 'c.py') and 'fused' not in settings.optim_wrapper.optimizer
+
+
 FOR_GPUS = {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}
 
 
@@ -208,7 +231,7 @@ def test_amp_on_a_cpu_takes_a_config_for_a_gpu(config, options, monkeypatch):
     for each in (plain, settings):
         use_amp(each)
     assert settings.optim_wrapper == plain.optim_wrapper
-    assert len(lines) == 2 * bool(options) and all('is for GPUs' in line for line in lines)
+    assert len(lines) == 2 * bool(options) and all('is for CUDA' in line for line in lines)
     build_optim_wrapper(torch.nn.Linear(1, 1), settings.optim_wrapper)
 
 

@@ -9,7 +9,9 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
+from mmengine.model import ExponentialMovingAverage as theirs
 from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from timm.optim import Lamb
 from torch import nn
@@ -18,6 +20,7 @@ from torch.utils.data import ConcatDataset
 from vqmoe_vision.classification.datasets import ImageClassification, class_folder
 from vqmoe_vision.engine import NonFiniteError, hooks, step_values
 from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.config import take_ours
 from vqmoe_vision.engine.hooks import (
     CheckpointFitHook,
     ClassCountHook,
@@ -113,6 +116,25 @@ def test_averages_are_taken_between_the_codebooks_and_the_save(priority, tmp_pat
         return
     said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook "
     refused(said, check_hooks, runner)
+
+
+def test_averages_in_one_operator_are_mmengines_to_the_bit(tmp_path):
+    config = config_of(tmp_path / 'run', **{'default_hooks.ema.type': 'EMAHook'})
+    assert take_ours(config) == ''  # our configs name our types, and a file is the same by both
+    kind = MODELS.get(config.default_hooks.ema.ema_type)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).half())
+    options: Any = {'momentum': 0.3, 'interval': 2, 'update_buffers': True}
+    pairs = [[each(model, **kw) for each in (kind, theirs)] for kw in ({}, options)]
+    assert isinstance(pairs[0][0], theirs) and type(pairs[0][0]) is not theirs
+    for _ in range(5):
+        for value in filter(torch.is_floating_point, model.state_dict().values()):
+            value.copy_(torch.randn_like(value))
+        for own, other in pairs:
+            own.update_parameters(model)
+            other.update_parameters(model)
+            expected = other.state_dict()
+            assert list(own.state_dict()) == list(expected)
+            assert all(torch.equal(v, expected[name]) for name, v in own.state_dict().items())
 
 
 def classes(root: Path, part: str, dev_size: int) -> ImageClassification:

@@ -12,6 +12,9 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from timm.models import create_model, save_for_hf
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vqmoe_vision.classification.datasets import class_folder
 from vqmoe_vision.engine import RoutingStatistics
@@ -194,6 +197,32 @@ def test_values_that_are_not_finite_are_left_out():
     statistics.add({'a/error': torch.tensor(torch.inf), 'a/bad': torch.tensor(torch.nan)})
     statistics.add({'a/error': torch.tensor(1.0), 'a/bad': torch.tensor(torch.nan)})
     assert statistics.summary() == {'a/error': 0.75, 'a/bad': 0.0}
+
+
+class NoDoubles(TorchDispatchMode):
+    """Apple's MPS, of which nothing is computed here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves(answer := func(*args, **(kwargs or {}))):
+            doubles = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64
+            assert not (doubles and leaf.device.type == 'mps'), func
+        return answer
+
+
+def test_statistics_are_added_up_where_there_are_no_doubles():
+    mode, device = FakeTensorMode(), torch.device('mps')
+    stats = {
+        name: FakeTensor(mode, torch.empty(shape, device='meta'), device)
+        for name, shape in (('a/load', (3,)), ('a/error', ()))
+    }
+    statistics = RoutingStatistics()
+    with mode, NoDoubles():
+        for _ in range(2):
+            statistics.add(stats)
+        kept = statistics.state_dict()['sums']
+    assert {name: value.shape for name, value in kept.items()} == {
+        name: value.shape for name, value in stats.items()
+    }
 
 
 # of 20 iterations a line after every third, so that a checkpoint after ten lies between two

@@ -254,3 +254,9 @@ def test_batch_norms_over_processes_are_those_of_each_on_a_cpu(kind, monkeypatch
         wrapped(torch.randn(2, 3, 4, 4)).sum().backward()
     assert [line[:48] for line in told] == ['sync_bn needs GPUs: as sync_bn=None on a CPU, wh']
     assert list(getattr(wrapped, 'module', wrapped).state_dict()) == names
+
+
+def test_gradients_lie_where_they_are_sent_from_unless_a_config_says_otherwise():
+    with alone():
+        for given, view in (({}, True), ({'gradient_as_bucket_view': False}, False)):
+            assert OwnDataParallel(nn.Linear(2, 2), **given).gradient_as_bucket_view == view

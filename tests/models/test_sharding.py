@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqmoe_vision.models.sharding import blocks_of, shard_model
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
@@ -45,7 +46,18 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+class Sums(TorchDispatchMode):
+    """Counts sums over all processes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.c10d.allreduce_.default
+        return func(*args, **(kwargs or {}))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> list[int]:
+    found = []
     for number in range(steps):
         torch.manual_seed(10 * number + dist.get_rank())
         images = torch.randn(4, 3, 16, 16, dtype=next(model.parameters()).dtype)
@@ -53,9 +65,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
         with collect_losses(model, update_state=False) as collected:
             loss = F.cross_entropy(model(images), targets) + collected.total()
             optimizer.zero_grad()
-            loss.backward()
+            with Sums() as sums:
+                loss.backward()
+            found.append(sums.count)
         optimizer.step()
         update_state(model)
+    return found
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +84,11 @@ def compare(rank: int, world: int, expert_processes: int, num_experts: int, fold
         train(whole, optimizer_of(whole))
         model = make(method, num_experts=num_experts).double()
         sharded = shard_model(model, expert_processes)
-        train(sharded, optimizer_of(sharded))
+        # of what each process has whole; StableMoE's router learns in the first step alone
+        whole_ones = [p for p in sharded.parameters() if not isinstance(p, DTensor)]
+        wanted = any(p.requires_grad for p in whole_ones)
+        sums = train(sharded, optimizer_of(sharded))
+        assert sums[0] == wanted >= sums[1], (method, sums)
         expected, found = whole.module.state_dict(), whole_state(sharded)
         if rank == 0:  # alone has all of it
             assert list(found) == list(expected)

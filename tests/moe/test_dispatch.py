@@ -79,9 +79,12 @@ def test_grouped_linear_gradcheck(offsets, bias):
 def test_grouped_linear_is_registered_correctly():
     x, weight, bias = torch.randn(6, 3), torch.randn(3, 5, 3), torch.randn(3, 5)
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    inputs = tuple(tensor.requires_grad_() for tensor in (x, weight, bias))
-    torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear, (*inputs, ends))
-    torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear, (*inputs[:2], None, ends))
+    forward = torch.ops.vqmoe_vision.grouped_linear
+    for args in ((x, weight, bias, ends), (x, weight, None, ends)):
+        torch.library.opcheck(forward, args)
+    for wanted in ([True, True, True], [False, True, False]):
+        args = (torch.randn(6, 5), x, weight, ends, wanted)
+        torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear_backward, args)
 
 
 @pytest.mark.usefixtures('two_threads')

@@ -10,6 +10,8 @@ import torch
 
 from vqmoe_vision.moe.config import check
 
+from .gpu_card import Card
+
 DTYPES = {
     'float32': torch.float32,
     'bfloat16': torch.bfloat16,
@@ -85,6 +87,7 @@ class Settings:
     repeats: int = 15
     backward: bool = True
     compiled: bool = False
+    card: Card | None = None  # whose rates tell how long a step should take
 
     def __post_init__(self) -> None:
         check(self.repeats >= 1, 'repeats', self.repeats, 'at least 1')

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .cells import Cell, Settings
+from .gpu_card import profiled, work_of
+from .gpu_steps import counted_waits
 from .inputs import Batch
+from .timing import peak_memory
 
 # the answer, and a loss if the contender has one
 Forward = Callable[[nn.Module, Batch], Sequence[Tensor]]
@@ -52,6 +55,18 @@ class Contender:
         batch.clear()
         for parameter in self.module.parameters():
             parameter.grad = None
+
+
+def needs(step: Callable[[], object], settings: Settings) -> dict[str, float]:
+    """Peak memory of a step; beside a card its waits, launches and times."""
+    found: dict[str, float] = {'peak_mb': peak_memory(step, settings.device) / 1e6}
+    if settings.card is not None:
+        with counted_waits(settings.device) as waits:
+            step()
+        found['waits'] = sum(waits.values())
+        found['expected_ms'] = settings.card.expected_ms(work_of(step))
+        found |= profiled(step, settings.device)
+    return found
 
 
 def autocast(cell: Cell, settings: Settings) -> AbstractContextManager:

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ MALLOC = {
     'MALLOC_TRIM_THRESHOLD_': '8000000000',
     'MALLOC_TOP_PAD_': '268435456',
 }
+# what drives cards, NVIDIA's and AMD's
+DRIVERS = '/sys/module/nvidia/version', '/sys/module/amdgpu/version'
 PACKAGES = ['torch', 'timm', 'vqmoe-vision', 'transformers']
 PACKAGES += ['soft-moe', 'soft-moe-pytorch', 'st-moe-pytorch', 'mixture-of-experts']
 _RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
@@ -55,6 +58,7 @@ def describe_machine(device: str) -> dict[str, Any]:
             'torch_build': torch.__version__,
             'cuda': torch.version.cuda or torch.version.hip,
             'triton': installed('triton'),
+            'driver': ' '.join(f.read_text().strip() for f in map(Path, DRIVERS) if f.is_file()),
         }
     return {
         'machine': processor(),

@@ -8,6 +8,8 @@ Row = Mapping[str, Any]
 # what tells the configurations of two rows apart
 IDENTITY = ('tokens', 'batch', 'width', 'experts', 'top_k', 'dtype', 'amp', 'skew', 'mode')
 
+SLACK = 1.25  # of a measured ratio over the expected one; no card has been measured yet
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -15,7 +17,7 @@ class Gate:
 
     contender: str
     against: str
-    at_most: float
+    at_most: float | None  # None: by what operations and bytes of both let expect, and some more
     where: Mapping[str, Any] = field(default_factory=dict)  # fields of rows that are judged
     # Fields in which the row of `against` differs. The machine may be a third slower by then, so
     # that each time is over that of dense in its own rounds.
@@ -25,7 +27,7 @@ class Gate:
         return f'{_named(self.contender, self.where)} over {_named(self.against, self.versus)}'
 
 
-def limit(contender: str, against: str, at_most: float, **where: object) -> Gate:
+def limit(contender: str, against: str, at_most: float | None, **where: object) -> Gate:
     """A gate in the rows that have some fields."""
     return Gate(contender=contender, against=against, at_most=at_most, where=where)
 
@@ -53,7 +55,7 @@ def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[dict[str, Any]]:
     return judged
 
 
-def _judged(name: str, at_most: float, ratio: float | None, reason: str = '') -> dict[str, Any]:
+def _judged(name: str, at_most: Any, ratio: float | None, reason: str = '') -> dict[str, Any]:
     met = ratio is not None and ratio <= at_most  # nan is missed too
     result = reason or ('met' if met else 'missed')
     return {'limit': name, 'ratio': ratio, 'at_most': at_most, 'result': result}
@@ -69,11 +71,15 @@ def _judge(gate: Gate, rows: Sequence[Row]) -> list[dict[str, Any]]:
         same = {key: row[key] for key in IDENTITY if key in row}
         others = [r for r in rows if _has(r, {**same, 'contender': gate.against, **gate.versus})]
         name = f'{gate} at {_configuration(row)}'
-        if not others:
-            found.append(_judged(name, gate.at_most, None, 'nothing to compare with'))
+        spent, most = 'to_dense' if gate.versus else 'median_ms', gate.at_most
+        if not others or (most is None and 'expected_ms' not in row):
+            reason = 'nothing to expect it by' if others else 'nothing to compare with'
+            found.append(_judged(name, most, None, reason))
             continue
-        spent = 'to_dense' if gate.versus else 'median_ms'
-        found.append(_judged(name, gate.at_most, row[spent] / others[0][spent]))
+        if most is None:
+            most = SLACK * row['expected_ms'] / others[0]['expected_ms']
+        found.append(_judged(name, most, row[spent] / others[0][spent]))
+        found[-1]['expected'] = most / SLACK if gate.at_most is None else None
     return found
 
 

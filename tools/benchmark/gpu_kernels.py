@@ -13,6 +13,7 @@ from vqmoe_vision.moe import use_kernel
 from vqmoe_vision.moe.kernels import KERNELS
 
 from .cells import DTYPES, Cell, Settings
+from .gpu_card import spoil_memory
 from .gpu_stages import outcome
 from .inputs import Batch, Inputs
 from .oracle import check_against_oracle
@@ -47,6 +48,7 @@ def _rows_of_kernels(cell: Cell, settings: Settings) -> list[dict[str, Any]]:
     (contender,) = ours(cell, settings, inputs)
     for (case, change), kernel in product(CASES.items(), KERNELS):
         with outcome('equal', kernel=kernel, dtype=_dtype_of(cell), case=case) as row:
+            spoil_memory(settings.device)
             try:
                 batch, kept = change(inputs.batch(0))
                 contender.forward = partial(experts_grouped, kept=kept)

@@ -2,9 +2,10 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import vqmoe_vision
@@ -47,13 +48,13 @@ def outcome(good: str, **names: str) -> Iterator[dict[str, Any]]:
         yield row
     except Exception as error:
         text = str(error).strip().partition('\n')[0]
-        row.update(result=f'{type(error).__name__}: {text} ({_place(error)})', ok=False)
+        place = place_of(reversed([*traceback.walk_tb(error.__traceback__)]))
+        row.update(result=f'{type(error).__name__}: {text} ({place})', ok=False)
 
 
-def _place(error: Exception) -> str:
-    """File and line of this package that an error went through last, or of where it began."""
-    steps = traceback.walk_tb(error.__traceback__)
+def place_of(steps: Iterable[tuple[FrameType, int]]) -> str:
+    """File and line of this package among frames, the innermost first, or else of the first."""
     places = [(Path(frame.f_code.co_filename), line) for frame, line in steps]
     own = [place for place in places if place[0].is_relative_to(PACKAGE)]
-    file, line = (own or places)[-1]
+    file, line = (own or places)[0]
     return f'{file.relative_to(PACKAGE.parent) if own else file.name}:{line}'

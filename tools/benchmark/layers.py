@@ -13,11 +13,11 @@ from vqmoe_vision.provenance import installed
 
 from . import methods, ours, peers
 from .cells import Cell, Settings
-from .contenders import Contender, Forward, UnsuitableError
+from .contenders import Contender, Forward, UnsuitableError, needs
 from .inputs import Batch, Inputs
 from .oracle import check_against_oracle
 from .report import layer_table
-from .timing import Clock, interleave, peak_memory, ratio
+from .timing import Clock, interleave, ratio
 
 Build = Callable[[Cell, Settings, Inputs], list[Contender]]
 
@@ -86,10 +86,10 @@ def measure_layer(
         if contender.oracle is not None:
             check_against_oracle(contender, inputs.batch(CHECK_ROUND), cell, settings)
             contender.clear(inputs.batch(CHECK_ROUND))
-    memory = try_out(contenders, skipped, inputs, settings)
+    tried = try_out(contenders, skipped, inputs, settings)
     times = interleave(_steps(contenders, inputs, settings), settings.repeats)
     flat = {name: parts['step'] for name, parts in times.items()}
-    rows = [_row(made, flat, memory[name], cell, settings) for name, made in contenders.items()]
+    rows = [_row(made, flat, tried[name], cell, settings) for name, made in contenders.items()]
     return rows, skipped
 
 
@@ -145,19 +145,20 @@ def try_out(
     skipped: dict[str, str],
     inputs: Inputs,
     settings: Settings,
-) -> dict[str, int]:
-    """Run every contender alone, twice, and read the peak memory of the second step."""
-    memory = {}
+) -> dict[str, dict[str, float]]:
+    """Run every contender alone, and read what it needs."""
+    found = {}
     for name, contender in list(contenders.items()):
         batch = inputs.batch(CHECK_ROUND)
 
         def step(contender: Contender = contender, batch: Batch = batch) -> None:
+            contender.clear(batch)
             contender.step(batch, inputs.cell, settings)
 
         try:
             step()
             contender.clear(batch)
-            memory[name] = peak_memory(step, settings.device)
+            found[name] = needs(step, settings)
         except (RuntimeError, TypeError) as error:
             if contender.equal_to is None:
                 raise
@@ -165,7 +166,7 @@ def try_out(
             del contenders[name]
         finally:
             contender.clear(batch)
-    return memory
+    return found
 
 
 def _steps(contenders: dict[str, Contender], inputs: Inputs, settings: Settings) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _steps(contenders: dict[str, Contender], inputs: Inputs, settings: Settings)
 def _row(
     contender: Contender,
     times: dict[str, list[float]],
-    memory: int,
+    needed: dict[str, float],
     cell: Cell,
     settings: Settings,
 ) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def _row(
         'gflops': flops / median(own) / 1e6,
         'to_dense': ratio(own, times['dense']),
         'to_bound': ratio(own, times['bound']),
-        'peak_mb': memory / 1e6,
+        **needed,
         'drop_rate': contender.drop_rate,
         'equal_to': equal,
         'ours_to_peer': ratio(times[equal], own) if equal else None,

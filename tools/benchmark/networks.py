@@ -22,10 +22,11 @@ from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.config import check
 
 from .cells import DTYPES, Settings
+from .contenders import needs
 from .oracle import WrongResultError
 from .ours import with_loops
 from .report import network_table
-from .timing import Clock, interleave, peak_memory, ratio
+from .timing import Clock, interleave, ratio
 
 MODES = ('inference', 'training')
 NUM_BATCHES = 4  # different images, cycled
@@ -88,9 +89,11 @@ class Network:
         self.comparison, self.settings = comparison, settings
         shape = (comparison.batch, 3, comparison.img_size, comparison.img_size)
         self.images = [
-            torch.randn(shape, device=settings.device, dtype=dtype) for _ in range(NUM_BATCHES)
+            # drawn on the CPU: the same on any device
+            torch.randn(shape).to(settings.device, dtype)
+            for _ in range(NUM_BATCHES)
         ]
-        self.labels = torch.randint(NUM_CLASSES, (comparison.batch,), device=settings.device)
+        self.labels = torch.randint(NUM_CLASSES, (comparison.batch,)).to(settings.device)
 
     @cached_property
     def size(self) -> Complexity:
@@ -193,16 +196,16 @@ def _measure_mode(
     mode: str, networks: Sequence[Network], comparison: Comparison, settings: Settings
 ) -> list[dict[str, Any]]:
     clock = Clock(settings.clock, settings.device)
-    memory = {}
+    needed = {}
     for network in networks:  # alone, and compiled before anything is timed
         step = network.train_step if mode == 'training' else network.infer
         step(0)
-        memory[network.name] = peak_memory(partial(step, 1), settings.device)
+        needed[network.name] = needs(partial(step, 1), settings)
     steps = {network.name: partial(_time, network, mode, clock) for network in networks}
     times = interleave(steps, settings.repeats)
     baseline = times[comparison.baseline]['step']
     return [
-        _row(network, mode, times[network.name], baseline, memory[network.name])
+        _row(network, mode, times[network.name], baseline, needed[network.name])
         for network in networks
     ]
 
@@ -225,7 +228,7 @@ def _row(
     mode: str,
     times: dict[str, list[float]],
     baseline: list[float],
-    memory: int,
+    needed: dict[str, float],
 ) -> dict[str, Any]:
     comparison = network.comparison
     model, size = network.model, network.size
@@ -246,7 +249,7 @@ def _row(
         'parts_ms': {part: median(values) for part, values in times.items() if part != 'step'},
         'images_per_s': comparison.batch / median(own) * 1e3,
         'to_baseline': ratio(own, baseline),
-        'peak_mb': memory / 1e6,
+        **needed,
         'params': size.params,
         'active_params': size.active_params,
         'macs': size.macs,

@@ -30,7 +30,8 @@ NETWORK_COLUMNS = {
     'active_params': '{:>14}',
 }
 
-LIMIT_COLUMNS = {'result': '{:<24}', 'ratio': '{:>6.2f}', 'at_most': '{:>8g}', 'limit': '  {:<}'}
+LIMIT_COLUMNS = {'result': '{:<24}', 'ratio': '{:>6.2f}', 'expected': '{:>9.2f}'}
+LIMIT_COLUMNS |= {'at_most': '{:>8.3g}', 'limit': '  {:<}'}
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:

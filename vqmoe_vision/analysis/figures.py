@@ -1,4 +1,4 @@
-"""The pictures of a survey: load, classes, similarity, patches, codes, and curves over training.
+"""The pictures of a survey: classes, similarity, patches, codes, and curves over training.
 
 Legend: E experts, C classes, M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
 """
@@ -13,7 +13,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .measures import mean_similarity
 from .pictures import (
@@ -37,28 +36,6 @@ NAMED = 32  # codes; more numbers would lie on each other
 
 History = Sequence[dict[str, Any]]  # lines of `routing.jsonl`
 Lines = dict[str, tuple[Sequence[float], Sequence[float]]]  # x and y by name
-
-
-@styled
-def load_maps(survey: Survey) -> list[Picture]:
-    """Load per expert, a row per layer and decider."""
-    loads = {
-        short(f'{name}.{decider}'): load
-        for name, layer in survey.layers.items()
-        for decider, load in layer.load.items()
-    }
-    if not loads:
-        return []
-    widest = max(map(len, loads.values()))
-    values = 100 * pad_sequence([*loads.values()], batch_first=True, padding_value=torch.nan)
-    figure = Figure(figsize=(WIDTH, 0.5 * len(loads) + 1.6))
-    axes = figure.subplots()
-    # the same for all models, and brightest where an expert does the work of four
-    heat_map(axes, values, (0, min(400 / widest, 100)), '.0f')
-    axes.set_yticks(range(len(loads)), loads)
-    axes.set(xlabel='expert', title=f'Load in %; an even load is {100 / widest:.3g} %')
-    alt = f'The largest load is {percent(max(load.max().item() for load in loads.values()))}.'
-    return [Picture('Load per expert and layer', alt, figure)]
 
 
 @styled
@@ -94,6 +71,8 @@ def similarity_maps(survey: Survey) -> list[Picture]:
     """Cosine similarity of the experts, a panel per kind."""
     found = []
     for name, layer in survey.layers.items():
+        if not layer.similarity:  # of experts that are not this package's
+            continue
         figure = Figure(figsize=(WIDTH, 4.2))
         said, grid = [], figure.subplots(1, len(layer.similarity))
         for axes, (kind, cosine) in zip(grid, layer.similarity.items(), strict=True):
@@ -129,7 +108,7 @@ def patch_maps(survey: Survey) -> list[Picture]:
         if name in examples[0].slots:
             slots = [each.slots[name] / each.slots[name].max() for each in examples]
             below |= {f'expert {i}': [_bright(s[i]) for s in slots] for i in range(len(slots[0]))}
-        drawn = {'expert': (experts, layer.num_experts, below)}
+        drawn = {'expert': (experts, layer.num_experts, below)} if experts or below else {}
         if layer.codebook is not None:
             drawn['code'] = (codes, len(layer.codebook.usage), {})
         for kind, (maps, count, others) in drawn.items():

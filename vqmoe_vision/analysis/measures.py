@@ -68,7 +68,7 @@ def effective_rank(gram: Tensor) -> float:
 
 def weight_similarity(experts: Experts) -> Tensor:
     """Cosine similarity (E, E) of parameters, weights and biases of an expert in one vector."""
-    flat = torch.cat([p.detach().double().flatten(1).cpu() for p in experts.parameters()], dim=1)
+    flat = torch.cat([p.detach().cpu().double().flatten(1) for p in experts.parameters()], dim=1)
     unit = F.normalize(flat, dim=1)
     return unit @ unit.t()
 

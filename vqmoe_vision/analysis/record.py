@@ -28,7 +28,7 @@ class LayerRecord:
 
     num_experts: int
     inputs: Tensor  # (B, N, D)
-    outputs: Tensor  # (B, N, D)
+    outputs: Tensor | None  # (B, N, D), None where only the choice was watched
     # by decider, the module that chooses, such as 'router' or 'quantizer.codebook'
     experts: dict[str, Tensor] = field(default_factory=dict)  # (B, N, K), best first, -1 for none
     weights: dict[str, Tensor] = field(default_factory=dict)  # (B, N, K), gates included
@@ -36,6 +36,8 @@ class LayerRecord:
     gates: Tensor | None = None  # (B, N, 2), continuous and discrete
     dispatch: Tensor | None = None  # (B, N, E, P), sums to 1 over N
     combine: Tensor | None = None  # (B, N, E, P), sums to 1 over E and P
+    num_codes: int = 0  # M of a codebook that is not this package's
+    placed: bool = True  # whether tokens are in the order of patches
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vqmoe_vision.moe.config import check
 
-from . import figures
+from . import figures, verdicts
 from .figures import History
 from .measures import kept_beyond_chance
+from .overview import overview
 from .pictures import Picture, percent
 from .shifts import Change
 from .survey import Survey
@@ -23,7 +24,6 @@ from .survey import Survey
 # In the order of the page: anchor, heading, and what draws a model's pictures.
 PICTURES = (
     ('patches', 'Where the patches go', figures.patch_maps),
-    ('load', 'Load of the experts', figures.load_maps),
     ('surest', 'The surest patches of each expert', figures.surest_patches),
     ('codes', 'Codes among tokens', figures.code_maps),
     ('classes', 'Experts and classes', figures.class_maps),
@@ -87,7 +87,10 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template('report.html').render(surveys=surveys, sections=sections)
+    models, draws = [*map(overview, surveys)], verdicts.DRAWS
+    page = environment.get_template('report.html').render(
+        models=models, sections=sections, draws=draws
+    )
     numbers = {
         'surveys': [survey.numbers() for survey in surveys],
         'history': {name: list(lines) for name, lines in (history or {}).items()},

@@ -1,65 +1,25 @@
-"""One pass over a data set that looks at the routing of every MoE layer, in memory that stays flat.
+"""One pass over a data set that looks at the routing of every layer of experts.
 
-Legend: B images, N tokens per image, T tokens, D width, E experts, K experts per token, C classes,
-M codes, P slots per expert, S sampled tokens.
+Legend: B images, N tokens per image, E experts, C channels, H, W height and width.
 """
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.layer import MoeLayer
-from vqmoe_vision.moe.routing import perplexities
 
-from . import measures
-from .record import LayerRecord, evaluating, on_patches, recorded
+from .adapters import decisions
+from .places import Grid, checked_labels, classes_of_tokens, grid_of, image_patches
+from .record import LayerRecord
 from .shifts import Shift, ShiftTally, in_colour
-
-
-class Patch(NamedTuple):
-    """One patch that an expert took."""
-
-    pixels: Tensor  # (3, h, w) in [0, 1]
-    weight: float  # the combine weight of the expert for this patch
-    image: int  # its index in the data set
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A codebook and some of the tokens around its codes."""
-
-    codes: Tensor  # (M, D)
-    usage: Tensor  # (M,), share of tokens per code, sums to 1
-    tokens: Tensor  # (S, D), a sample of all tokens, as they are compared with the codes
-    indices: Tensor  # (S,) int64, the codes of the sampled tokens
-
-
-@dataclass(frozen=True)
-class LayerSurvey:
-    """What was seen of one MoE layer.
-
-    A decider is what chooses experts in a layer, by its module name inside the layer: 'router',
-    'quantizer.codebook'. SoftMoE has none, but slots.
-    """
-
-    num_experts: int  # E
-    numbers: dict[str, float]  # measures by name, such as 'router/load_entropy'
-    load: dict[str, Tensor]  # by decider, or 'slots': (E,), sums to 1
-    # by decider: (E, C), how many tokens of a class an expert took as their first; {} if unlabelled
-    expert_by_class: dict[str, Tensor]
-    similarity: dict[str, Tensor]  # 'weights' and 'outputs': (E, E), cosine of the experts
-    confident: dict[str, list[list[Patch]]]  # by decider and expert, the largest weights first
-    codebook: Codes | None  # None where the layer has none
+from .tally import LayerSurvey, LayerTally, Seen, firsts
+from .verdicts import INFORMED
 
 
 @dataclass(frozen=True)
@@ -97,6 +57,7 @@ class Survey:
             'layers': {
                 name: {
                     'num_experts': of.num_experts,
+                    'verdict': of.verdict,
                     'numbers': of.numbers,
                     'load': {n: load.tolist() for n, load in of.load.items()},
                     'expert_by_class': {n: each.tolist() for n, each in of.expert_by_class.items()},
@@ -109,209 +70,6 @@ class Survey:
         }
 
 
-COMPARED_TOKENS = 256  # on which the answers of all experts are compared
-MOST_TOKENS = 2000  # S, of a layer
-MOST_PATCHES = 8  # of an expert
-
-
-class Seen(NamedTuple):
-    """A batch, as all layers see it."""
-
-    model: Transformer
-    images: Tensor  # (B, 3, H, W)
-    patches: Tensor  # (B, rows, columns, 3, h, w) in [0, 1]
-    classes: Tensor | None  # of every token, (B, N), -1 for none
-    first_image: int  # its index in the data set
-
-
-class ExpertTally:
-    """How one decider uses the experts, or the slots of SoftMoE: a token has a share of each."""
-
-    def __init__(self, num_experts: int, num_classes: int) -> None:
-        self.num_experts = num_experts
-        self.assigned = torch.zeros(num_experts, dtype=torch.float64)
-        self.by_class = torch.zeros(num_experts, num_classes, dtype=torch.float64)
-        # of no expert, and of each
-        self.first = torch.zeros(num_experts + 1, dtype=torch.float64)
-        self.images = 0
-        self.mixed: dict[str, float] = defaultdict(float)  # of slots, summed over images
-        # of the surest patches, at most `MOST_PATCHES` of each expert: score, weight, image, pixels
-        self._surest: list[Tensor] = []
-
-    def add(self, experts: Tensor, weights: Tensor, scores: Tensor, seen: Seen) -> None:
-        """Take experts, their weights, and how sure each choice is, all (B, N, K)."""
-        size = self.num_experts + 1  # index 0 is that of no expert
-        first = F.one_hot(experts[..., 0] + 1, size)
-        self.first += first.sum((0, 1))
-        of_expert, weight = (
-            torch.full(first.shape, nothing).scatter(-1, experts + 1, value)[..., 1:]
-            for value, nothing in ((scores, -torch.inf), (weights, 0.0))
-        )
-        assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
-        self._add(assigned, first[..., 1:], of_expert, weight, seen)
-
-    def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
-        """Take a batch, both (B, N, E, P)."""
-        shares = combine.sum(dim=-1)
-        self._add(shares.sum((0, 1)), shares, shares, shares, seen)
-        found = perplexities(dispatch, dim=1).flatten(1), perplexities(combine.flatten(2), dim=2)
-        for name, of_images in zip(('mixed_tokens', 'mixed_slots'), found, strict=True):
-            self.mixed[name] += of_images.mean(dim=1).sum().item()
-
-    def _add(
-        self, assigned: Tensor, first: Tensor, scores: Tensor, weights: Tensor, seen: Seen
-    ) -> None:
-        self.assigned += assigned
-        self.images += len(seen.images)
-        if seen.classes is not None:
-            classes = F.one_hot(seen.classes + 1, self.by_class.shape[1] + 1)[..., 1:]
-            self.by_class += torch.einsum('bne,bnc->ec', first.double(), classes.double())
-        scores, weights = (
-            on_patches(seen.model, seen.images, value).flatten(0, 2).t()  # (E, patches)
-            for value in (scores, weights)
-        )
-        places = scores.argsort(dim=1, descending=True, stable=True)[:, :MOST_PATCHES]
-        images = seen.first_image + places // (seen.patches.shape[1] * seen.patches.shape[2])
-        pixels = seen.patches.flatten(0, 2)[places]
-        found = [scores.gather(1, places), weights.gather(1, places), images, pixels]
-        if self._surest:
-            found = [torch.cat(each, dim=1) for each in zip(self._surest, found, strict=True)]
-        best = found[0].argsort(dim=1, descending=True, stable=True)[:, :MOST_PATCHES]
-        self._surest = [values[torch.arange(self.num_experts)[:, None], best] for values in found]
-
-    def surest(self) -> list[list[Patch]]:
-        """The patches that each expert takes with the highest scores, these first."""
-        return [
-            [
-                Patch(pixels.clone(), weight.item(), int(image))
-                for score, weight, image, pixels in zip(*of_expert, strict=True)
-                if score > -torch.inf
-            ]
-            for of_expert in zip(*self._surest, strict=True)
-        ]
-
-    @property
-    def load(self) -> Tensor:
-        """Share of assignments per expert, (E,), sums to 1 unless there are none."""
-        return self.assigned / self.assigned.sum().clamp(min=1)
-
-    def numbers(self) -> dict[str, float]:
-        """The measures by name."""
-        numbers = {
-            'load_entropy': measures.load_entropy(self.load),
-            'load_variation': measures.load_variation(self.load),
-            'dead_experts': float(measures.num_dead(self.load)),
-        }
-        if self.first.any():  # slots have no first expert
-            numbers['unrouted'] = (self.first[0] / self.first.sum()).item()
-            numbers['changed_by_chance'] = measures.chance_of_change(self.first)
-        if self.by_class.any():
-            for measure in (measures.mutual_information, measures.normalized_mutual_information):
-                numbers[measure.__name__] = measure(self.by_class)
-        return numbers | {name: total / self.images for name, total in self.mixed.items()}
-
-
-class LayerTally:
-    """All that is counted of one layer."""
-
-    def __init__(self, name: str, layer: MoeLayer, num_classes: int) -> None:
-        self.name, self.layer = name, layer
-        sizes = layer.experts.num_experts, num_classes
-        self.experts: dict[str, ExpertTally] = defaultdict(lambda: ExpertTally(*sizes))
-        self.count, self.total = 0, torch.zeros(())  # of tokens, and their sum (D,), float64
-        # X^T X of the tokens and of the answers, (D, D) float64
-        self.before, self.after = torch.zeros(()), torch.zeros(())
-        # a uniform sample: the S tokens with the smallest of random keys, and a code of each
-        self._generator = torch.Generator().manual_seed(0)
-        self._keys, self.tokens = torch.empty(0), torch.empty(0)
-        self.indices = torch.empty(0, dtype=torch.int64)
-        self.gates = torch.zeros(2, dtype=torch.float64)
-        # of the codebook, if the layer has one
-        self.codebook, self.usage, self.squared_distance = '', torch.zeros(()), 0.0
-
-    def add(self, record: LayerRecord, seen: Seen) -> None:
-        """Take a batch."""
-        tokens = record.inputs.flatten(0, 1)
-        inputs, outputs = tokens.double(), record.outputs.flatten(0, 1).double()
-        self.count, self.total = self.count + len(tokens), self.total + inputs.sum(dim=0)
-        self.before = self.before + inputs.t() @ inputs
-        self.after = self.after + outputs.t() @ outputs
-        # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
-        scores = record.weights | {
-            name: -self._add_codes(name, record.inputs, codes)[..., None]
-            for name, codes in record.codes.items()
-        }
-        for name, experts in record.experts.items():
-            self.experts[name].add(experts, record.weights[name], scores[name], seen)
-        if record.dispatch is not None and record.combine is not None:
-            self.experts['slots'].add_slots(record.dispatch, record.combine, seen)
-        if record.gates is not None:
-            self.gates += record.gates.double().sum((0, 1))
-        codes = next(iter(record.codes.values()), torch.full(record.inputs.shape[:2], -1))
-        keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
-        chosen = keys.argsort()[:MOST_TOKENS]
-        self._keys = keys[chosen]
-        self.tokens = torch.cat([self.tokens.view(-1, tokens.shape[1]), tokens])[chosen]
-        self.indices = torch.cat([self.indices, codes.flatten()])[chosen]
-
-    def _codebook(self) -> tuple[Any, Tensor]:
-        codebook: Any = self.layer.get_submodule(self.codebook)
-        return codebook, codebook.codes().detach().float().cpu()
-
-    def _add_codes(self, name: str, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """Squared distances (B, N) of tokens to their codes, as both are compared."""
-        self.codebook = name
-        codebook, codes = self._codebook()
-        self.usage = self.usage + chosen.flatten().bincount(minlength=len(codes)).double()
-        quantized = codebook.as_long_as(tokens, codes[chosen])
-        self.squared_distance += (tokens - quantized).square().sum(dim=-1).double().sum().item()
-        return (codebook.compared(tokens) - codes[chosen]).square().sum(dim=-1)
-
-    def survey(self) -> LayerSurvey:
-        """Everything seen so far."""
-        if not (self.before + self.after).isfinite().all():
-            raise ValueError(f'{self.name}: tokens are nan or infinite, the weights are of no use')
-        experts = self.layer.experts
-        outputs = measures.expert_outputs(experts, self.tokens[:COMPARED_TOKENS])
-        similarity = {
-            'weights': measures.weight_similarity(experts),
-            'outputs': measures.output_similarity(outputs.float().cpu()),
-        }
-        numbers = {
-            'effective_rank_before': measures.effective_rank(self.before),
-            'effective_rank_after': measures.effective_rank(self.after),
-            **{f'similarity_{n}': measures.mean_similarity(s) for n, s in similarity.items()},
-        }
-        if self.gates.any():
-            numbers['gate_continuous'] = (self.gates[0] / self.gates.sum()).item()
-        for name, tally in self.experts.items():
-            numbers |= {f'{name}/{measure}': v for measure, v in tally.numbers().items()}
-        codes = None
-        if self.codebook:  # errors are relative to the tokens that came with its codes
-            distance, energy = self.squared_distance, self.before.trace().item()  # `sum |x|^2`
-            spread = energy - (self.total.square().sum() / self.count).item()  # around their mean
-            of_codes = {
-                'code_perplexity': measures.usage_perplexity(self.usage),
-                'dead_codes': float(measures.num_dead(self.usage)),
-                'quantization_error': measures.quantization_error(distance, energy),
-                'quantization_error_around_mean': measures.quantization_error(distance, spread),
-            }
-            numbers |= {f'{self.codebook}/{name}': value for name, value in of_codes.items()}
-            codebook, own = self._codebook()
-            usage = (self.usage / self.usage.sum()).float()
-            codes = Codes(own, usage, codebook.compared(self.tokens), self.indices)
-        return LayerSurvey(
-            experts.num_experts,
-            numbers,
-            {name: tally.load.float() for name, tally in self.experts.items()},
-            {n: tally.by_class for n, tally in self.experts.items() if tally.by_class.any()},
-            {name: cosine.float() for name, cosine in similarity.items()},
-            {name: tally.surest() for name, tally in self.experts.items()},
-            codes,
-        )
-
-
-IGNORED = 255  # the class of pixels that have none, as in mmsegmentation
 Batch = Tensor | tuple[Tensor, Tensor]
 
 
@@ -320,114 +78,98 @@ def survey(
     batches: Iterable[Batch],
     *,
     title: str,
-    normalization: Normalization,
+    normalization: Normalization | None,
     classes: Sequence[str] | None = None,
     names: Sequence[str] = (),
     num_examples: int = 8,
     shifts: Sequence[Shift] = (),
     shifted_images: int = 100,
+    router: str = '*.gate',
+    top_k: int = 2,
 ) -> Survey:
     """Looks at the routing of a model over a data set.
 
     Args:
-        model: A vision transformer of timm with MoE layers, such as `routed_model` of what was
-            trained; it runs in eval mode and is left as it was.
+        model: Holds layers of experts, such as `routed_model` of what was trained, or anybody's; it
+            runs in eval mode and is left as it was.
         batches: Images (B, C, H, W), normalised as in training; or pairs of these and labels,
             int64: a class per image (B,), or per pixel (B, H, W) with 255 for none.
         title: Says which model or checkpoint.
-        normalization: Of the images, so that people can look at them.
+        normalization: Of the images, so that people can look at them; None of texts (B, N).
         classes: Names by index; demanded with labels.
         names: Of the first images; others are called by their number.
         num_examples: How many of the first images are kept with what every layer does with them.
         shifts: Ways to change images, to see whose expert changes; see `shifts`.
         shifted_images: How many of the first images are changed.
+        router: Pattern of names of routers that are not this package's.
+        top_k: How many experts these choose by their scores.
 
     Raises:
-        ValueError: If the model is dense or no vision transformer, there is no image, or labels do
-            not fit.
+        ValueError: If the model is dense, there is no image, or labels or options do not fit.
     """
-    layers, kind = moe_layers(model), type(model).__name__
-    check(bool(layers), 'model', kind, 'one with layers of experts, this is dense')
-    if not isinstance(model, Transformer):
-        raise ValueError(f'model: {kind} is no VisionTransformer or Eva of timm')
-    tallies = {name: LayerTally(name, each, len(classes or ())) for name, each in layers.items()}
-    shifted = ShiftTally(model, normalization, shifts)
+    tallies: dict[str, LayerTally] = {}
+    shifted = None
+    if shifts:
+        if not isinstance(model, Transformer) or normalization is None:
+            raise ValueError(
+                f'shifts: {type(model).__name__} is no VisionTransformer or Eva of timm'
+            )
+        shifted = ShiftTally(model, normalization, shifts)
     examples: list[Example] = []
     count = 0
-    with evaluating(model):
-        for batch in batches:
-            images, labels = (batch, None) if isinstance(batch, Tensor) else batch
-            records = recorded(model, images)
-            pixels = in_colour(normalization.pixels(images))
-            of_tokens = _classes_of_tokens(model, images, labels, classes)
-            seen = Seen(model, images, image_patches(model, pixels), of_tokens, count)
-            for name, record in records.items():
-                tallies[name].add(record, seen)
-            for i in range(min(num_examples - count, len(images))):
-                name = names[count + i] if count + i < len(names) else f'image {count + i}'
-                examples.append(_example(model, images, i, pixels[i].clone(), name, records))
+    for batch in batches:
+        images, labels = (batch, None) if isinstance(batch, Tensor) else batch
+        records, again = decisions(model, images, router, top_k), dict[str, LayerRecord]()
+        if count < INFORMED:  # in another order, by which nothing may change
+            again = decisions(model, images.flip(0), router, top_k)
+        pixels = None if normalization is None else in_colour(normalization.pixels(images))
+        labels = checked_labels(images, labels, classes)
+        for name, record in records.items():
+            if name not in tallies:
+                layer = moe_layers(model).get(name)
+                tallies[name] = LayerTally(name, layer, len(classes or ()))
+            tokens = record.inputs.shape[1]
+            grid = grid_of(model, images, tokens) if record.placed else None
+            patches = image_patches(pixels, grid.patch) if grid and pixels is not None else None
+            seconds = {n: e.flip(0) for n, e in firsts(again[name]).items()} if again else {}
+            of_tokens = classes_of_tokens(labels, grid, tokens)
+            seen = Seen(len(images), count, of_tokens, grid, patches, seconds)
+            tallies[name].add(record, seen)
+        for i, own in enumerate(() if pixels is None else pixels[: max(num_examples - count, 0)]):
+            called = names[count + i] if count + i < len(names) else f'image {count + i}'
+            examples.append(_example(model, images, i, own.clone(), called, records))
+        if shifted is not None:
             shifted.add(images[: max(shifted_images - count, 0)])
-            count += len(images)
-        check(count > 0, 'batches', count, 'at least one image to look at')
-        surveyed = {name: tally.survey() for name, tally in tallies.items()}
-    return Survey(
-        title, count, list(classes) if classes else None, surveyed, examples, shifted.shares()
-    )
-
-
-def _classes_of_tokens(
-    model: Transformer, images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
-) -> Tensor | None:
-    """Class of every token (B, N), -1 for none: of its image, or of most pixels of its patch."""
-    if labels is None:
-        return None
-    check(bool(classes), 'classes', classes, 'names of the classes, as there are labels')
-    allowed = [(len(images),), (len(images), *images.shape[-2:])]
-    fits = tuple(labels.shape) in allowed and not labels.is_floating_point()
-    given = f'{labels.dtype} {tuple(labels.shape)}'
-    check(fits, 'labels', given, f'integers, one per image or per pixel, {allowed}')
-    labels = labels.detach().cpu().long()
-    of_image, most = labels.ndim == 1, len(classes or ()) - 1
-    wrong = (labels < 0) | (labels > most) & (of_image | (labels != IGNORED))
-    check(not wrong.any(), 'labels', labels[wrong][:1].tolist(), f'classes from 0 to {most}')
-    if of_image:
-        height, width = images.shape[-2:]
-        grid = model.patch_embed.dynamic_feat_size((height, width))
-        return labels[:, None].expand(-1, model.num_prefix_tokens + math.prod(grid))
-    ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
-    # padding is shifted so that what it adds, zeros, is the class of pixels that have none
-    of_patch = image_patches(model, ignored + 1).flatten(3).mode(dim=-1).values - 1
-    prefix = of_patch.new_full((len(labels), model.num_prefix_tokens), -1)
-    return torch.cat([prefix, of_patch.flatten(1)], dim=1)
-
-
-def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
-    """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
-    (height, width), (h, w) = pixels.shape[-2:], model.patch_embed.patch_size
-    padded = F.pad(pixels, (0, -width % w, 0, -height % h))
-    # (B, C, rows, h, columns, w)
-    return padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h)).permute(0, 2, 4, 1, 3, 5)
+        count += len(images)
+    check(count > 0, 'batches', count, 'at least one image to look at')
+    surveyed = {name: tally.survey() for name, tally in tallies.items()}
+    changed = shifted.shares() if shifted is not None else {}
+    return Survey(title, count, list(classes) if classes else None, surveyed, examples, changed)
 
 
 def _example(
-    model: Transformer,
+    model: nn.Module,
     images: Tensor,
     index: int,
     pixels: Tensor,
     name: str,
     records: dict[str, LayerRecord],
 ) -> Example:
-    def grid(of_tokens: Tensor) -> Tensor:
-        return on_patches(model, images, of_tokens[index : index + 1])[0].clone()
-
     example = Example(name, pixels, {}, {}, {}, {})
     for layer, record in records.items():
+        grid = grid_of(model, images, record.inputs.shape[1]) if record.placed else None
+        if grid is None:
+            continue
+
+        def own(of_tokens: Tensor, grid: Grid = grid) -> Tensor:
+            return grid.of(of_tokens[index : index + 1])[0].clone()
+
         for decider, experts in record.experts.items():
-            example.experts[f'{layer}.{decider}'] = grid(experts[..., 0])
+            example.experts[f'{layer}.{decider}'] = own(experts[..., 0])
         for decider, codes in record.codes.items():
-            example.codes[f'{layer}.{decider}'] = grid(codes)
+            example.codes[f'{layer}.{decider}'] = own(codes)
         if record.gates is not None:
-            example.gates[layer] = grid(record.gates[..., 0])
+            example.gates[layer] = own(record.gates[..., 0])
         if record.dispatch is not None:
-            example.slots[layer] = grid(record.dispatch.sum(dim=-1)).movedim(-1, 0)
+            example.slots[layer] = own(record.dispatch.sum(dim=-1)).movedim(-1, 0)
     return example

@@ -136,7 +136,8 @@ class Bed(nn.Module):
         self.reader: Any = method.reader(config, _MeanToken)
         self.raw_patches = RawPatches(self.reader)
         ratio = HIDDEN / WIDTH if config.expert_mlp_ratio is None else config.expert_mlp_ratio
-        experts = Experts(config.num_experts, WIDTH, int(ratio * WIDTH))
+        hidden, recompute = int(ratio * WIDTH), config.recompute
+        experts = Experts(config.num_experts, WIDTH, hidden, recompute=recompute)
         host = Host(TOKENS, in_chans=WIDTH // PIXELS**2, raw_patches=self.raw_patches)
         self.layer: Any = method.build(WIDTH, config, experts, host)
 
@@ -199,31 +200,37 @@ _CONTROLS = {
 _TABLE = ChainMap(METHODS, _CONTROLS)
 
 
+def trained(row: Row, separation: float, seed: int, steps: int = STEPS) -> tuple[Source, Bed]:
+    """A row after training as a user's own loop would, and the source of what it has not seen."""
+    torch.manual_seed(seed)
+    source, model = Source(separation, seed), Bed(row)
+    if isinstance(model.reader, ImageReader):
+        seen = Source(separation, seed)  # what it is trained on
+        images = torch.cat([as_images(seen.draw()[0]) for _ in range(TESTED)])
+        model.reader.fit(model.reader.features(images))
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    start_training(model, steps)
+    for _ in range(steps):
+        tokens, clusters, labels = source.draw()
+        optimizer.zero_grad()
+        with collect_losses(model) as collected:
+            loss = F.cross_entropy(model((tokens, clusters)).flatten(0, 1), labels.flatten())
+            (loss + collected.total()).backward()
+        optimizer.step()
+        schedule.step()
+    return source, model
+
+
 def score(row: Row, separation: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """Trains a row as a user's own loop would, and tests it on tokens that it has not seen.
+    """Trains a row, and tests it on tokens that it has not seen.
 
     Accuracy is in percent. Deciders have the mutual information of first expert and cluster in
     nats, by who chose; the information is the largest, None where nothing chooses for a token.
     """
     right, counts = 0.0, dict[str, Tensor]()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        source, model = Source(separation, seed), Bed(row)
-        if isinstance(model.reader, ImageReader):
-            seen = Source(separation, seed)  # what it is trained on
-            images = torch.cat([as_images(seen.draw()[0]) for _ in range(TESTED)])
-            model.reader.fit(model.reader.features(images))
-        optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        start_training(model, steps)
-        for _ in range(steps):
-            tokens, clusters, labels = source.draw()
-            optimizer.zero_grad()
-            with collect_losses(model) as collected:
-                loss = F.cross_entropy(model((tokens, clusters)).flatten(0, 1), labels.flatten())
-                (loss + collected.total()).backward()
-            optimizer.step()
-            schedule.step()
+        source, model = trained(row, separation, seed, steps)
         for _ in range(TESTED):
             tokens, clusters, labels = source.draw()
             recording: Any = record_layers(model) if moe_layers(model) else nullcontext({})

@@ -409,7 +409,7 @@ class ClusterRouter(Router):
         num_tokens, config = x.shape[1], self.config
         with full_precision(x):
             embedded = self.cluster_embed.index_select(0, clusters).float()
-            logits = F.linear(embedded, self.weight.float(), self.bias.float())
+            logits = self.among_on(F.linear(embedded, self.weight.float(), self.bias.float()))
             if self.training and config.router_noise > 0:
                 logits = logits + torch.randn_like(logits) * config.router_noise
             probs = (logits / config.temperature).softmax(dim=-1)

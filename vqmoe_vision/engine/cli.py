@@ -45,7 +45,7 @@ from .config import (
 from .hooks import check_hooks, check_training_data
 from .images import list_images
 from .model import check_model, unwrapped, without_sources
-from .optim import use_amp
+from .optim import suit_card, use_amp
 from .processes import (
     LostError,
     RankError,
@@ -113,6 +113,7 @@ def _train(args: argparse.Namespace) -> None:
         told = take_ours(config)
         if args.amp:
             use_amp(config)
+        told += f'\n{suit_card(config, args.config)}'
         join(args.launcher, config)
         share_batch(config, get_world_size(), args.cfg_options)
         check_configs(config)

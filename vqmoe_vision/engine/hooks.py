@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
+from torch import nn
 
 from vqmoe_vision.models.compat import STATED, state_network, stated_in
 from vqmoe_vision.models.create import check_upcycled
@@ -237,6 +239,30 @@ class ClassCountHook(Hook):
         )
         check(len(classes) == model.num_classes, field, model.num_classes, allowed)
         return classes
+
+
+@MODELS.register_module()
+class JointMovingAverage(ExponentialMovingAverage):
+    """mmengine's, equal to the bit, in one operator for all tensors: a card has one launch.
+
+    Args:
+        *args: As mmengine's.
+        **options: As mmengine's: `momentum`, `interval`, `update_buffers`.
+    """
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Moves the averages."""
+        self._averages: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        super().update_parameters(model)
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._values, self.momentum)
+        self._values.clear()
+
+    def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
+        """Keeps a pair until all are there."""
+        self._averages.append(averaged_param)
+        self._values.append(source_param)
 
 
 def check_hooks(runner: Runner) -> None:

@@ -30,6 +30,7 @@ from vqmoe_vision.moe import Collected, collect_losses, restart
 from vqmoe_vision.moe.collect import moe_layers, summarize
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.raw_patches import image_reader
+from vqmoe_vision.moe.routing import widest
 
 from .checkpoint import existing, log_notes, read_content, read_state, start_from
 
@@ -41,9 +42,9 @@ class Batch:
 
     def __init__(self, stats: dict[str, torch.Tensor]) -> None:
         self.layout: Layout = tuple((name, value.shape) for name, value in stats.items())
-        parts = [value.detach().double().reshape(-1) for value in stats.values()]
+        parts = [v.detach().to(widest(v.device)).reshape(-1) for v in stats.values()]
         finite = torch.stack([part.sum() for part in parts]).isfinite()  # (S,), of each statistic
-        self.finite = finite.double()
+        self.finite = finite.to(parts[0].dtype)
         sound = zip(finite, parts, strict=True)
         self.values = torch.cat([torch.where(ok, part, 0.0) for ok, part in sound])  # (N,)
 
@@ -82,9 +83,10 @@ class RoutingStatistics:
         self.reset()
         if sums := state['sums']:
             layout = tuple((name, value.shape) for name, value in sums.items())
-            flat = torch.cat([value.reshape(-1).to(device) for value in sums.values()])
-            counts = torch.stack([state['counts'][name].to(device) for name in sums])
-            self._totals[layout] = flat, counts
+            kind = device, widest(device)
+            flat = torch.cat([value.reshape(-1) for value in sums.values()])
+            counts = torch.stack([state['counts'][name] for name in sums])
+            self._totals[layout] = flat.to(*kind), counts.to(*kind)
 
     def add(self, stats: dict[str, torch.Tensor] | Batch) -> None:
         """Takes the statistics of one batch, as `Collected.stats`, or joined for several."""

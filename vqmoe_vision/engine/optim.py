@@ -1,4 +1,4 @@
-"""Optimizer wrappers: timm's weight decay groups, and mixed precision on the CPU."""
+"""Optimizer wrappers: timm's weight decay groups, mixed precision, and what a card is better at."""
 
 import fnmatch
 import inspect
@@ -46,8 +46,7 @@ def use_amp(config: Config) -> None:
     if torch.cuda.is_available():
         # None is float16, and the wrapper's default
         if wrapper.get('dtype') is None:
-            exact = torch.cuda.is_bf16_supported(including_emulation=False)
-            wrapper.dtype = 'bfloat16' if exact else 'float16'
+            wrapper.dtype = _low_dtype()
         # a loss scale reads back at each step, and only float16 has too small a range without one
         scaled = wrapper.dtype in ('float16', torch.float16)
         wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
@@ -55,8 +54,28 @@ def use_amp(config: Config) -> None:
         return
     wrapper.type = 'CpuAmpOptimWrapper'
     for name in sorted(inspect.signature(AmpOptimWrapper).parameters.keys() & wrapper.keys()):
-        told = f'optim_wrapper.{name}={wrapper.pop(name)!r} is for GPUs'
-        print_log(f'--amp: {told}, a CPU has bfloat16 without a loss scale', 'current')
+        told = f'optim_wrapper.{name}={wrapper.pop(name)!r} is for CUDA'
+        print_log(f'--amp: {told}, this is bfloat16 without a loss scale', 'current')
+
+
+def _low_dtype() -> str:
+    exact = torch.cuda.is_bf16_supported(including_emulation=False)
+    return 'bfloat16' if exact else 'float16'
+
+
+def suit_card(config: Config, file: str) -> str:
+    """Takes what a CUDA card is better at, unless a config says otherwise; tells what is left."""
+    wrapper, spread = config.get('optim_wrapper') or {}, config.get('parallel')
+    if not torch.cuda.is_available():
+        return ''
+    options = wrapper.get('optimizer') or {}
+    chosen = options.keys() & {'fused', 'foreach', 'differentiable'}
+    if options.get('type') == 'AdamW' and not chosen and spread is None:
+        options['fused'] = True  # one kernel for all tensors; parts of tensors it does not take
+    low = (spread or {}).get('param_dtype') not in (None, 'float32')
+    if wrapper.get('type', 'OptimWrapper') != 'OptimWrapper' or low:
+        return ''
+    return f'float32 is slow on this card; in {_low_dtype()}: vqmoe train {file} --amp'
 
 
 def scales_loss(wrapper: OptimWrapper) -> bool:

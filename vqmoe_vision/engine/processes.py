@@ -182,7 +182,7 @@ def _check_alike(what: str, fields: Mapping[str, str]) -> None:
 
 @MODEL_WRAPPERS.register_module()
 class OwnDataParallel(MMDistributedDataParallel):
-    """mmengine's, for a CPU too, that does not send buffers around.
+    """mmengine's, for a CPU too, that sends no buffers around and has each gradient once.
 
     Codebooks and counts are the same on all ranks already, as their layers add them up.
 
@@ -197,6 +197,8 @@ class OwnDataParallel(MMDistributedDataParallel):
         options.setdefault('forward_sync_buffers' if renamed else 'broadcast_buffers', False)
         if next(module.parameters()).device.type == 'cpu':
             options['device_ids'] = None
+        # gradients lie where they are sent from, and not in memory of their own
+        options.setdefault('gradient_as_bucket_view', True)
         super().__init__(_with_possible_norms(module), **options)
 
 

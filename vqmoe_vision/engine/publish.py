@@ -45,8 +45,9 @@ from .checkpoint import classes_of, read_content
 from .checkpoint_files import BEST, POINTER, last_checkpoint, write_atomically
 from .cli import load_config, make_folder, run
 from .config import as_arguments
-from .model import load_trained, weights_normalization
+from .model import load_trained, scope_of, weights_normalization
 from .record import PACKAGES, read_numbers
+from .web import export_web, photos_of, require_npm
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
 
@@ -297,13 +298,15 @@ def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None
 
 def _export(args: argparse.Namespace, int8: Any) -> None:
     out = Path(args.out)
+    if args.web:
+        return _export_page(args)
     check(out.suffix in SUFFIXES, 'out', args.out, f'a name that ends in {" or ".join(SUFFIXES)}')
     onnx = out.suffix == '.onnx'
     check(onnx or args.opset is None, '--opset', args.opset, 'only for a file of ONNX')
     if onnx:
         require_packages()
     make_folder(out.parent)
-    model = _exportable(args)
+    model, _ = _exportable(args)
     if args.int8:
         int8(model, out, args.batch, args.opset)
     elif onnx:
@@ -317,19 +320,34 @@ def _export(args: argparse.Namespace, int8: Any) -> None:
     print(*differences(model, load_exported(out), batches), sep='\n')
 
 
-def _exportable(args: argparse.Namespace) -> Exportable:
+def _export_page(args: argparse.Namespace) -> None:
+    for name in ('size', 'batch', 'opset', 'int8'):
+        given = getattr(args, name)
+        check(not given, f'--{name}', given, 'left out with --web')
+    require_npm()
+    require_packages()
+    with written_whole(free_folder(args.out)) as folder:
+        model, source = _exportable(args)
+        graph = export_web(model, folder, Path(args.source).name, photos_of(source))
+        print(differences(graph, load_exported(folder / 'model.onnx'), (1,))[0])
+    print(f'wrote {args.out}: python -m http.server --directory {args.out}')
+
+
+def _exportable(args: argparse.Namespace) -> tuple[Exportable, Any]:
+    """What becomes a graph, and the test images of its config, if it has one."""
     source, checkpoint, options = args.source, args.checkpoint, args.cfg_options
     size = tuple(args.size) if args.size else None
     if source.startswith(FOLDERS) or timm.is_model(source):
         check(size is None, '--size', size, 'only for a segmentor')
-        return Exportable.of(_timm_model(source, checkpoint, as_arguments(options)))
+        return Exportable.of(_timm_model(source, checkpoint, as_arguments(options))), None
     if Path(source).is_dir():
         folder = Path(source)
         source = str(config_of(folder))
         checkpoint = checkpoint or str(chosen_checkpoint(folder))
     allowed = f'a work dir, a timm model, or a config with its checkpoint: {source} CHECKPOINT OUT'
     check(checkpoint is not None, 'source', source, allowed)
-    model = load_trained(load_config(source, options), checkpoint, 'cpu')
+    config = load_config(source, options)
+    model = load_trained(config, checkpoint, 'cpu')
     if not hasattr(model, 'exportable'):
         raise ValueError(
             f'config {source!r} has a {type(model).__name__}: its model must be a Classifier or a '
@@ -338,7 +356,14 @@ def _exportable(args: argparse.Namespace) -> Exportable:
     found = model.exportable(size)
     if classes := classes_of(str(checkpoint)):
         found.about['classes'] = classes
-    return found
+    if not args.web:
+        return found, None
+    try:
+        with scope_of(config):
+            return found, model.source(config.test_dataloader.dataset)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'the page has no test images: {error}')
+        return found, None
 
 
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:

@@ -33,8 +33,8 @@ def shown(runner: Runner, choice: str | None, told: str = '') -> Iterator[None]:
             elif handler.level == logging.WARNING and choice != 'brief':
                 handler.setLevel(logging.INFO)
         runner.register_hook(hook := TerminalHook(runner, bar, choice == 'brief'), 'LOWEST')
-        if told:
-            hook.say(told)
+        for line in told.strip().splitlines():
+            hook.say(line)
         yield
 
 

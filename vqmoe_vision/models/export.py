@@ -51,6 +51,7 @@ class Exportable:
     input_size: tuple[int, int, int]  # C, H, W
     outputs: tuple[str, ...] = ('logits',)
     about: dict = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)  # other inputs by name, of fixed shapes
 
     @classmethod
     def of(cls, model: 'nn.Module | Exportable') -> 'Exportable':
@@ -79,7 +80,7 @@ class Exportable:
     @torch.no_grad()
     def run(self, images: Tensor) -> list[Tensor]:
         """What PyTorch predicts, in eval mode, one tensor per output."""
-        return as_list(for_inference(self.network)(images))
+        return as_list(for_inference(self.network)(images, *self.beside.values()))
 
 
 @contextmanager
@@ -116,9 +117,12 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     network = for_inference(exportable.network)
     # of one image, torch would make a graph for one image
     images = exportable.images(2 if batch is None else batch)
-    dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
+    fixed = (None,) * len(exportable.beside)
+    dynamic = ({0: torch.export.Dim('batch')}, *fixed) if batch is None else None
     with torch.no_grad(), quiet():
-        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
+        program = torch.export.export(
+            network, (images, *exportable.beside.values()), dynamic_shapes=dynamic
+        )
         # operators of other packages are written in torch's: files load without them
         called = {node.target for node in program.graph.nodes if node.op == 'call_function'}
         foreign = {op for op in called if getattr(op, 'namespace', 'aten') not in _NAMESPACES}
@@ -152,7 +156,7 @@ def export_onnx(
     with quiet():
         program: Any = torch.onnx.export(
             exported,
-            input_names=[INPUT],
+            input_names=[INPUT, *exportable.beside],
             output_names=list(exportable.outputs),
             opset_version=opset,
             custom_translation_table=_translations(),
@@ -229,24 +233,26 @@ def write_whole(target: Path, save: Callable[[Path], object]) -> None:
         raise ValueError(f'{str(target)!r} cannot be written: {error.strerror or error}') from error
 
 
-Run = Callable[[Tensor], list[Tensor]]
+Run = Callable[..., list[Tensor]]
 
 
 def load_exported(path: str | Path, threads: int = 0) -> Run:
-    """A file of this module as a function, from images (B, C, H, W) to its outputs."""
+    """A file as a function, from images (B, C, H, W) and what it takes beside to its outputs."""
     target = target_of(path, *SUFFIXES)
     check(target.is_file(), 'path', str(path), 'a file that is there')
     if target.suffix == '.pt2':
         module = torch.export.load(target).module()
-        return torch.no_grad()(lambda images: as_list(module(images)))
+        return torch.no_grad()(lambda *inputs: as_list(module(*inputs)))
     require_packages()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(target, options, providers=['CPUExecutionProvider'])
-    return lambda images: [
-        torch.from_numpy(found) for found in session.run(None, {INPUT: images.numpy()})
+    names = [each.name for each in session.get_inputs()]
+    return lambda *inputs: [
+        torch.from_numpy(found)
+        for found in session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
     ]
 
 
@@ -276,7 +282,8 @@ def differences(
     exportable, found = Exportable.of(model), []
     for batch in batches:
         images = exportable.images(batch, seed=batch)
-        pairs = zip(exportable.outputs, exportable.run(images), run(images), strict=True)
+        found_by_file = run(images, *exportable.beside.values())
+        pairs = zip(exportable.outputs, exportable.run(images), found_by_file, strict=True)
         for name, expected, got in pairs:
             largest = (got.double() - expected.double()).abs().max().item()
             unequal, equal = int((got != expected).sum()), None

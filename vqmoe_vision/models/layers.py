@@ -161,7 +161,8 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
         check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
     factory = {'device': weight.device, 'dtype': weight.dtype}
     act, bias, drop = partial(copy.deepcopy, mlp.act), mlp.fc1.bias is not None, _rate(mlp.drop1)
-    experts = Experts(config.num_experts, width, hidden, act, bias, drop, **factory)
+    recompute = config.recompute
+    experts = Experts(config.num_experts, width, hidden, act, bias, drop, recompute, **factory)
     if mode := getattr(model, 'weight_init_mode', ''):  # an Eva has no such option
         draw_as(experts, mode)
         for linear in (experts.fc1, experts.fc2):

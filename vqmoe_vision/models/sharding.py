@@ -4,13 +4,16 @@ Where experts are placed on M of N processes, each of the N / M groups of M proc
 them once, and what FSDP2 spreads of an expert's parameters is spread over the groups.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -41,9 +44,7 @@ def shard_model(
     device = next(model.parameters()).device.type
     everyone = init_device_mesh(device, (processes,))
     whole = whole_parameters(model)
-    for parameter in whole:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_average)
+    _AveragedGradients([p for p in model.parameters() if p in whole and p.requires_grad])
     options: dict = {
         'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         'ignored_params': whole,
@@ -108,6 +109,30 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     return whole
 
 
-def _average(parameter: Any) -> None:
-    dist.all_reduce(parameter.grad)
-    parameter.grad /= dist.get_world_size()
+class _AveragedGradients:
+    """Averages gradients over all processes as a backward pass ends, those of a dtype at once."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        # in the order of the model: that of arrival may be another one on each process
+        self._places = {parameter: place for place, parameter in enumerate(parameters)}
+        self._arrived: defaultdict[int, list[Any]] = defaultdict(list)  # by backward pass
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._arrive)
+
+    def _arrive(self, parameter: Tensor) -> None:
+        number = torch._C._current_graph_task_id()
+        if number not in self._arrived:
+            Variable._execution_engine.queue_callback(partial(self._average, number))
+        self._arrived[number].append(parameter)
+
+    def _average(self, number: int) -> None:
+        parts: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for parameter in sorted(self._arrived.pop(number), key=self._places.__getitem__):
+            parts[parameter.grad.dtype].append(parameter.grad)
+        for gradients in parts.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            sizes = [gradient.numel() for gradient in gradients]
+            means = [m.view_as(g) for m, g in zip(flat.split(sizes), gradients, strict=True)]
+            torch._foreach_copy_(gradients, means)

@@ -199,7 +199,7 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
     if not stats:
         return {}
     summary: dict[str, float] = {}
-    flat = torch.cat([value.reshape(-1).double() for value in stats.values()]).cpu()
+    flat = torch.cat([value.reshape(-1) for value in stats.values()]).cpu().double()
     sizes = [value.numel() for value in stats.values()]
     for (name, value), numbers in zip(stats.items(), flat.split(sizes), strict=True):
         if value.ndim == 0:

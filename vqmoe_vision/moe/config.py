@@ -67,6 +67,8 @@ class MoeConfig:
     Args:
         num_experts: E, the experts of a layer.
         expert_mlp_ratio: Hidden width of an expert over D; None takes the dense `mlp_ratio`.
+        recompute: 'gelu' computes GELU again in the backward pass, to keep less until then; for
+            experts with GELU and without dropout.
 
     Raises:
         ValueError: A field holds an impossible value.
@@ -80,6 +82,7 @@ class MoeConfig:
 
     num_experts: int = option(8, bounds='[1, inf)', of_weights=False)
     expert_mlp_ratio: float | None = option(None, bounds='(0, 1000]', of_weights=False)
+    recompute: Literal['gelu'] | None = option(None, 'gelu', of_weights=False)
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))

@@ -24,6 +24,8 @@ from .routing import Routing
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Weighted sum (T, D) of answers for tokens (T, D), or for inputs of assignments (T * K, D)."""
     flat = routing.indices
+    if experts.switches is not None:
+        flat = flat.masked_fill(~experts.switches[flat], experts.num_experts)
     if routing.kept is not None:
         assert routing.tokens is None, 'an assignment that is not kept is left out instead'
         flat = flat.masked_fill(~routing.kept, experts.num_experts)  # no expert's

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Plan, grouped_linear, make_plan, refuse_named
+from .config import check
+from .kernels import Plan, grouped_linear, make_plan, placed_ends, refuse_named
 from .kernels.cpu import sorted_plan
+from .routing import Switched
 
 
 class StackedLinear(nn.Module):
@@ -65,10 +67,13 @@ class StackedLinear(nn.Module):
         """The biases, which optimizers know by their single dimension elsewhere."""
         return {'bias'} if self.bias is not None else set()
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Apply layer e to rows offsets[e - 1]:offsets[e]; rows past the last end give zero."""
+    def forward(self, rows: Tensor, offsets: Tensor, gelu: str | None = None) -> Tensor:
+        """Apply layer e to rows offsets[e - 1]:offsets[e], or to GELU's answers for them.
+
+        Rows past the last end give zero.
+        """
         bias = None if self.bias is None else self.own(self.bias)
-        return grouped_linear(rows, self.own(self.weight), bias, offsets)
+        return grouped_linear(rows, self.own(self.weight), bias, offsets, gelu)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
         """Apply one layer to rows (R, in), maybe none, in operators that every runtime has."""
@@ -112,7 +117,7 @@ class SeparateLinear(nn.ModuleList):
         return torch.stack([layer(own) for layer, own in zip(self, rows, strict=True)])
 
 
-class Experts(nn.Module):
+class Experts(Switched):
     """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop."""
 
     exchange: Any = None  # the `Exchange` with experts of other processes
@@ -125,15 +130,18 @@ class Experts(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         bias: bool = True,
         drop: float = 0.0,
+        recompute: str | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.recompute = num_experts, recompute
         self.fc1 = StackedLinear(num_experts, in_features, hidden_features, bias, **factory)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = StackedLinear(num_experts, hidden_features, in_features, bias, **factory)
         self.drop2 = nn.Dropout(drop)
+        again = type(self.act) is nn.GELU and drop == 0
+        check(again or not recompute, 'recompute', recompute, 'None, but with GELU and no dropout')
 
     def params_per_expert(self) -> int:
         """Parameters of one expert."""
@@ -151,10 +159,16 @@ class Experts(nn.Module):
         return exchange(self._run, rows, offsets) if exchange else self._run(rows, offsets)
 
     def _run(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(rows, offsets))), offsets))
+        widths = self.fc1.out_features, self.fc1.in_features
+        ends = placed_ends(offsets, rows, (len(offsets), *widths))
+        hidden = self.fc1(rows, ends)
+        if self.recompute:  # GELU alone, and nothing drops
+            return self.fc2(hidden, ends, self.act.approximate)
+        return self.drop2(self.fc2(self.drop1(self.act(hidden)), ends))
 
     def separate(self) -> None:
         """Hold copies in `nn.Linear`s, `fc1.EXPERT.weight`, in place of stacked weights."""
+        self.recompute = None  # they only predict
         for name, layer in list(self.named_children()):
             if isinstance(layer, StackedLinear):
                 setattr(self, name, SeparateLinear(layer))

@@ -4,7 +4,8 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .raw_patches import (
     refuse_reentrant,
     to_be_repeated,
 )
-from .routing import Router, Routing, expert_load
+from .routing import Router, Routing, Switched, expert_load
 from .valid import ValidTokens
 
 UNCOLLECTED = (
@@ -63,7 +64,7 @@ class Recorder:
         return vars(type(self)())  # copies and pickles of a model start closed and empty
 
 
-class MoeLayer(nn.Module):
+class MoeLayer(Switched):
     """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
 
     You need `run` and `experts_per_token`. `run` changes no buffers; there it calls `show` and, if
@@ -126,6 +127,18 @@ class MoeLayer(nn.Module):
         """
         if self.recorder.watcher is not None and not in_recomputation():
             self.recorder.watcher(decisions, inputs, outputs)
+
+    @contextmanager
+    def switched(self, on: Tensor) -> Iterator[None]:
+        """A block in which no token goes to experts that are off, False in `on` (E,) bool."""
+        parts = [part for part in self.modules() if isinstance(part, Switched)]
+        try:
+            for part in parts:
+                part.switches = on
+            yield
+        finally:
+            for part in parts:
+                part.switches = None
 
     # --- with state that learns without gradients
 

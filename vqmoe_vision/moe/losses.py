@@ -181,7 +181,7 @@ class LossFreeRouter(ExactBuffers, TopKRouter):
 
     def choose(self, scores: Tensor, gates: Tensor) -> Tensor:
         """Experts (T, K) by gates (T, E) and the bias; without one by scores of the same order."""
-        ranked = gates + self.choice_bias if self.has_state else scores
+        ranked = self.among_on(gates + self.choice_bias) if self.has_state else scores
         return top_k_experts(ranked, self.config.top_k)[1]
 
     def observe(self, routing: Routing) -> Tensor:

@@ -27,7 +27,21 @@ class Routing:
     tokens: Tensor | None = None  # (A,) int64 in [0, T), where tokens have any number
 
 
-class Router(nn.Module):
+class Switched(nn.Module):
+    """Base of what experts may be switched off in, by `MoeLayer.switched`."""
+
+    switches: Tensor | None = None  # (E,) bool, False is off; None where all are on
+
+    def among_on(self, scores: Tensor, each: int = 1) -> Tensor:
+        """Scores (..., M) of the first experts, `each` of one together, least where it is off."""
+        if self.switches is None:
+            return scores
+        off = ~self.switches.repeat_interleave(each)[: scores.shape[-1]]
+        # not -inf, with which a softmax would be nan where all are off, whatever the temperature
+        return scores.masked_fill(off, max(-1e30, torch.finfo(scores.dtype).min))
+
+
+class Router(Switched):
     """Base of routers, without side effects: tokens in, `Routing` out."""
 
     # whether it routes images (B, N, D), not tokens (T, D); of a padded batch it gets these and
@@ -107,6 +121,11 @@ def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -
     ones = (torch.ones_like(indices) if kept is None else kept).reshape(-1).float()
     counts = ones.new_zeros(num_experts).scatter_add(0, indices.reshape(-1), ones)
     return counts / (max(indices.numel(), 1) if kept is None else counts.sum().clamp(min=1))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """What sums of many steps are kept in: float64, which Apple's MPS has not."""
+    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def perplexity(shares: Tensor) -> float:

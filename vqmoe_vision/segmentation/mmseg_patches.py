@@ -18,6 +18,7 @@ from mmseg.registry import METRICS
 from torch import Tensor
 
 from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.routing import widest
 
 _theirs = BaseDecodeHead.loss_by_feat
 _NAME = 'CheckedIoUMetric'
@@ -50,7 +51,7 @@ def accuracy(pred: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     correct = (pred.topk(1, dim=1).indices.squeeze(1) == target) & labelled
     # mmseg's formula, and its rounding
     eps = torch.finfo(torch.float32).eps
-    factor = (100.0 / (labelled.sum().double() + eps)).float()
+    factor = (100.0 / (labelled.sum().to(widest(pred.device)) + eps)).float()
     return (correct.flatten().float().sum(0, keepdim=True) + eps) * factor
 
 

@@ -99,7 +99,7 @@ vqmoe_vision/models/convert.py: models/test_convert.py models/test_saved.py
 
 sums-in-place-of-means [models] Sharded over N processes, routers have N times the gradient of everything else.
 vqmoe_vision/models/sharding.py: models/test_sharding.py
-- parameter.grad /= dist.get_world_size()
+- flat /= dist.get_world_size()
 + pass
 
 experts-start-by-method [models] At one seed the experts of two rows start differently: seeds are no pairs.
@@ -216,6 +216,11 @@ colours-of-the-next-expert [analysis] Patches have the colour that the legend gi
 vqmoe_vision/analysis/pictures.py: analysis/test_report.py
 - palette = torch.cat([expert_colours(num_experts), NO_EXPERT])
 + palette = torch.cat([NO_EXPERT, expert_colours(num_experts)])
+
+chance-forgotten [analysis] What chance gives counts: random routing seems to follow the image.
+vqmoe_vision/analysis/verdicts.py: analysis/test_verdicts.py
+- return seen > max(drawn) + 1e-9, sum(drawn) / DRAWS
++ return seen > 1e-9, 0.0
 
 mirror-not-turned-back [analysis] After a flip the left patch is compared with the right one: routing seems to change.
 vqmoe_vision/analysis/shifts.py: analysis/test_measures.py

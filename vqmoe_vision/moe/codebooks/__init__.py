@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..routing import full_precision
+from ..routing import Switched, full_precision
 
 NORM_EPS = 1e-4  # shorter vectors have no direction, and would have a gradient without bound
 TEMPERATURE = 0.1  # of soft assignments
@@ -38,15 +38,18 @@ class Quantized:
     error: Tensor  # 0-dim, mean squared distance of tokens and `codes` per channel; no gradient
 
 
-def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
+def nearest_code(x: Tensor, codes: Tensor, on: Tensor | None = None) -> Tensor:
     """Index (T,) of the nearest of codes (M, D) to tokens (T, D), float32; the first of equals."""
     # not `no_grad`: where it ends a region without autocast, a saved program loads no more
     x, codes = x.detach(), codes.detach()
     # |x|^2 is the same for every code; leaving it out makes this one matrix product
-    return (codes.square().sum(dim=1) - 2 * F.linear(x, codes)).argmin(dim=1)
+    distances = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
+    if on is not None:  # (E,), code j is of expert j mod E
+        distances = distances.masked_fill(~on.repeat(len(codes) // len(on)), torch.inf)
+    return distances.argmin(dim=1)
 
 
-class Codebook(nn.Module):
+class Codebook(Switched):
     """Plain codebook of VQ-VAE: uniform start in (-1 / M, 1 / M), learned by gradient."""
 
     # arguments beside the sizes, which are options of a method
@@ -99,7 +102,7 @@ class Codebook(nn.Module):
         with full_precision(x):
             x = x.float()
             compared, codes = self.compared(x), self.codes()
-            indices = nearest_code(compared, codes)
+            indices = nearest_code(compared, codes, self.switches)
             # not codes[indices], whose backward is one thread's work: 12 ms at 8192 tokens, not 0.6
             chosen = codes.index_select(0, indices)
             error = _mean_squared(compared, chosen.detach())

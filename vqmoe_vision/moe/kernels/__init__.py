@@ -6,10 +6,14 @@ know plans and `grouped_linear`.
 Legend: A assignments, R rows sorted by expert, E experts.
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +30,14 @@ class Kernel:
 
     # rows (R, in), weight (E, out, in), bias (E, out) or None, of one dtype, and ends (E,) int32 to
     # (R, out), where rows past the last end are zero
-    grouped_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
-    # of rows and weight: whether it can compute
-    fits: Callable[[Tensor, Tensor], bool] = lambda x, weight: True
+    product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+    # of that answer's gradient, rows, weight, ends, and which are wanted: gradients of rows, weight
+    # and bias, anything of those that are not; None where autograd knows the operators of `product`
+    gradients: Callable[..., Sequence[Tensor | None]] | None = None
+    # of device, dtype and shape of the weight: whether it can compute
+    fits: Callable[[torch.device, torch.dtype, Sequence[int]], bool] = lambda *_: True
+    # whether it reads the ends back
+    ends_on_host: bool = False
     # the rows that suit it, see `make_plan`
     make_plan: Callable[[Tensor, int, torch.dtype], Plan] = lambda indices, e, _: sorted_plan(
         indices, e
@@ -46,10 +55,36 @@ def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
     return torch.cat([*answers, x.new_zeros(x.shape[0] - ends[-1], weight.shape[1])])
 
 
+@torch.compiler.assume_constant_result
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton compiles for a device, or was asked to interpret on the CPU."""
+    ours = _triton(device.type)
+    return ours is not None and ours.compiles_for(device)
+
+
+@cache
+def _triton(kind: str) -> ModuleType | None:
+    # not before it is needed: it imports Triton, which takes a second and is not everywhere
+    try:
+        from . import triton as ours
+
+        return ours if ours.builds_for(kind) else None
+    except ImportError:
+        return None  # installed without
+    except (RuntimeError, OSError) as error:  # it wants a C compiler and Python's headers
+        warnings.warn(f'Triton cannot run, so experts wait for the device: {error}', stacklevel=2)
+        return None
+
+
 KERNELS = {
-    'reference': Kernel(_one_by_one),
-    'batched': Kernel(cpu.grouped_linear, make_plan=cpu.make_plan),
-    'grouped_mm': Kernel(cuda.grouped_linear, cuda.fits),
+    'reference': Kernel(_one_by_one, ends_on_host=True),
+    'batched': Kernel(cpu.product, cpu.gradients, ends_on_host=True, make_plan=cpu.make_plan),
+    'grouped_mm': Kernel(cuda.product, cuda.gradients, cuda.fits),
+    'triton': Kernel(
+        lambda *args: torch.ops.vqmoe_vision.tiled_product(*args),
+        lambda *args: torch.ops.vqmoe_vision.tiled_gradients(*args),
+        lambda device, dtype, _: dtype in cuda.DTYPES and _has_triton(device),
+    ),
 }
 _named: str | None = None
 
@@ -82,15 +117,64 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
     return KERNELS[_named or 'batched'].make_plan(indices, num_experts, dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def placed_ends(offsets: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Ends where the kernel of weights (E, out, in) on rows `x` wants them: read once at most."""
+    chosen = KERNELS[kernel_of(x.device, compute_dtype(x), shape)]
+    # on meta, where operations are counted, there is nothing to read
+    return offsets.cpu() if chosen.ends_on_host and not offsets.is_meta else offsets
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, gelu: str | None = None
+) -> Tensor:
     """Linear layer e of weight (E, out, in) on rows offsets[e - 1]:offsets[e] of (R, in).
 
-    Autocast included; rows past the last end give zero. Returns (R, out).
+    Autocast included; rows past the last end give zero. Returns (R, out). With `gelu`, how it is
+    approximated, of GELU's answers for the rows, which the backward pass computes again.
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    return _chosen(x, weight).grouped_linear(x, weight, bias, offsets)
+    name = kernel_of(x.device, dtype, weight.shape)
+    if (kernel := KERNELS[name]).gradients is None:
+        x = x if gelu is None else F.gelu(x, approximate=gelu)
+        return kernel.product(x, weight, bias, offsets)
+    if not kernel.ends_on_host:
+        offsets = offsets.to(x.device)
+    return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, name, gelu)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        offsets: Tensor,
+        name: str,
+        gelu: str | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        ctx.kernel, ctx.gelu = name, gelu
+        x = x if gelu is None else F.gelu(x, approximate=gelu)
+        return KERNELS[name].product(x, weight, bias, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        x, weight, offsets = ctx.saved_tensors
+        rows = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
+        wanted = list(ctx.needs_input_grad[:3])
+        # of a sum it is one expanded number
+        grad, gradients = grads[0].contiguous(), KERNELS[ctx.kernel].gradients
+        assert gradients is not None
+        found = [
+            g if w else None
+            for g, w in zip(gradients(grad, rows, weight, offsets, wanted), wanted, strict=True)
+        ]
+        if found[0] is not None and ctx.gelu is not None:
+            found[0] = torch.ops.aten.gelu_backward(found[0], x, approximate=ctx.gelu)
+        return *found, None, None, None
 
 
 def refuse_named(where: str) -> None:
@@ -107,9 +191,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _chosen(x: Tensor, weight: Tensor) -> Kernel:
-    if _named is None:
-        return KERNELS['grouped_mm' if cuda.is_fast(x, weight) else 'batched']
-    allowed = f'one that computes {x.dtype} on {x.device.type} in widths {(*weight.shape[1:],)}'
-    check(KERNELS[_named].fits(x, weight), 'kernel', _named, allowed)
-    return KERNELS[_named]
+def kernel_of(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """Key of `KERNELS` that runs linear layers of weights (E, out, in); the one that was named."""
+    if _named is not None:
+        experts, *widths = shape
+        allowed = f'one that computes {experts} experts in {dtype} on {device.type}, width {widths}'
+        check(KERNELS[_named].fits(device, dtype, shape), 'kernel', _named, allowed)
+        return _named
+    if device.type != 'cuda':
+        return 'batched'
+    if cuda.is_fast(device, dtype, shape):
+        return 'grouped_mm'
+    return 'triton' if KERNELS['triton'].fits(device, dtype, shape) else 'batched'

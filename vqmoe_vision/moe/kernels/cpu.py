@@ -1,6 +1,6 @@
 """Rows by expert, and one batched product of neighbours with as many rows each: on CPUs.
 
-It also runs what `grouped_mm` does not take on CUDA, where it waits for the ends of the groups.
+It also runs what no other kernel takes on CUDA, for which ends are read back once a plan.
 
 On a CPU the groups are padded where that is faster. Neighbours of similar load get the size of the
 largest: a product per expert is too small to keep two threads busy. Below float32 all groups get
@@ -153,14 +153,14 @@ def _(indices: Tensor, num_experts: int, block: int, length: int) -> tuple[Tenso
 
 
 # One opaque operator, so that torch.compile and torch.export see no data-dependent shape and
-# never recompile when the routing changes. On CUDA it reads back, which no CUDA graph can record:
+# never recompile when the routing changes. Ends are read, which no CUDA graph can record:
 # `mode='reduce-overhead'` runs it between two of them.
 CUDAGRAPH_UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op('vqmoe_vision::grouped_linear', mutates_args=(), tags=CUDAGRAPH_UNSAFE)
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """As `Kernel.grouped_linear`."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """As that of `Kernel`."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     ends = offsets.tolist()
     for experts, rows, size in _even_runs(ends):
@@ -182,7 +182,7 @@ def _even_runs(ends: list[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]
         expert, row = expert + count, row + count * size
 
 
-grouped_linear.register_fake(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]))
+product.register_fake(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]))
 
 
 @register_flop_formula(torch.ops.vqmoe_vision.grouped_linear)
@@ -194,10 +194,10 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 @torch.library.custom_op(
     'vqmoe_vision::grouped_linear_backward', mutates_args=(), tags=CUDAGRAPH_UNSAFE
 )
-def _grouped_linear_backward(
+def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, weight and bias; of frozen ones an empty tensor."""
+    """As those of `Kernel`; of frozen ones an empty tensor."""
     grads = _empty_grads(grad, x, weight, offsets, wanted)
     grad_x, grad_weight, grad_bias = grads
     ends = offsets.tolist()
@@ -214,30 +214,13 @@ def _grouped_linear_backward(
     return grads
 
 
-@_grouped_linear_backward.register_fake
+@gradients.register_fake
 def _empty_grads(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, weight.shape[:2])
     made = [x.new_empty(s if w else (0,)) for s, w in zip(shapes, wanted, strict=True)]
     return made[0], made[1], made[2]
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, offsets = inputs
-    ctx.save_for_backward(x, weight, offsets)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    x, weight, offsets = ctx.saved_tensors
-    # sums of the output arrive as expanded tensors, which mm(out=) takes but slowly
-    grads = torch.ops.vqmoe_vision.grouped_linear_backward(
-        grad.contiguous(), x, weight, offsets, list(ctx.needs_input_grad[:3])
-    )
-    return *(g if w else None for g, w in zip(grads, ctx.needs_input_grad, strict=False)), None
-
-
-grouped_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vqmoe_vision.grouped_linear_backward)

@@ -8,6 +8,7 @@ Legend: R rows sorted by expert, E experts.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,33 +16,58 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
+_MOST_EXPERTS = 1023  # that its kernel on a card takes
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether it can compute rows (R, in) and weight (E, out, in)."""
-    known = x.dtype in _DTYPES[: 1 if x.device.type == 'meta' else None]
-    return known and all(n * x.element_size() % _ALIGNMENT == 0 for n in weight.shape[1:])
+def fits(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether it can compute linear layers of weights of a shape (E, out, in)."""
+    known = dtype in DTYPES[: 1 if device.type == 'meta' else None]
+    few = device.type != 'cuda' or shape[0] <= _MOST_EXPERTS
+    return known and few and all(n * dtype.itemsize % _ALIGNMENT == 0 for n in shape[1:])
 
 
-def is_fast(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is one kernel for (R, in) and (E, out, in) that reads nothing back."""
-    is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
-    return is_cuda and fits(x, weight) and _has_kernel(x.device.index or 0)
+def is_fast(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether it is one kernel on CUDA that reads nothing back."""
+    return dtype == torch.bfloat16 and fits(device, dtype, shape) and _has_kernel(device)
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device: int) -> bool:
+def _has_kernel(device: torch.device) -> bool:
     # ROCm reports compute capability 9 too, for cards on which this was never tried
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """As `Kernel.grouped_linear`."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """As that of `Kernel`."""
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     experts = torch.searchsorted(offsets, rows, right=True)  # E for rows past the last end
-    return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, experts)
+    out = _product(x, weight, offsets, turn_b=True)
+    if bias is not None:
+        out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
+    return out.masked_fill_((experts == weight.shape[0])[:, None], 0)
+
+
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As those of `Kernel`: torch leaves open rows past the last end, and experts without rows."""
+    empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+    grad_x = grad_weight = grad_bias = None
+    if wanted[0]:
+        past = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+        grad_x = _product(grad, weight, offsets).masked_fill_(past[:, None], 0)
+    if wanted[1]:
+        grad_weight = _product(grad, x, offsets, turn_a=True)
+        grad_weight.masked_fill_(empty[:, None, None], 0)
+    if wanted[2]:
+        # a product with ones sums each group alone, in float32 and in a fixed order, which
+        # adding rows to their experts would not
+        ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
+        sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
+        grad_bias = sums.masked_fill(empty[:, None], 0)
+    return grad_x, grad_weight, grad_bias
 
 
 def _product(
@@ -68,41 +94,6 @@ _opaque = torch.library.custom_op('vqmoe_vision::grouped_product', _torchs, muta
 def _zeros(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
     shape = a.shape[-1 if turn_a else -2], b.shape[-2 if turn_b else -1]
     return a.new_zeros(shape if b.ndim == 3 else (offsets.shape[0], *shape))
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """Zeros what torch leaves open: rows past the last end, gradients of experts without rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, experts: Tensor
-    ) -> Tensor:
-        past = (experts == weight.shape[0])[:, None]
-        ctx.save_for_backward(x, weight, offsets, past)
-        out = _product(x, weight, offsets, turn_b=True)
-        if bias is not None:
-            out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
-        return out.masked_fill_(past, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        x, weight, offsets, past = ctx.saved_tensors
-        grad = grads[0].contiguous()  # of a sum it is one expanded number
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
-        grad_x = grad_weight = grad_bias = None
-        if wants_x:
-            grad_x = _product(grad, weight, offsets).masked_fill_(past, 0)
-        if wants_weight:
-            grad_weight = _product(grad, x, offsets, turn_a=True)
-            grad_weight.masked_fill_(empty[:, None, None], 0)
-        if wants_bias:
-            # a product with ones sums each group alone, in float32 and in a fixed order, which
-            # adding rows to their experts would not
-            ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
-            sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
-            grad_bias = sums.masked_fill(empty[:, None], 0)
-        return grad_x, grad_weight, grad_bias, None, None
 
 
 @register_flop_formula(torch.ops.vqmoe_vision.grouped_product)

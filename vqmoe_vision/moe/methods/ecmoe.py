@@ -78,7 +78,7 @@ class ExpertChoiceRouter(Router):
         if torch.jit.is_tracing():  # sizes are tensors then
             num_tokens = int(num_tokens)
         with full_precision(x):
-            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+            probs = self.among_on(F.linear(x.float(), self.weight.float())).softmax(dim=-1)
             if valid is not None:
                 probs = probs.masked_fill(~valid.mask[:, :, None], -1)  # behind all others
             chosen = probs.transpose(1, 2).topk(self._capacity(num_tokens), dim=-1)  # (B, E, C)

@@ -152,7 +152,7 @@ class SMoERouter(LossFreeRouter):
                 p if p is None else (p if config.train_router else p.detach()).float()
                 for p in (self.weight, self.bias)
             ]
-            noisy = logits = F.linear(x.float(), *own)
+            noisy = logits = self.among_on(F.linear(x.float(), *own))
             if self.training and config.router_noise > 0:
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)

@@ -138,6 +138,7 @@ class SoftMoEMlp(MoeLayer):
                 x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
             # float64 too is mixed in float32
             logits = self.mixing_logits(x, dtype if dtype.itemsize < 4 else torch.float32)
+            logits = self.among_on(logits, self.slots_per_expert)
             if valid is not None:  # finite: what padding is combined of has to be a number too
                 lowest = torch.finfo(logits.dtype).min
                 logits = logits.masked_fill(~valid.mask[:, :, None], lowest)

@@ -206,7 +206,7 @@ class StableRouter(TopKRouter):
         k = self.config.top_k
         with full_precision(x):
             scores = F.linear(x.float(), self.expert_embed.float())
-            student_scores = self.distilled(patches)
+            student_scores = self.among_on(self.distilled(patches))
             self.raw_patches.check_number('tokens', x.shape[0], student_scores.shape[0])
             student = top_k_experts(student_scores, k)[1]
             teacher = top_k_experts(scores, k)[1]
@@ -257,7 +257,7 @@ class EmbeddingRouter(TopKRouter):
         """Route tokens (T, D) in float32."""
         with full_precision(x):
             scores = F.linear(x.float(), F.normalize(self.expert_embed.float(), dim=-1))
-            chosen, indices = top_k_experts(scores, self.config.top_k)
+            chosen, indices = top_k_experts(self.among_on(scores), self.config.top_k)
         return Routing(indices, chosen.softmax(dim=-1))
 
     def no_weight_decay(self) -> set[str]:

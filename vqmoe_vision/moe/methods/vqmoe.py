@@ -209,7 +209,7 @@ class ContinuousRouter(Router):
         # detached: a fine-tuning may freeze and unfreeze a model as a whole
         weight = self.weight if config.train_router else self.weight.detach()
         with full_precision(x):
-            logits = F.linear(x.float(), weight.float())
+            logits = self.among_on(F.linear(x.float(), weight.float()))
             probs = logits.softmax(dim=-1)
             # by logit: small probabilities underflow to equals
             indices = top_k_experts(logits, 1)[1]

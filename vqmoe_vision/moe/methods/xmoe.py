@@ -140,7 +140,7 @@ class XMoERouter(LossFreeRouter):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         with full_precision(x):
-            scores = self.scores(x)
+            scores = self.among_on(self.scores(x))
             scaled = scores * torch.exp(-self.log_temperature.float())
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
             indices = self.choose(scores, scores)

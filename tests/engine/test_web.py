@@ -1,0 +1,198 @@
+"""A model as a page: what its graph answers, and what it shows when it is clicked, offline."""
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vqmoe_vision.analysis.record import recorded
+from vqmoe_vision.engine.publish import export
+from vqmoe_vision.engine.web import SwitchedGraph
+from vqmoe_vision.models.export import (
+    Exportable,
+    export_onnx,
+    load_exported,
+    preprocessing_of,
+    save,
+)
+from vqmoe_vision.moe import METHODS, moe_layers
+
+from .. import needs_onnx, refused
+from ..models.conftest import make, shaken
+
+SMALL = {'img_size': 16, 'patch_size': 4, 'depth': 2, 'moe_layers': [0, 1], 'embed_dim': 16}
+PREPARED = {'input_size': (3, 16, 16), 'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.3, 0.4)}
+CLOSE = {'rtol': 0, 'atol': 1e-4}
+# all on; one off in the first layer; another in each
+SWITCHES = torch.tensor([[[1, 1, 1]] * 2, [[0, 1, 1], [1, 1, 1]], [[1, 0, 1], [1, 1, 0]]]).bool()
+
+
+def tiny(method: str) -> Any:
+    return shaken(make(method, num_experts=3, **SMALL))
+
+
+def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
+    """Logits, experts and weights by PyTorch, and by what the analysis records."""
+    layers = moe_layers(model)
+    with ExitStack() as stack:
+        for layer, on in zip(layers.values(), switches, strict=True):
+            stack.enter_context(layer.switched(on))
+        with torch.no_grad():
+            logits = model(image)
+        records = recorded(model, image)
+    experts, weights = [], []
+    for name, on in zip(layers, switches, strict=True):
+        record = records[name]
+        rows = [(record.experts[part][0], record.weights[part][0]) for part in record.experts]
+        if record.combine is not None:
+            shares = record.combine[0].sum(dim=-1)  # (N, E)
+            rows.append((torch.arange(3).expand(shares.shape), shares))
+        for chosen, shares in rows:
+            weight, best = (shares * on[chosen]).max(dim=-1, keepdim=True)
+            experts.append(torch.where(weight > 0, chosen.gather(1, best), -1)[:, 0].int())
+            weights.append(weight[:, 0])
+    return [logits, torch.stack(experts), torch.stack(weights)]
+
+
+# the long suite has all others
+FIRST = [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
+
+
+@pytest.mark.parametrize('method', FIRST)
+def test_a_graph_with_switches_answers_as_pytorch(method, tmp_path):
+    needs_onnx()
+    model, image = tiny(method), torch.randn(1, 3, 16, 16)
+    graph = Exportable(
+        SwitchedGraph(model), (3, 16, 16), ('logits', 'experts', 'weights'), {},
+        {'switches': SWITCHES[0]},
+    )  # fmt: skip
+    run = load_exported(export_onnx(graph, tmp_path / 'model.onnx', batch=1), threads=1)
+    plain = load_exported(export_onnx(model, tmp_path / 'plain.onnx', batch=1), threads=1)
+    torch.testing.assert_close(run(image, SWITCHES[0])[0], plain(image)[0], rtol=0, atol=2e-6)
+    for switches in SWITCHES:
+        found = run(image, switches)
+        torch.testing.assert_close(found, expected(model, image, switches), **CLOSE)
+
+
+def test_what_makes_no_page_is_one_line(tmp_path, monkeypatch):
+    out = str(tmp_path / 'out')
+    pairs = [
+        ([out, '--web', '--batch', '2'], '--batch=2'),
+        ([out, '--web', '--int8'], '--int8=True'),
+        ([str(tmp_path), '--web'], 'out='),
+    ]
+    (tmp_path / 'there').touch()
+    for arguments, message in pairs:
+        refused(f'^error: {message}', export, ['test_vit_vqmoe', *arguments], error=SystemExit)
+    if shutil.which('npm'):
+        refused('^error: --web=', export, ['test_vit_dense', out, '--web'], error=SystemExit)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    refused('needs npm', export, ['test_vit_vqmoe', out, '--web'], error=SystemExit)
+    assert [path.name for path in tmp_path.iterdir()] == ['there']
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path) -> Iterator[tuple[Any, str]]:
+    """A model, and where its page is, from a folder that holds all it needs."""
+    needs_onnx()
+    if shutil.which('npm') is None:
+        pytest.skip('needs npm: apt-get install npm')
+    model = tiny('vqmoe')
+    (tmp_path / 'model').mkdir()
+    save(copy.deepcopy(model), tmp_path / 'model', preprocessing_of(PREPARED), 'abcdefghij')
+    try:
+        export([f'local-dir:{tmp_path / "model"}', str(tmp_path / 'page'), '--web'])
+    except SystemExit as error:
+        if 'npm has to give' not in str(error):
+            raise
+        pytest.skip('needs the registry of npm, or what it has cached')
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path / 'page'))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield model, f'http://127.0.0.1:{server.server_port}/'
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """One that finds no other machine."""
+    playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
+    browsers = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
+    if (path := next(filter(None, browsers), None)) is None:
+        pytest.skip('needs a browser: apt-get install chromium')
+    alone = '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=path, args=[alone])
+        yield found
+        found.close()
+
+
+ANSWER = """() => Object.fromEntries(Object.entries(answer).map(([name, found]) =>
+    [name, Array.from(found.data ?? found)]))"""
+
+
+def test_the_page_answers_as_pytorch_when_it_is_clicked(served, browser, tmp_path):
+    model, url = served
+    window, complaints, asked = browser.new_page(), [], []
+    window.on('console', lambda message: complaints.append(message.text))
+    window.on('pageerror', lambda error: complaints.append(str(error)))
+    window.on('request', lambda request: asked.append(request.url))
+    window.goto(url)
+    window.get_by_text('by danielbuechele').wait_for()
+    pixels = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'own.png')
+    window.locator('input[type=file]').set_input_files(tmp_path / 'own.png')
+    window.get_by_text('own.png').wait_for()
+    mean, std = (torch.tensor(PREPARED[name]) for name in ('mean', 'std'))
+    image = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
+
+    def check(switches: Tensor) -> None:
+        found = window.evaluate(ANSWER)
+        torch.testing.assert_close(torch.tensor(found['input']), image.flatten(), **CLOSE)
+        right = zip(('logits', 'experts', 'weights'), expected(model, image, switches), strict=True)
+        for name, value in right:
+            torch.testing.assert_close(
+                torch.tensor(found[name]), value.flatten(), **CLOSE, check_dtype=False
+            )
+
+    def press(layer: int, expert: int, then: bool) -> None:
+        section, name = window.locator('section').nth(1 + layer), f'expert {expert}'
+        section.get_by_role('button', name=name).click()
+        section.get_by_role('button', name=name, pressed=then).wait_for()
+
+    check(SWITCHES[0])
+    press(0, 1, False)
+    press(1, 2, False)
+    check(SWITCHES[2])
+    said = window.locator('#status').inner_text()
+    assert said.startswith('Now ') and 'With all experts on' in said
+    press(0, 0, False)
+    press(0, 2, True)  # one stays on
+    window.get_by_role('button', name='All experts on').click()
+    window.locator('#reset:disabled').wait_for()
+    check(SWITCHES[0])
+    # it would be seen if experts were exchanged
+    with torch.no_grad():
+        for parameter in moe_layers(model)['blocks.1.mlp'].experts.parameters():
+            parameter[:2] = parameter[:2].flip(0)
+    with pytest.raises(AssertionError):
+        check(SWITCHES[0])
+    assert complaints == []
+    assert {address.startswith(url) for address in asked} == {True}

@@ -1,0 +1,152 @@
+"""The kernel in Triton without a card: run by its interpreter, compiled for cards, and traced."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+
+from vqmoe_vision.moe import dispatch, kernels
+from vqmoe_vision.moe.kernels import use_kernel
+
+from .. import cases
+from .naive_experts import make_case, run_and_backward
+
+triton = pytest.importorskip('triton', reason='the extra `triton` is not installed, or not for it')
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from vqmoe_vision.moe.kernels import triton as ours  # noqa: E402
+
+INTERPRETED = ours.INTERPRETED
+REFERENCE = Path(__file__).with_name('test_kernels.py')
+SHORT = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32'}
+TARGETS = {
+    'A100': ('cuda', 80, 32),
+    '4090': ('cuda', 89, 32),
+    'H100': ('cuda', 90, 32),
+    'RTX 50': ('cuda', 120, 32),
+    'MI300': ('hip', 'gfx942', 64),
+}
+
+
+def test_every_case_of_every_kernel_in_its_interpreter():
+    told = {'TRITON_INTERPRET': '1', 'PYTEST_ADDOPTS': ''}
+    call = [sys.executable, '-m', 'pytest', '-q', '-x', '-k', 'triton', '-p', 'tests.moe.bfloat16']
+    run = subprocess.run(
+        [*call, '-p', 'no:cacheprovider', REFERENCE],
+        env=os.environ | told,
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+    )
+    assert run.returncode == 0, run.stdout
+    assert int(re.search(r'(\d+) passed', run.stdout)[1]) > 20
+
+
+class Launches:
+    """In place of `wrap_triton`: what would run on a card."""
+
+    def __init__(self):
+        self.all = []
+
+    def __call__(self, kernel):
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.all.append((self.kernel, args, options))
+
+
+def source_of(kernel, args, options):
+    """As Triton's launcher makes it of arguments: what divides by 16, and a 1, are compiled in."""
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    tensors = {n: SHORT.get(a.dtype, 'i32') for n, a in given.items() if torch.is_tensor(a)}
+    numbers = {n: a for n, a in given.items() if n not in tensors}
+    fixed = {n: o for n, o in options.items() if n in kernel.arg_names}
+    fixed |= {n: a for n, a in numbers.items() if a == 1}
+    types = {n: f'*{t}' for n, t in tensors.items()} | dict.fromkeys(numbers, 'i32')
+    even = [n for n in given if n in tensors or numbers[n] % 16 == 0]
+    place = kernel.arg_names.index
+    return ASTSource(
+        kernel,
+        {n: 'constexpr' if n in fixed else types[n] for n in kernel.arg_names},
+        {(place(n),): value for n, value in fixed.items()},
+        {(place(n),): [['tt.divisibility', 16]] for n in even if n not in fixed},
+    )
+
+
+def resources(compiled):
+    """Registers of a thread, and bytes that did not fit into them."""
+    if text := compiled.asm.get('amdgcn'):
+        return [int(re.search(rf'\.vgpr_{what}:\s*(\d+)', text)[1]) for what in FACTS['hip']]
+    program = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        call = [program, '--dump-resource-usage', file.name]
+        text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    return [int(re.search(rf'{what}:(\d+)', text)[1]) for what in FACTS['cuda']]
+
+
+FACTS = {'hip': ('count', 'spill_count'), 'cuda': ('REG', 'STACK')}
+# what multiplies on the cores made for it; on NVIDIA there are none for float32
+MATRIX = {'A100': 'mma.sync', '4090': 'mma.sync', 'H100': 'wgmma', 'RTX 50': 'mma.sync'}
+
+
+@pytest.mark.parametrize('card', TARGETS)
+@cases('dtype, widths', *((dtype, (384, 1536)) for dtype in SHORT), (torch.bfloat16, (35, 11)))
+def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
+    monkeypatch.setenv('TRITON_DEFAULT_FP_FUSION', '1')  # without a word Triton 3.9 warns
+    monkeypatch.setattr(triton.knobs.cache, 'dir', str(tmp_path))
+    monkeypatch.setattr(ours, 'wrap_triton', launches := Launches())
+    n, k = widths
+    sizes = dict(x=(999, k), weight=(8, n, k), bias=(8, n), grad=(999, n))
+    made = {name: torch.empty(size, device='meta', dtype=dtype) for name, size in sizes.items()}
+    ends = torch.empty(8, device='meta', dtype=torch.int32)
+    ours.product(made['x'], made['weight'], made['bias'], ends)
+    ours.gradients(made['grad'], made['x'], made['weight'], ends, [True] * 3)
+    assert len(launches.all) == 3  # forward, gradients of rows, of weight and bias
+    for kernel, args, options in launches.all:
+        picked = {name: options[name] for name in ('num_warps', 'num_stages')}
+        source = source_of(kernel, args, options)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[card]), options=picked)
+        registers, spilled = resources(compiled)
+        print(kernel.__name__, compiled.metadata.shared, registers, spilled)  # for the docs
+        assert compiled.metadata.shared <= 48 * 1024
+        assert registers <= 256 and (spilled <= 64 or widths == (35, 11))
+        code = compiled.asm.get('ptx') or compiled.asm['amdgcn']
+        if card == 'MI300' or dtype != torch.float32:
+            assert MATRIX.get(card, 'mfma') in code
+
+
+class Seen(Exception):
+    """A graph was seen, and is not to be run."""
+
+
+def test_a_compiler_sees_the_kernels_in_one_graph(monkeypatch):
+    monkeypatch.setattr(kernels, '_has_triton', lambda device: True)
+    called = []
+
+    def partition(joint, *_, **__):
+        called.extend(str(node.target) for node in joint.graph.nodes)
+        raise Seen
+
+    experts, x, indices, weights = make_case(300, 4, 2, 24, 40, bias=True)
+    case = experts.float(), x.float(), indices.contiguous(), weights.float()
+    backend = aot_autograd(fw_compiler=make_boxed_func, partition_fn=partition)
+    run = torch.compile(dispatch.run_experts, fullgraph=True, backend=backend)
+    with use_kernel('triton'), pytest.raises(BackendCompilerFailed) as stopped:
+        run_and_backward(run, *case)
+    assert isinstance(stopped.value.inner_exception, Seen)
+    # of both layers one forward, one for rows, one for weight and bias; nothing is opaque
+    assert sum('triton_kernel_wrapper' in name for name in called) == 6
+    assert not any('tiled' in name or 'grouped' in name for name in called)
