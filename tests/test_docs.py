@@ -98,7 +98,7 @@ def test_pages_that_are_made_from_code_are_current():
 
 
 def test_the_key_answers_thirty_questions():  # their headings are links like others
-    row = r'^\| (\d+) \|.*\]\(\S+#\S+\)( part)? \|$'
+    row = r'^\|(\d+)\|.*\]\(\S+#\S+\)( part)?\|$'
     rows = re.findall(row, read('reference/questions.md'), re.MULTILINE)
     assert [int(number) for number, _ in rows] == [*range(1, 31)]
     assert [part for _, part in rows].count('') >= 27
@@ -123,9 +123,9 @@ def test_python_block_runs(page, block, tmp_path, monkeypatch):
 def test_every_method_has_its_section_and_its_rows(method):
     section = rf'^## .* - `(methods|contrib)/{method}\.py`$'
     assert re.search(section, read('explanation/methods.md'), re.M)
-    assert f', `vit_*_{method}` |' in read('explanation/which-method.md')
+    assert f', `vit_*_{method}`|' in read('explanation/which-method.md')
     # options that start as the dense model
-    rows = re.findall(rf'^\| `{method}` \| ([^|]*) \|', read('how-to/weights-in.md'), re.M)
+    rows = re.findall(rf'^\|`{method}`\|([^|]*)\|', read('how-to/weights-in.md'), re.M)
     cases = METHODS[method].config.EXACT_UPCYCLING.values()
     written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
     assert rows == ([case or 'none are needed' for case in written] or ['there are none'])

@@ -74,7 +74,7 @@ def test_a_full_expert_drops_the_same_tokens(tree, images, tmp_path):
 
 def test_the_capacities_that_the_documentation_names():
     page = (Path(__file__).parents[2] / 'docs/how-to/weights-in.md').read_text()
-    rows = re.findall(r'^\| [BS]/\d+, (\d+) pixels \| ([\d.]+) \| ([\d.]+) \|$', page, re.M)
+    rows = re.findall(r'^\|[BS]/\d+, (\d+) pixels\|([\d.]+)\|([\d.]+)\|$', page, re.M)
     assert len(rows) == 4
     for (pixels, factor, ours), patch in zip(rows, (16, 16, 32, 32), strict=True):
         tokens = 8 * ((int(pixels) // patch) ** 2 + 1)  # their group

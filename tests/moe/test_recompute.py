@@ -47,7 +47,7 @@ def kept_by_layer(method, **options):
 
 @pytest.mark.parametrize('method', ['dense', *METHODS])
 def test_the_docs_say_what_a_layer_keeps(method):
-    row = re.search(rf'^\| {method} \|(.*)\|$', PAGE.read_text(), re.MULTILINE)[1]
+    row = re.search(rf'^\|{method}\|(.*)\|$', PAGE.read_text(), re.MULTILINE)[1]
     found = [kept_by_layer(method)]
     if method in METHODS:
         found.append(kept_by_layer(method, recompute='gelu'))

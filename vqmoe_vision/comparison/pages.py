@@ -50,7 +50,9 @@ def fill(text: str, find: Callable[[str], Made], folder: Path) -> str:
         titles = dict(name.partition('=')[::2] for name in shlex.split(names))
         found = {title or name: find(name) for name, title in titles.items()}
         made = _KINDS[block[2]](found, rows.split(), folder)
-        return f'{block[1]}\n{markdown(made)}\n\n{block[4]}'
+        # as all tables of the pages, without the blanks that line up columns
+        cells = re.sub('-{3,}', '---', re.sub(r' *\| *', '|', markdown(made)))
+        return f'{block[1]}\n{cells}\n\n{block[4]}'
 
     return _BLOCK.sub(table, text)
 

@@ -304,7 +304,7 @@ _KEEPING = {  # default hooks
     'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
 }  # fmt: skip
 # Options that came later, by the value with which nothing changes.
-_ADDED: dict[str, Any] = {}
+_ADDED: dict[str, Any] = {'moe.recompute': None}
 
 
 def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str:
