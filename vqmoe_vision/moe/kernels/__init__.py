@@ -72,11 +72,8 @@ def _triton(kind: str) -> ModuleType | None:
         return ours if ours.builds_for(kind) else None
     except ImportError:
         return None  # installed without
-    except (
-        RuntimeError,
-        OSError,
-        SubprocessError,
-    ) as error:  # it wants a C compiler and Python's headers
+    # it wants a C compiler and Python's headers
+    except (RuntimeError, OSError, SubprocessError) as error:
         warnings.warn(f'Triton cannot run, so experts wait for the device: {error}', stacklevel=2)
         return None
 
