@@ -37,7 +37,7 @@ demo: $(VENV)/.seg,analyze ## train vit_tiny_vqmoe to classify digits, then to s
 test: $(VENV)/.dev ## run all tests but the long ones
 	$(ALL_CORES) $(BIN)/python -m pytest $(IN_PARALLEL) --durations=10 $(PYTEST_ARGS)
 
-long: $(VENV)/.dev ## run the tests that take minutes each
+long: $(VENV)/.dev,frameworks ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## kill a hundred trainings, draw thousands of options, take thousands of steps (most of an hour)
@@ -140,7 +140,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.seg,analyze $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg,analyze $(VENV)/.dev $(VENV)/.dev,frameworks $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

@@ -48,11 +48,12 @@ ACTIONS = {
     'shifts': 'Test finished runs under the shifts that the comparison names.',
     'routing': 'Measure what the routing of finished runs is like.',
     'check': 'Repeat the first losses of runs that have results.',
+    'export': 'Write the results as runs of a tracker.',
     'forest': 'Draw contrasts of several comparisons, and what they say together.',
     'pages': 'Make the tables of pages anew that stand between comments.',
     'control': 'See which router finds which structure, in tokens of known clusters.',
 }
-_SPECS, _PARTS = 'run table shifts routing check', 'run shifts routing check'
+_SPECS, _PARTS = 'run table shifts routing check export', 'run shifts routing check export'
 _FLAG, _LIST = {'action': 'store_true'}, {'nargs': '+', 'default': []}
 _OPTIONS: dict[str, Any] = {**_LIST, 'action': 'extend', 'metavar': 'NAME=VALUE'}
 # names, who takes them, help, and what else argparse is told
@@ -119,7 +120,9 @@ _ARGUMENTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ('--cfg-options', 'upcycle', 'Of timm.create_model: num_experts=8 upcycling.drop=0.5.',
      _OPTIONS),
     ('--cfg-options', 'convert_vmoe', 'What no file says (default: top_k=2).', _OPTIONS),
-    # actions of compare
+    ('--quick', 'demo', 'Train for a tenth as long: the scores are low.', _FLAG),
+]  # fmt: skip
+_OF_COMPARE: list[tuple[str, str, str, dict[str, Any]]] = [
     ('spec', _SPECS, 'A file in configs/comparisons, or a config.', {}),
     ('specs', 'forest', 'Files in configs/comparisons.', {'nargs': '+', 'metavar': 'SPEC'}),
     ('pages', 'pages', 'Pages.', {'nargs': '+', 'type': Path, 'metavar': 'FILE.md'}),
@@ -134,13 +137,21 @@ _ARGUMENTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ('--results', f'{_SPECS} forest pages', 'Where rows and tables are.',
      {'type': Path, 'default': Path('docs/results')}),
     ('--jobs', 'run', 'Runs at a time (default: one, or one per GPU).', {'type': int}),
+    ('--executor', 'run', 'Train each run as a job of submitit, here or on a cluster of Slurm.',
+     {'choices': ('local', 'slurm')}),
+    ('--processes-per-run', 'run', 'Of a job, with a GPU each where there are some (default: 1).',
+     {'type': int, 'metavar': 'N'}),
+    ('--minutes', 'run', 'Limit of a job, which then comes again and goes on; Slurm needs one.',
+     {'type': int}),
+    ('--slurm', 'run', 'Options of sbatch: mem=64GB partition=gpu.',
+     {'nargs': '+', 'metavar': 'NAME=VALUE'}),
     ('--images', 'table', 'Also write figures of documents here.', {'type': Path}),
+    ('--to', 'export', 'The tracker.', {'choices': ('trackio',), 'required': True}),
     ('--sample', 'check', 'Only N rows, drawn at random.', {'type': int, 'metavar': 'N'}),
     ('--out', 'forest', 'The figure.',
      {'type': Path, 'default': WORK_DIR / 'forest.png', 'metavar': 'FILE.png'}),
     ('--out', 'control', 'Scores, with a figure beside them.',
      {'type': Path, 'metavar': 'FILE.json'}),
-    ('--quick', 'demo', 'Train for a tenth as long: the scores are low.', _FLAG),
 ]  # fmt: skip
 
 
@@ -161,13 +172,13 @@ def fill(parser: argparse.ArgumentParser, tool: str) -> argparse.ArgumentParser:
             one = actions.add_parser(action, help=text, description=text)
             # of a table p is corrected for all rows, whatever is looked at
             one.set_defaults(rows=None, seeds=None, work_dir=WORK_DIR)
-            _add(one, action)
-    _add(parser, tool)
+            _add(one, action, _OF_COMPARE)
+    _add(parser, tool, _ARGUMENTS)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, taker: str) -> None:
-    for names, takers, text, options in _ARGUMENTS:
+def _add(parser: argparse.ArgumentParser, taker: str, arguments: list) -> None:
+    for names, takers, text, options in arguments:
         if taker in takers.split():
             parser.add_argument(*names.split(), help=text, **options)
     parser.add_argument('--debug', action='store_true', help='Show the full trace of an error.')

@@ -14,7 +14,7 @@ from shutil import rmtree
 
 import pytest
 
-from vqmoe_vision.comparison.queue import _lock, visible_gpus
+from vqmoe_vision.comparison.queue import lock_of, visible_gpus
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run
 
@@ -104,7 +104,7 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_):
     queue.send_signal(signal_)
     said = queue.communicate()[1].splitlines()
     assert queue.returncode != 0
-    lock = _lock(run.folder / 'lock')
+    lock = lock_of(run.folder / 'lock')
     if signal_ == signal.SIGKILL:  # its run lives, and nobody else may begin it
         assert lock is None
         os.kill(int(Path('pid').read_text()), signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_two_queues_do_not_work_on_the_same_run(spec, says):
     path = spec('seeds = [1]')
     run = Run(read_comparison(path), 'dense', 1, WORK)
     run.folder.mkdir(parents=True)
-    other = _lock(run.folder / 'lock')
+    other = lock_of(run.folder / 'lock')
 
     def finish() -> None:
         assert calls() == []

@@ -331,7 +331,8 @@ def test_what_may_change_a_number_changes_the_recipe(change):
 def test_an_option_that_is_added_leaves_recipes_unless_it_is_used(monkeypatch):
     config, used = {'model': MODEL}, {'model': {**MODEL, 'moe': {'output_norm': True}}}
     before, other = canonical(config), recipe_of(used)
-    monkeypatch.setattr(spec_module, '_ADDED', {'moe.output_norm': False})
+    added = {**spec_module._ADDED, 'moe.output_norm': False}
+    monkeypatch.setattr(spec_module, '_ADDED', added)
     assert canonical(config) == {n: v for n, v in before.items() if n != 'moe.output_norm'}
     assert recipe_of(used) == other
 

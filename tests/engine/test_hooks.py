@@ -37,7 +37,7 @@ from vqmoe_vision.moe.optimizer import check_optimizer
 
 from .. import cases, refused
 from ..runs import messages
-from .tiny import NO_VALIDATION, TRANSFORM, config_of, trained, write_image
+from .tiny import NO_VALIDATION, TRANSFORM, config_of, resumed, trained, write_image
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
 
@@ -116,6 +116,16 @@ def test_averages_are_taken_between_the_codebooks_and_the_save(priority, tmp_pat
         return
     said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook "
     refused(said, check_hooks, runner)
+
+
+@cases('before, now', (None, True), (True, None))
+def test_a_run_goes_on_with_the_kernels_of_its_config(before, now, tmp_path):
+    # a file's own would stay otherwise, and a loss scale stop at those that are not fused
+    trained(config_of(tmp_path / 'run', **ONCE, **{'optim_wrapper.optimizer.fused': before}))
+    config = resumed(tmp_path / 'run', **ONCE, **{'optim_wrapper.optimizer.fused': now})
+    config.train_cfg.max_epochs += 1
+    groups = trained(config).optim_wrapper.optimizer.param_groups
+    assert [group['fused'] for group in groups] == [now] * len(groups)
 
 
 def test_averages_in_one_operator_are_mmengines_to_the_bit(tmp_path):

@@ -22,6 +22,10 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_c
 Make = Callable[..., nn.Module]
 DENSE = 'vit_tiny_patch16_224'
 DINOV3 = 'vit_small_patch16_dinov3'  # an `Eva`: rotary positions, registers, LayerScale
+# of other classes: relative positions, windows, two class tokens, images of any size
+BEIT, RELPOS, SAM = 'beit_base_patch16_224', 'vit_srelpos_small_patch16_224', 'samvit_base_patch16'
+DISTILLED, NAFLEX = 'deit_tiny_distilled_patch16_224', 'naflexvit_base_patch16_gap'
+MORE = [BEIT, RELPOS, SAM, DISTILLED, NAFLEX]
 # every way of every method to begin with the answers of a dense model: name, options, and an id
 EXACT = [
     pytest.param(name, options, id=f'{name}-{label}')
@@ -33,7 +37,7 @@ EXACT = [
 def pairs(*hosts: str) -> list[tuple[str, str]]:
     """Hosts with each method that they can have: raw patches are of `VisionTransformer` alone."""
     anywhere = [name for name, method in METHODS.items() if method.read_patches is None]
-    return [(h, name) for h in hosts for name in (anywhere if 'dinov3' in h else METHODS)]
+    return [(h, name) for h in hosts for name in (METHODS if h == DENSE else anywhere)]
 
 
 def make(method: str, **kwargs: Any) -> nn.Module:

@@ -16,15 +16,28 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
 from .. import refused
-from .conftest import DENSE, DINOV3, EXACT, TINY, check_complete, dense, make, shaken
+from .conftest import (
+    DENSE,
+    DINOV3,
+    DISTILLED,
+    EXACT,
+    MORE,
+    TINY,
+    check_complete,
+    dense,
+    make,
+    shaken,
+)
 
 
-@pytest.mark.parametrize('host', [DENSE, DINOV3])
+@pytest.mark.parametrize('host', [DENSE, DINOV3, *MORE])
 @pytest.mark.parametrize('method, options', EXACT)
 def test_a_converted_model_answers_as_before_and_is_one_of_ours(method, options, host, images):
     model = dense(host)
-    if host == DINOV3 and METHODS[method].read_patches is not None:
-        message = f"block_fn='EvaBlock' .* {method} looks at"
+    entry = METHODS[method]
+    reads = entry.read_patches is not None and host != DENSE
+    if reads and (host != DISTILLED or entry.needs_features):
+        message = f'(embed_layer|block_fn|model)=.* {method} (reads|looks at)'
         refused(message, convert_to_moe, model, method, **options)
         return
     source = {name: value.clone() for name, value in model.state_dict().items()}

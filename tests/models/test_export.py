@@ -165,3 +165,11 @@ def run_elsewhere(file: Path, *statements: str) -> list[str]:
     )
     command = [sys.executable, '-W', 'ignore', '-c', '\n'.join(code)]
     return subprocess.check_output(command, text=True).splitlines()
+
+
+@pytest.mark.filterwarnings('ignore')  # torch deprecates it
+def test_a_trace_of_equal_groups_can_be_saved(tmp_path):
+    model, images = make('softmoe', **SMALL).eval(), torch.randn(2, 3, 16, 16)
+    torch.jit.save(torch.jit.trace(model, images), tmp_path / 'model.pt')
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(images), model(images))

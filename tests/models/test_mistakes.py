@@ -118,7 +118,7 @@ def undrawn(name: str) -> Any:
 @cases(
     'build, options, named',
     (partial(dense, 'eva02_tiny_patch14_224'), {}, r"blocks\.1\.mlp='GluMlp' .* \(SwiGLU\)"),
-    (partial(undrawn, 'vitamin_small_224'), {}, r"patch_embed\.proj='Identity'"),
+    (partial(undrawn, 'vitamin_small_224'), {}, r"blocks\.1\.mlp='GeGluMlp' .* \(SwiGLU\)"),
     (partial(dense, block_fn=ParallelScalingBlock), {}, r'blocks\.1\.mlp='),
     (partial(dense, scale_mlp_norm=True), {}, r'blocks\.1\.mlp\.norm='),
     (partial(changed, 'fc1', Doubled(32, 128)), {}, r"blocks\.1\.mlp\.fc1='Doubled'"),

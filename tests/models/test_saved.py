@@ -17,7 +17,7 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import VARIANTS
-from .conftest import DENSE, DINOV3, TINY, check_complete, dense, make, pairs
+from .conftest import DENSE, DINOV3, MORE, TINY, check_complete, dense, make, pairs
 
 PREPROCESSING: dict[str, Any] = {
     'input_size': (3, 32, 32),
@@ -183,7 +183,7 @@ def test_weights_by_name_are_not_half_loaded(message, moe, classes):
     refused(message, by_name, state, moe, num_classes=classes)
 
 
-@pytest.mark.parametrize('host, method', pairs(*HOSTS))
+@pytest.mark.parametrize('host, method', pairs(*HOSTS, *MORE))
 def test_a_converted_model_is_saved_as_it_is(host, method, tmp_path, images):
     model = dense(host)
     options = {'num_experts': 4, 'moe_layers': (0, 3), 'expert_mlp_ratio': 2.0}

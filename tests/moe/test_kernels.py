@@ -103,6 +103,22 @@ def test_no_rows_at_all(kernel, expanded):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
+@pytest.mark.parametrize('kernel', RUN_HERE)
+def test_weights_and_biases_may_lie_in_any_order(kernel):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).mT.requires_grad_()
+        for shape in ((8, 6), (3, 8, 4), (4, 3))
+    )
+    ends, found = torch.tensor([2, 3, 6], dtype=torch.int32), []
+    for name in (kernel, 'reference'):
+        with use_kernel(name):
+            out = grouped_linear(x, weight, bias, ends)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))])
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def card(monkeypatch):
     """What a CUDA card is asked for, in bfloat16 unless told; its facts may be changed."""

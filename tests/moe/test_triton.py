@@ -12,6 +12,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses import FakeTensorMode
 
 from vqmoe_vision.moe import dispatch, kernels
 from vqmoe_vision.moe.kernels import use_kernel
@@ -126,6 +127,40 @@ def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
         code = compiled.asm.get('ptx') or compiled.asm['amdgcn']
         if card == 'MI300' or dtype != torch.float32:
             assert MATRIX.get(card, 'mfma') in code
+
+
+def test_it_is_launched_on_the_card_of_its_tensors(monkeypatch):
+    now, seen = [0], []
+
+    def exchange(device):
+        now[0], before = device, now[0]
+        return before
+
+    def launch(kernel):
+        return {(n,): lambda *_, **__: seen.append(now[0]) for n in range(99)} | {
+            (n, 2): lambda *_, **__: seen.append(now[0]) for n in range(99)
+        }
+
+    for name in ('_exchange_device', '_maybe_exchange_device'):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    monkeypatch.setattr(ours, 'wrap_triton', launch)
+    with FakeTensorMode():
+        x, weight, bias = (torch.empty(s, device='cuda:1') for s in ((9, 8), (2, 4, 8), (2, 4)))
+        ends = torch.empty(2, device='cuda:1', dtype=torch.int32)
+        out = ours._launch_product(x, weight, bias, ends)
+        ours.gradients._init_fn(out, x, weight, ends, [True] * 3)
+    assert seen == [1, 1, 1] and now == [0]
+
+
+@cases(
+    'call',
+    lambda kind: subprocess.check_call(['false']),  # as of a compiler without Python's headers
+    lambda kind: subprocess.check_call(['there is none']),
+)
+def test_experts_run_where_triton_cannot(monkeypatch, call):
+    monkeypatch.setattr(ours, 'builds_for', call)
+    with pytest.warns(UserWarning, match='Triton cannot run'):
+        assert kernels._triton.__wrapped__('cuda') is None
 
 
 class Seen(Exception):

@@ -46,17 +46,14 @@ class Cell:
 
     @property
     def hidden(self) -> int:
-        """H."""
         return MLP_RATIO * self.width
 
     @property
     def num_tokens(self) -> int:
-        """T."""
         return self.batch * self.tokens
 
     @property
     def num_rows(self) -> int:
-        """Assignments, T * K."""
         return self.num_tokens * self.top_k
 
     @property
@@ -79,8 +76,6 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run measures."""
-
     device: str = 'cpu'
     threads: int = 1
     clock: str = 'wall'  # or 'process', the CPU time of all threads

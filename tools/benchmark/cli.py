@@ -30,7 +30,6 @@ NETWORK_GRID |= {'img_size': 224, 'dtype': ['float32'], 'amp': False, 'modes': l
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Command line of all subcommands."""
     parser = argparse.ArgumentParser(description=__doc__, prog='benchmark.py')
     commands = parser.add_subparsers(dest='command', required=True)
     layers = commands.add_parser('moe', help='one layer, beside other libraries')

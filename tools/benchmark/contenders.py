@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cells import Cell, Settings
+from .cells import DTYPES, Cell, Settings
 from .gpu_card import profiled, work_of
 from .gpu_steps import counted_waits
 from .inputs import Batch
@@ -69,11 +70,10 @@ def needs(step: Callable[[], object], settings: Settings) -> dict[str, float]:
     return found
 
 
-def autocast(cell: Cell, settings: Settings) -> AbstractContextManager:
-    """The context in which a cell computes."""
-    if not cell.amp:
-        return nullcontext()
-    return torch.autocast(torch.device(settings.device).type, dtype=cell.compute_dtype)
+def autocast(cell: Any, settings: Settings) -> AbstractContextManager:
+    """The context in which a `Cell` or a `Comparison` computes."""
+    kind = torch.device(settings.device).type
+    return torch.autocast(kind, DTYPES[cell.dtype]) if cell.amp else nullcontext()
 
 
 def place(module: nn.Module, cell: Cell, settings: Settings) -> nn.Module:

@@ -7,7 +7,7 @@ which can be sent in.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,6 @@ FIRST_CELL = Cell(tokens=197, batch=128, width=384, dtype='bfloat16')
 
 
 def run_gpu(args: argparse.Namespace) -> bool:
-    """Runs all of it."""
     layers, networks = LAYER_PRESETS['gpu'], NETWORK_PRESETS['gpu']
     settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
     use_device(settings.device)
@@ -47,7 +46,7 @@ def run_gpu(args: argparse.Namespace) -> bool:
         ('configs', 'configs', partial(check_configs, settings)),
     ]
     for cell, names in layers.runs:
-        alone = partial(_rows_of_layers, cell, names, settings)
+        alone = partial(_rows_of_layers, [(cell, names)], settings)
         parts.append(('layers', f'layers of width {cell.width}', alone))
     for one in networks.comparisons:
         alone = partial(run_networks, [one], settings)
@@ -72,10 +71,8 @@ def first_line(settings: Settings, header: Mapping[str, Any], cell: Cell = FIRST
     )
 
 
-def _rows_of_layers(
-    cell: Cell, names: Sequence[str] | None, settings: Settings
-) -> list[dict[str, Any]]:
-    return run_layers([(cell, names)], settings)[0]
+def _rows_of_layers(*run: Any) -> list[dict[str, Any]]:
+    return run_layers(*run)[0]
 
 
 def _tell(run: Mapping[str, Any], args: argparse.Namespace) -> bool:

@@ -25,14 +25,11 @@ IDLE = ('empty', 'new_empty', 'detach', 'lift_fresh')  # beginnings of names: no
 
 @dataclass(frozen=True)
 class Card:
-    """Rates."""
-
     flops: Mapping[torch.dtype, float]  # a second, of products
     bytes: float  # a second, read and written
     launch: float  # seconds from one operator of a training to the next
 
     def expected_ms(self, work: 'Work') -> float:
-        """Of a step."""
         return 1e3 * sum(
             max(self.launch, flops / self.flops.get(dtype, torch.inf), moved / self.bytes)
             for flops, dtype, moved in work.operators
@@ -70,7 +67,6 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def work_of(step: Callable[[], object]) -> Work:
-    """What one call does."""
     with Work() as work:
         step()
     return work

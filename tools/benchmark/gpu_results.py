@@ -38,8 +38,6 @@ ROUNDING, LOW_LOSS = 2e-3, 0.05  # of the largest number of a tensor; of a loss 
 
 
 class Way(NamedTuple):
-    """How steps are taken."""
-
     device: str
     how: str = ''
     dtype: str = 'float32'
@@ -106,8 +104,6 @@ def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed
 
 
 class Trial:
-    """A model in training."""
-
     def __init__(self, method: str, way: Way, sizes: Mapping[str, Any]) -> None:
         # noise comes from the generator of a device
         known = METHODS[method].config.option_names()

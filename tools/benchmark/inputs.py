@@ -31,7 +31,6 @@ class Batch:
         return Batch(x, self.indices, weights, self.images)
 
     def clear(self) -> None:
-        """Forget gradients."""
         self.x.grad = self.weights.grad = None
 
 

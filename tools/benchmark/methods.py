@@ -165,5 +165,4 @@ def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
 
 
 def loops_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """A layer with its experts as a plain loop."""
     return run_layer(with_loops(module), batch)

@@ -4,7 +4,7 @@ import ast
 import copy
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import median
@@ -22,7 +22,7 @@ from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.config import check
 
 from .cells import DTYPES, Settings
-from .contenders import needs
+from .contenders import autocast, needs
 from .oracle import WrongResultError
 from .ours import with_loops
 from .report import network_table
@@ -36,8 +36,6 @@ MOST_CHECKED = 8  # images
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Networks that run side by side."""
-
     models: tuple[str, ...]
     baseline: str = 'vit_small_patch16_224'
     batch: int = 8
@@ -108,11 +106,7 @@ class Network:
         return twin
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which the model computes."""
-        if not self.comparison.amp:
-            return nullcontext()
-        kind = torch.device(self.settings.device).type
-        return torch.autocast(kind, dtype=DTYPES[self.comparison.dtype])
+        return autocast(self.comparison, self.settings)
 
     def infer(self, index: int) -> None:
         """A forward pass in eval mode without gradients."""
@@ -129,18 +123,15 @@ class Network:
             return F.cross_entropy(logits.float(), self.labels) + collected.total()
 
     def update(self) -> None:
-        """The optimizer's part of a step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def train_step(self, index: int) -> None:
-        """Forward, backward, optimizer."""
         self.forward(index).backward()
         self.update()
 
 
 def run_networks(comparisons: Sequence[Comparison], settings: Settings) -> list[dict[str, Any]]:
-    """Measures and prints networks."""
     rows = []
     for comparison in comparisons:
         measured = measure_networks(comparison, settings)
@@ -150,7 +141,6 @@ def run_networks(comparisons: Sequence[Comparison], settings: Settings) -> list[
 
 
 def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[str, Any]]:
-    """Time networks side by side."""
     specs = dict.fromkeys([comparison.baseline, *comparison.models])
     gc.collect()  # the networks of earlier comparisons, or a large one finds no room on a card
     if settings.compiled:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts, StackedLinear
 from vqmoe_vision.moe.kernels import compute_dtype
-from vqmoe_vision.moe.routing import Routing
+from vqmoe_vision.moe.routing import Routing, Switched
 
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, place
@@ -36,7 +36,6 @@ def dense(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
 def on_tokens(
     module: nn.Module, batch: Batch, call: Callable[[Tensor], Tensor] | None = None
 ) -> Sequence[Tensor]:
-    """A module, perhaps compiled, that answers on tokens alone."""
     return [(call or module)(batch.x)]
 
 
@@ -51,7 +50,6 @@ class BatchedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of rows, weight, bias."""
         (grad,) = grads
         rows, weight = ctx.saved_tensors
         return grad @ weight, grad.mT @ rows, grad.sum(dim=1)
@@ -129,7 +127,6 @@ def mean_load(counts: Iterable[Tensor]) -> float:
 def experts_grouped(
     module: nn.Module, batch: Batch, kept: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """What `ours` times."""
     assert isinstance(module, Experts)
     routing = Routing(batch.indices, batch.weights, kept=kept)
     return [run_experts(module, batch.x.flatten(0, 1), routing)]
@@ -164,7 +161,7 @@ def experts_loop(module: nn.Module, batch: Batch, kept: Tensor | None = None) ->
     return [run_experts_loop(module, tokens, routing)]
 
 
-class ExpertsLoop(nn.Module):
+class ExpertsLoop(Switched):
     """Experts that take sorted rows and run as a plain loop."""
 
     def __init__(self, experts: Experts) -> None:

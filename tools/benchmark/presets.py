@@ -16,8 +16,6 @@ from .networks import Comparison
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a preset runs, and how."""
-
     runs: tuple[tuple[Cell, tuple[str, ...] | None], ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     threads: int = 2

@@ -77,6 +77,5 @@ def network_table(title: str, rows: Sequence[Row]) -> str:
 
 
 def write(path: Path, run: Mapping[str, Any]) -> None:
-    """Save a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1) + '\n')

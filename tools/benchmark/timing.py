@@ -14,8 +14,6 @@ FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
 
 
 class Clock:
-    """Times calls."""
-
     def __init__(self, kind: str, device: str) -> None:
         self.cuda = device.startswith('cuda')
         self.now = time.process_time if kind == 'process' else time.perf_counter
@@ -69,7 +67,6 @@ def interleave(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, l
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
-    """Median over median."""
     return median(times) / median(reference)
 
 

@@ -26,7 +26,7 @@ from vqmoe_vision.analysis.source import Sample, Source, image_files
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries, start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.layers import Transformer
+from vqmoe_vision.models.layers import Convertible, Transformer
 from vqmoe_vision.moe.config import check, check_type
 
 from .datasets import ImageClassification, load_image
@@ -99,8 +99,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         if stream_loss is not None:
             _check_stream_loss(self.model, stream_loss, grad_checkpointing)
         self._arguments = {'model_name': model_name, **arguments}
-        fits = checkpoint is None or isinstance(self.model, Transformer)
-        check(fits, 'checkpoint', checkpoint, 'None beside what is no VisionTransformer or Eva')
+        fits = checkpoint is None or isinstance(self.model, Convertible)
+        check(fits, 'checkpoint', checkpoint, 'None beside what takes no experts')
         self.checkpoint, self.features, self.mixup = checkpoint, features, None
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         if mixup is not None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.engine.cli import load_config, make_folder, run
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
@@ -28,7 +30,7 @@ from .figures import plot_forest
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
 from .pages import Made, fill
-from .queue import Queue, tasks_of
+from .queue import Queue, Task, tasks_of
 from .report import draw_figures, write_tables
 from .spec import read_comparison
 from .store import (
@@ -43,6 +45,7 @@ from .store import (
     noise_of,
     save,
 )
+from .trackers import to_trackio
 
 
 def compare(argv: Sequence[str] | None = None) -> None:
@@ -102,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     stored = work.read().stored
     waiting = [one for one in work.runs if one.place not in stored]
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
-    tasks = tasks_of(waiting, work.store)
+    tasks = tasks_of(waiting, work.store, args.processes_per_run or 1)
     # the model of each row is built before the first run
     first = {(task.run.comparison.name, task.run.row): task.run for task in reversed(tasks)}
     for config in {one.comparison.config for one in first.values()}:
@@ -113,12 +116,29 @@ def _run(args: argparse.Namespace) -> None:
         print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
     # a seed of all rows before the next; in it what others start from is the first
     tasks.sort(key=lambda task: work.comparison.seeds.index(task.run.seed))
+    queue = _queue(args, tasks, work.folder / 'PAUSE')
     try:
-        failed = Queue(tasks, args.jobs, work.folder / 'PAUSE').work()
+        failed = queue.work()
     except KeyboardInterrupt:
-        raise ValueError('stopped; the same command goes on from the last checkpoints') from None
+        raise ValueError(queue.stopped) from None
     if failed:
         raise ValueError(f'{len(failed)} of {len(tasks)} runs failed: {", ".join(failed)}')
+
+
+def _queue(args: argparse.Namespace, tasks: list[Task], pause: Path) -> Queue:
+    for name in ('processes_per_run', 'minutes'):
+        value, allowed = getattr(args, name), 'at least 1, with --executor'
+        valid = value is None or (args.executor is not None and value > 0)
+        check(valid, f'--{name.replace("_", "-")}', value, allowed)
+    fits = args.slurm is None or args.executor == 'slurm'
+    check(fits, '--slurm', args.slurm, 'left out without --executor slurm')
+    if args.executor is None or not tasks:
+        return Queue(tasks, args.jobs, pause)
+    _require('submitit', '--executor')
+    from .executor import Submitted
+
+    more = parse_options(args.slurm or ())
+    return Submitted(tasks, args.jobs, pause, args.executor, args.minutes, more)
 
 
 def _table(args: argparse.Namespace) -> None:
@@ -189,6 +209,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f'{len(failed)} rows did not come out again: {", ".join(failed)}')
 
 
+def _export(args: argparse.Namespace) -> None:
+    work = Work(args)
+    usable = work.own('exported')[1]
+    _require(args.to, f'--to {args.to}')
+    to_trackio(work.comparison, usable)
+    name = work.comparison.name
+    print(f'{len(usable)} runs; to look at them: trackio show --project {name}')
+
+
+def _require(package: str, option: str) -> None:
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"{option} needs {package}: pip install '.[frameworks]'")
+
+
 def _control(args: argparse.Namespace) -> None:
     separations = args.separation or control.SEPARATIONS[args.quick]
     seeds = args.seeds or control.SEEDS[args.quick]
@@ -210,7 +244,7 @@ def _control(args: argparse.Namespace) -> None:
 
 _ACTIONS = {
     'run': _run, 'table': _table, 'shifts': _measure, 'routing': _measure, 'check': _check,
-    'forest': _forest, 'pages': _pages, 'control': _control,
+    'export': _export, 'forest': _forest, 'pages': _pages, 'control': _control,
 }  # fmt: skip
 
 
@@ -220,7 +254,9 @@ TOLERANCE = 1e-3  # relative: another processor rounds differently
 def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
     """Trains for as many iterations as a row keeps losses of, and compares them."""
     with tempfile.TemporaryDirectory() as folder:
-        command = run.train(Path(folder), 'default_hooks.record.only_first=True')
+        processes = content.get('processes', 1)
+        more = 'default_hooks.record.only_first=True'
+        command = run.train(Path(folder), more, processes=processes)
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD}
         )

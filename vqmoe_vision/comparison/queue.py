@@ -23,8 +23,6 @@ from vqmoe_vision.engine.cli import make_folder
 
 from .store import ONE_THREAD, Run, Store
 
-_POLL_SECONDS = 0.2
-
 
 @dataclass(eq=False)
 class Task:
@@ -34,6 +32,7 @@ class Task:
     store: Store
     leaves: Path | None = None  # checkpoint that others start from
     row: bool = True  # is missing; otherwise it is trained again for the checkpoint alone
+    processes: int = 1
     # while it is worked on
     slot: int = 0
     process: subprocess.Popen | None = None
@@ -43,6 +42,12 @@ class Task:
         """Tells it from a run of the same name in the comparison that starts from it."""
         name = self.run.name
         return name if self.leaves is None else f'{self.run.comparison.name}/{name}'
+
+    def stop(self) -> None:
+        """Tells its process to end, which it has saved by then."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
 
     @property
     def trained(self) -> bool:
@@ -60,7 +65,8 @@ class Task:
             environment['CUDA_VISIBLE_DEVICES'] = gpus[self.slot % len(gpus)]
         with lock:
             for name in due:
-                command = self.run.test(folder) if name == 'test' else self.run.train(folder)
+                make = self.run.test if name == 'test' else self.run.train
+                command = make(folder, processes=self.processes)
                 if name == 'train' and candidates(folder):
                     command.insert(command.index('--work-dir'), '--resume')
                 with (log := folder / f'{name}.log').open('a') as file:
@@ -78,7 +84,10 @@ class Task:
                     raise ValueError(f'killed by {signal.Signals(-code).name}, see {log}')
                 if code > 0:
                     said = log.read_text(errors='replace').strip() or 'it said nothing'
-                    raise ValueError(f'{said.splitlines()[-1].strip()} ({log})')
+                    lines = said.splitlines()
+                    # torchrun has a report of its own behind the line of a rank
+                    errors = [line for line in lines if line.startswith('error: ')]
+                    raise ValueError(f'{(errors or lines)[-1].strip()} ({log})')
             needed = {self.leaves: True, folder / 'run.json': self.row}
             needed |= {folder / 'test.json': tested}
             if left := [f.name for f, must in needed.items() if f and must and not f.is_file()]:
@@ -87,12 +96,16 @@ class Task:
                 self.store.collect(self.run)
 
 
-def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
+def tasks_of(runs: Sequence[Run], store: Store, processes: int = 1) -> list[Task]:
     """What is to be done for the rows of runs: first the runs that they start from, where due."""
     sources = list(_sources(runs, store.folder.parent).values())
     # a row that the comparison which others start from trains in the same way counts here too
     coming = {task.run.key for task in sources if task.row}
-    return [*sources, *(Task(run, store) for run in runs if run.key not in coming)]
+    tasks = [*sources, *(Task(run, store) for run in runs if run.key not in coming)]
+    for task in tasks:
+        task.processes = processes
+        task.run.train(task.run.folder, processes=processes)  # a batch that it does not divide
+    return tasks
 
 
 def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
@@ -112,6 +125,9 @@ def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
 
 class Queue:
     """Works through tasks in their order; a task waits for what it starts from."""
+
+    seconds = 0.2  # between two looks at what is under way
+    stopped = 'stopped; the same command goes on from the last checkpoints'
 
     def __init__(self, tasks: Sequence[Task], jobs: int | None, pause: Path) -> None:
         if not Path('tools/train.py').is_file():
@@ -150,11 +166,9 @@ class Queue:
                     - bar.n
                 )
                 bar.set_postfix_str(', '.join(task.name for task in self._jobs), False)
-                time.sleep(_POLL_SECONDS)
+                time.sleep(self.seconds)
         finally:
-            for process in self._processes():
-                process.terminate()
-                process.wait()
+            self._stop()
             bar.close()
             signal.signal(signal.SIGTERM, before)
         return self._failed
@@ -171,12 +185,21 @@ class Queue:
                 if not checkpoint.is_file():
                     name = f'{first.comparison.name}/{first.name}'
                     raise ValueError(f'{name} has left no {checkpoint}')
-            if (lock := _claimed(task)) is None:
+            task.slot = min(free)
+            if (job := self._begin(task)) is None:
                 return  # another queue works on it: perhaps it is finished when we look again
-            task.slot, self._jobs[task] = min(free), task.work(lock, self._gpus)
+            self._jobs[task] = job
         except (OSError, ValueError) as error:
             self._end(task, str(error))
         self._waiting.remove(task)
+
+    def _begin(self, task: Task) -> Iterator[None] | None:
+        lock = claimed(task)
+        return None if lock is None else task.work(lock, self._gpus)
+
+    def _stop(self) -> None:
+        for task in self._jobs:
+            task.stop()
 
     def _end(self, task: Task, error: str = '') -> None:
         self._jobs.pop(task, None)
@@ -194,7 +217,7 @@ class Queue:
             process.send_signal(signal.SIGSTOP)
         try:
             while self._pause.exists():
-                time.sleep(_POLL_SECONDS)
+                time.sleep(self.seconds)
         finally:
             for process in self._processes():
                 process.send_signal(signal.SIGCONT)
@@ -207,21 +230,21 @@ def visible_gpus(named: str | None, count: int) -> list[str]:
     return names if named and count and 'MIG' in named else names[:count]
 
 
-def _claimed(task: Task) -> IO[str] | None:
+def claimed(task: Task) -> IO[str] | None:
     """The lock of a run, unless another process has it; what a check refuted is set aside."""
     folder = task.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if (lock := _lock(folder / 'lock')) is None:
+    if (lock := lock_of(folder / 'lock')) is None:
         return None
     make_folder(folder)  # that of another process is not written to
     if (moved := task.store.set_aside(task.run)) is None:
         return lock
     tqdm.write(f'{task.name} begins anew: {moved}')
     lock.close()  # it went with the folder, and the next folder has one of its own
-    return _claimed(task)
+    return claimed(task)
 
 
-def _lock(path: Path) -> IO[str] | None:
+def lock_of(path: Path) -> IO[str] | None:
     """A file that is locked until it is closed; None where another process has locked it."""
     file = path.open('w')
     with suppress(BlockingIOError):

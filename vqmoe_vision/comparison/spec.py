@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -166,6 +166,10 @@ class Comparison:
         given = [each for options in (self.options, *self.rows.values()) for each in options]
         given = [each for each in given if re.match(r'randomness(\.seed)?=', each)]
         check(not given, f'{where}options', given, 'left to seeds, which give each run one')
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields: a job that begins later reads the config of then."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def tested(self) -> bool:

@@ -41,6 +41,8 @@ class Run:
     seed: int  # of everything that is drawn
     root: Path  # folder of all comparisons' runs
 
+    __getstate__ = Comparison.__getstate__  # a job that begins later finds its own recipe
+
     @property
     def name(self) -> str:
         """Names its file of results."""
@@ -122,16 +124,30 @@ class Run:
         said = as_typed(one_line(error), parse_options(self.options))
         return f'comparison {self.comparison.name}: row {self.row}: {said}'
 
-    def train(self, folder: Path, *more: str) -> list[str]:
-        """Command line of its training."""
-        options = ['--work-dir', str(folder), '--cfg-options', *self.options, *more]
-        return [sys.executable, 'tools/train.py', self.comparison.config, *options]
+    def train(self, folder: Path, *more: str, processes: int = 1) -> list[str]:
+        """Command line of its training, whose processes share what is a batch of one."""
+        loader, batch = self.resolved.get('train_dataloader') or {}, []
+        images = loader.get('batch_size', 1)
+        allowed = f'a divisor of {images}, the images of a batch of {self.name}'
+        check(images % processes == 0, '--processes-per-run', processes, allowed)
+        if processes > 1 and self.resolved.get('total_batch_size') is None:
+            batch = [f'train_dataloader.batch_size={images // processes}']
+        given = ['--work-dir', str(folder), '--cfg-options', *self.options, *batch, *more]
+        return self._command('train', processes, given)
 
-    def test(self, folder: Path) -> list[str]:
+    def test(self, folder: Path, processes: int = 1) -> list[str]:
         """Command line of the test of its last checkpoint, once that is there."""
         out = ['--work-dir', str(folder / 'test'), '--out', str(folder / 'test.json')]
         given = [str(last_checkpoint(folder)), *out, '--cfg-options', *self.options]
-        return [sys.executable, 'tools/test.py', self.comparison.config, *given]
+        return self._command('test', processes, given)
+
+    def _command(self, tool: str, processes: int, given: list[str]) -> list[str]:
+        command = [f'tools/{tool}.py', self.comparison.config, *given]
+        if processes == 1:
+            return [sys.executable, *command]
+        started = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        # in front of the options, which end with the command
+        return [sys.executable, *started, *command[:2], '--launcher=pytorch', *command[2:]]
 
 
 def as_json(config: Config) -> dict[str, Any]:
@@ -142,9 +158,9 @@ def as_json(config: Config) -> dict[str, Any]:
 VERSION = 2
 # What a run leaves and a row keeps, as it is.
 _RECORDED = (
-    'seed', 'commit', 'versions', 'device', 'hardware', 'threads', 'minutes', 'cpu_minutes',
-    'iterations', 'params', 'active_params', 'macs', 'data', 'starting_weights', 'first_losses',
-    'training_loss', 'correct',
+    'seed', 'commit', 'versions', 'device', 'hardware', 'processes', 'threads', 'minutes',
+    'cpu_minutes', 'iterations', 'params', 'active_params', 'macs', 'data', 'starting_weights',
+    'first_losses', 'training_loss', 'correct',
 )  # fmt: skip
 # What tables, figures and commands use of every row. The first rows have neither `data` nor
 # `correct`, a bit per test image; `checked`, `shifts`, `shift_routing` and `routing` come later.

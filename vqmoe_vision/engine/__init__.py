@@ -3,7 +3,7 @@
 Importing this package registers it, under names of its own.
 """
 
-from . import checkpoint_hook, hooks, optim, record
+from . import checkpoint_hook, hooks, optim, record, trackers
 from .model import MoeTrainingMixin, RoutingStatistics
 from .step_values import NonFiniteError
 
@@ -15,4 +15,5 @@ __all__ = [
     'hooks',
     'optim',
     'record',
+    'trackers',
 ]

@@ -26,6 +26,7 @@ from vqmoe_vision.moe.raw_patches import image_reader
 from .config import innermost
 from .images import TrainingPart
 from .model import MoeTrainingMixin, check_experts, unwrapped
+from .optim import with_kernels
 from .seeding import ReseedHook
 from .step_values import check_weights, pass_over_infinite
 
@@ -149,6 +150,9 @@ class CheckpointFitHook(Hook):
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         same = not runner._resume or ('ema_state_dict' in checkpoint) == averages
         check(same, 'EMAHook', averages, f'{not averages}, as when the run began that is resumed')
+        # kernels are the config's and the card's that it goes on with
+        if runner._resume and 'optimizer' in checkpoint:
+            with_kernels(checkpoint['optimizer'], runner.optim_wrapper.optimizer)
         path = os.path.expanduser(str(runner._load_from))
         check_experts(unwrapped(runner).routed_model, path, checkpoint)
         if problem := unwrapped(runner).misfit(checkpoint.get('state_dict', checkpoint)):
@@ -252,17 +256,16 @@ class JointMovingAverage(ExponentialMovingAverage):
 
     def update_parameters(self, model: nn.Module) -> None:
         """Moves the averages."""
-        self._averages: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         super().update_parameters(model)
-        if self._averages:
-            torch._foreach_lerp_(self._averages, self._values, self.momentum)
-        self._values.clear()
+        if self._pairs:
+            averages, values = zip(*self._pairs, strict=True)
+            torch._foreach_lerp_(averages, values, self.momentum)
+        del self._pairs  # a model that is copied or pickled takes no tensors along
 
     def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
         """Keeps a pair until all are there."""
-        self._averages.append(averaged_param)
-        self._values.append(source_param)
+        self._pairs.append((averaged_param, source_param))
 
 
 def check_hooks(runner: Runner) -> None:

@@ -78,6 +78,17 @@ def suit_card(config: Config, file: str) -> str:
     return f'float32 is slow on this card; in {_low_dtype()}: vqmoe train {file} --amp'
 
 
+# Options of an optimizer for kernels that take lists of tensors of one layout.
+KERNELS_FOR_LISTS = ('foreach', 'fused')
+
+
+def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is saved of an optimizer, with the kernels that it was built with."""
+    for group in state['param_groups']:
+        group.update({n: optimizer.defaults.get(n) for n in KERNELS_FOR_LISTS if n in group})
+    return state
+
+
 def scales_loss(wrapper: OptimWrapper) -> bool:
     """Whether backward passes start from a loss that was multiplied by a scale."""
     scaler = getattr(wrapper, 'loss_scaler', None)

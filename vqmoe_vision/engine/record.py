@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import BaseDataset
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, LOG_PROCESSORS
 from mmengine.runner import LogProcessor, Runner
@@ -133,6 +133,7 @@ class RunRecordHook(Hook):
             'versions': {p: v for p in PACKAGES if (v := installed(p))},
             'device': 'cuda' if cuda else 'cpu',
             'hardware': torch.cuda.get_device_name() if cuda else processor(),
+            'processes': get_world_size(),
             'threads': torch.get_num_threads(),
             **{name: round(value, 3) for name, value in self._spent().items()},
             'iterations': runner.max_iters,

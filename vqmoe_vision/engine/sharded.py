@@ -33,7 +33,7 @@ from vqmoe_vision.moe.optimizer import mixes_experts
 from .checkpoint import PARTS, RUN_FILE, checksum, delete_folder, dotted
 from .checkpoint_files import RUN, SaveError, remove_unnamed, sync_folder
 from .model import RoutingStatistics
-from .optim import scales_loss
+from .optim import KERNELS_FOR_LISTS, scales_loss, with_kernels
 from .processes import timeout_of
 from .step_values import check_own_parts, check_weights
 
@@ -224,17 +224,6 @@ def _exchange(
                 layout = part.device_mesh, part.placements
                 state[name] = distribute_tensor(value, *layout, src_data_rank=None)
         optimizer.state[part] = state
-
-
-# Options of an optimizer for kernels that take lists of tensors of one layout.
-KERNELS_FOR_LISTS = ('foreach', 'fused')
-
-
-def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What is saved of an optimizer, with the kernels that a model has which is not spread."""
-    for group in state['param_groups']:
-        group.update({n: optimizer.defaults[n] for n in KERNELS_FOR_LISTS if n in group})
-    return state
 
 
 def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
-from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
 from ..moe.raw_patches import ImageReader
-from .layers import Transformer, method_of, timms_class
+from .layers import Convertible, method_of, timms_class
 from .moe_vit import SparseModel
 
 StateDict = dict[str, Tensor]
@@ -29,8 +29,8 @@ Value = TypeVar('Value')
 STATED = 'vqmoe_vision'
 CLASSIFIERS = ('head.', 'head_dist.')
 HEADS = (*CLASSIFIERS, 'attn_pool.')
-# Where timm has the last norm.
-NORMS = ('norm.', 'fc_norm.')
+# Where timm has the last norm; that of SAM is in a neck.
+NORMS = ('norm.', 'fc_norm.', 'neck.')
 # Where activations are compared: of those that timm names, no two agree in all these points.
 _POINTS = torch.linspace(-8.0, 8.0, 65)
 # What rotary positions are made of beside weights, and the arguments of timm's `Eva` for it.
@@ -170,7 +170,7 @@ def _facts(network: Any) -> dict[str, str]:
         if hasattr(rope, name):
             value = getattr(rope, name)  # a config.json has lists
             facts[option] = repr(tuple(value) if isinstance(value, list) else value)
-    if not isinstance(network, Transformer):
+    if not isinstance(network, Convertible):
         return facts
     block = network.blocks[0]
     parts: dict = {}  # the first of each name
@@ -206,9 +206,9 @@ def _same(act: nn.Module, other: nn.Module) -> bool:
         return torch.allclose(act(_POINTS.clone()), other(_POINTS.clone()), atol=1e-5, rtol=0)
 
 
-def refuse_rotary(state: StateDict, model: Transformer, path: str) -> tuple[str, ...]:
+def refuse_rotary(state: StateDict, model: Convertible, path: str) -> tuple[str, ...]:
     """Refuse a bare file of rotary positions; a warning where names do not tell."""
-    if isinstance(model, Eva):
+    if not isinstance(model, VisionTransformer):
         return ()
     if 'pos_embed' not in state and any(re.search(_OF_ROTARY, name) for name in state):
         raise ValueError(

@@ -8,8 +8,6 @@ from typing import Any
 
 import timm
 from timm.models import get_arch_name, model_entrypoint, register_model
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,13 +17,12 @@ from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from ..moe.raw_patches import READER
 from .fitting import Report
+from .hosts import check_host
 from .layers import MOE_HOST, MOE_LAYERS, check_method, moe_options, put_layers
-from .moe_vit import MoeEva, MoeVisionTransformer, SparseModel
+from .moe_vit import SparseModel
 from .upcycle import Upcycling, read_upcycling
 from .vit_moe import build
 
-# What a model of timm becomes. A class of its own may compute otherwise and is not converted.
-_SPARSE: dict[type[nn.Module], Any] = {VisionTransformer: MoeVisionTransformer, Eva: MoeEva}
 __all__: list[str] = []  # register_model adds the entry point
 
 
@@ -33,7 +30,7 @@ __all__: list[str] = []  # register_model adds the entry point
 def moe_host(pretrained: bool = False, host: Any = None, method: Any = None, **kwargs: Any) -> Any:
     """A vision transformer of timm with MoE layers, as converted models and configs name it."""
     known = isinstance(host, str) and timm.is_model(host) and get_arch_name(host) != MOE_HOST
-    check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
+    check(known, 'host', host, "the name of one of timm's vision transformers")
     check_method(method)
     check(not kwargs.get('upcycle'), 'upcycle', kwargs.get('upcycle'), 'None: use pretrained')
     return build(partial(_fresh, host), MOE_HOST, method, pretrained, known_as=host, **kwargs)
@@ -62,8 +59,9 @@ def convert_to_moe(
     they are made of were; routers and codebooks are new, and train.
 
     Args:
-        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs. It is
-            changed, or left as it is if anything is refused.
+        model: One of timm's `HOSTS`, such as `VisionTransformer`, `Eva` (DINOv3), `Beit` or
+            `NaFlexVit`, whose blocks have plain MLPs. It is changed, or left as it is if anything
+            is refused.
         method: Key of `METHODS`.
         moe_layers: Which blocks become MoE, see `resolve_moe_layers`.
         upcycling: How experts are made, see `Upcycling`; None for equal copies.
@@ -103,15 +101,13 @@ def _put_layers(
     **options: Any,
 ) -> dict[str, str]:
     """As `put_layers`; the model is one of ours from then on."""
-    kind = type(model)
     check_method(method)
-    allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
-    check(kind in _SPARSE, 'model', kind.__name__, allowed)
+    kind = check_host(model)
     config = METHODS[method].config.from_options(**options)
     # what the model was becomes what reads its images
     copied = put_layers(model, method, config, moe_layers, partial(copy.deepcopy, model), how)
     given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
-    model.__class__ = _SPARSE[kind]
+    model.__class__ = kind
     model.describe(method, config, stated)
     model._model_args = given
     return copied

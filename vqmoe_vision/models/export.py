@@ -313,6 +313,8 @@ def save(
     save_for_hf(model, str(folder), names, _changed(model), safe_serialization=True)
     config = folder / CONFIG
     described = json.loads(config.read_text()) | {DIGEST: digest_of(folder / OF_TIMM[0])}
+    # timm reads that of the root, and transformers gives both to timm
+    described['model_args'].pop('num_classes', None)
     config.write_text(f'{json.dumps(described, indent=2)}\n')
     _read_back(model, folder, preprocessing['input_size'])
     return described['model_args']

@@ -2,14 +2,15 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models import adapt_input_conv, eva, vision_transformer
-from timm.models.eva import Eva
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
 
 from ..moe import moe_layers
 from ..moe.config import check
@@ -33,7 +34,7 @@ from .compat import (
     shorten,
     without,
 )
-from .layers import Transformer
+from .layers import Convertible, timms_class
 from .normalization import KEY, Normalization, of_buffer
 from .upcycle import Upcycling, upcycle
 
@@ -125,7 +126,7 @@ class Report:
 
 
 def transfer(
-    model: Transformer,
+    model: Convertible,
     state_dict: StateDict,
     path: str,
     image_sizes: Sequence[Size] = (),
@@ -160,7 +161,7 @@ def transfer(
 
 
 def _fit(
-    model: Transformer,
+    model: Convertible,
     state: StateDict,
     expected: StateDict,
     path: str,
@@ -287,12 +288,12 @@ def _fit_head(
     return body, (*theirs, *between), (note,), bool(problem)
 
 
-def _filtered(model: Transformer, state: StateDict, path: str) -> StateDict:
+def _filtered(model: Convertible, state: StateDict, path: str) -> StateDict:
     """By timm's names, in the sizes of the model as far as timm's filter can do that."""
     try:
-        if isinstance(model, Eva):
-            return eva.checkpoint_filter_fn(state, model)
-        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        of_timm = sys.modules[timms_class(model).__module__].checkpoint_filter_fn
+        options = {'adapt_layer_scale': True} if isinstance(model, VisionTransformer) else {}
+        return of_timm(state, model, **options)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -310,18 +311,20 @@ def _left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
 
 
 def _resized_positions(
-    state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
+    state: StateDict, model: Any, path: str, image_sizes: Sequence[Size]
 ) -> StateDict:
     """The position embedding for the model's grid, if an image size fits it."""
-    if not {'pos_embed', _STEM} <= state.keys():
+    own = getattr(model, 'pos_embed', None)
+    if own is None or own.ndim != 3 or not {'pos_embed', _STEM} <= state.keys():
         return {}
-    if 'register_tokens' in state and not model.no_embed_class:
+    no_embed_class = getattr(model, 'no_embed_class', False)
+    if 'register_tokens' in state and not no_embed_class:
         # where timm adds the position of the class token to it, which leaves it none
         raise ValueError(
             f"checkpoint {path!r} has DINOv2's registers, which have no positions: "
             'no_embed_class=False is not possible'
         )
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    prefix = 0 if no_embed_class else model.num_prefix_tokens
     leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
     patch, number = state[_STEM].shape[-2:], positions.shape[1]
     for height, width in image_sizes:
@@ -337,7 +340,7 @@ def _resized_positions(
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: pos_embed is '
             f'{tuple(state["pos_embed"].shape)}, no square with '
-            f'no_embed_class={model.no_embed_class}; of other images '
+            f'no_embed_class={no_embed_class}; of other images '
             'pretrained_cfg_overlay=dict(input_size=(3, HEIGHT, WIDTH)) says the size'
         )
     return {}
@@ -351,7 +354,7 @@ def _fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
     return {_STEM: adapt_input_conv(ours.shape[1], theirs)}
 
 
-def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
+def _fit_layers(state: StateDict, model: Convertible) -> StateDict:
     """What each MoE layer makes of its part, if that has experts like its own."""
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
@@ -363,7 +366,7 @@ def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
 
 
 def _upcycled(
-    model: Transformer, state: StateDict, path: str, how: Upcycling
+    model: Convertible, state: StateDict, path: str, how: Upcycling
 ) -> tuple[StateDict, dict[str, str]]:
     """Experts made of the dense MLPs in their place, and which tensor each was made of."""
     made: StateDict = {}

@@ -1,6 +1,7 @@
 """MoE layers in the place of a model's MLPs, with experts like them."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,8 +10,12 @@ from typing import Any, TypeAlias
 import timm
 import torch
 from timm.layers import Mlp, PatchEmbed, register_notrace_module
+from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from ..moe.config import MoeConfig, check
@@ -28,8 +33,9 @@ from ..moe.raw_patches import (
 )
 from .upcycle import Upcycling, upcycle
 
-# `Eva` has rotary positions; DINOv3's models are of it.
-Transformer: TypeAlias = VisionTransformer | Eva
+# What is analysed too: it has patches in order behind prefix tokens. And what else takes experts.
+Transformer: TypeAlias = VisionTransformer | Eva | Beit
+Convertible: TypeAlias = Transformer | VisionTransformerRelPos | VisionTransformerSAM | NaFlexVit
 # Modules of timm, and ours, whose models are `VisionTransformer`s, and those with `Eva`s.
 OWN_MODULES = ('vit_moe',)
 VIT_MODULES = ('vision_transformer', 'deit', *OWN_MODULES)
@@ -75,8 +81,8 @@ def put_layers(
     Experts are made of the MLPs by `how`, or drawn. `dense` makes what reads the model's images.
     """
     raw_patches = _read_patches(model, method, config, dense)
-    stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
-    host = Host(stem.num_patches + prefix_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
+    host = Host(num_patches(model) + prefix_tokens, prefix_tokens, model.in_chans, raw_patches)
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(model.blocks)):
@@ -113,17 +119,38 @@ def put_layers(
 
 def _read_patches(model: Any, method: str, config: MoeConfig, dense: Any) -> Any:
     """The raw patches of a model, if the method looks at them."""
-    proj = model.patch_embed.proj
-    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, 'a convolution')
     if METHODS[method].read_patches is None:
         return None
-    stem = type(model.patch_embed)
-    check(stem is PatchEmbed, 'embed_layer', stem.__name__, f'PatchEmbed, as {method} reads it')
+    stem = _stem(model)
+    kind, allowed = type(stem).__name__, f'PatchEmbed, as {method} reads it'
+    check(type(stem) is PatchEmbed, 'embed_layer', kind, allowed)
     for block in model.blocks:
         allowed = f'Block of a VisionTransformer, as {method} looks at raw patches'
         check(type(block) is Block, 'block_fn', type(block).__name__, allowed)
-    factory = {'device': proj.weight.device, 'dtype': proj.weight.dtype}
+    host = timms_class(model)
+    alike = host is VisionTransformer or not METHODS[method].needs_features
+    check(alike, 'model', host.__name__, f'a VisionTransformer, by which {method} reads images')
+    factory = {'device': stem.proj.weight.device, 'dtype': stem.proj.weight.dtype}
     return RawPatches(METHODS[method].reader(config, dense, **factory))
+
+
+def _stem(model: Any) -> Any:
+    return model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+
+
+def num_patches(model: Any) -> int:
+    """Of an image of the size that the model is made for."""
+    stem = _stem(model)
+    grid = stem.pos_embed_grid_size if isinstance(model, NaFlexVit) else stem.grid_size
+    return math.prod(grid)
+
+
+def image_size(model: Any) -> tuple[int, ...]:
+    """Height and width of the images that a model is made for."""
+    stem = _stem(model)
+    if not isinstance(model, NaFlexVit):
+        return tuple(stem.img_size)
+    return tuple(n * p for n, p in zip(stem.pos_embed_grid_size, stem.patch_size, strict=True))
 
 
 def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any) -> MoeLayer:
@@ -141,7 +168,7 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
         for linear in (experts.fc1, experts.fc2):
             linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
-    dropped = getattr(model.patch_drop, 'prob', 0.0)
+    dropped = getattr(getattr(model, 'patch_drop', None), 'prob', 0.0)
     anywhere = layer.permutation_equivariant or dropped == 0
     check(anywhere, 'patch_drop_rate', dropped, f'0, {method} needs all patches in their places')
     # torch.fx, which timm's feature extraction uses, takes it as one operation
@@ -172,7 +199,7 @@ def _rate(drop: nn.Module) -> float:
 @torch.no_grad()
 def scale_fresh_experts(model: Any) -> None:
     """Scale the output layers of experts that were just drawn, if timm does so with MLPs."""
-    if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
+    if not (isinstance(model, Eva | Beit) or getattr(model, 'fix_init', False)):
         return
     for i, block in enumerate(model.blocks):
         if isinstance(block.mlp, MoeLayer):

@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 
 import torch
 from timm.layers import Mlp, to_2tuple
-from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +19,15 @@ from ..moe.experts import Experts
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from ..moe.raw_patches import RawPatchBlock
-from .layers import MOE_LAYERS, Transformer, check_method, draw_as, output_scale, put_layers
+from .layers import (
+    MOE_LAYERS,
+    Convertible,
+    check_method,
+    draw_as,
+    image_size,
+    output_scale,
+    put_layers,
+)
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 
 _TYPES = get_type_hints(VisionTransformer.__init__)
@@ -54,6 +61,14 @@ class SparseModel:
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
+    def extra_repr(self: Any) -> str:
+        """Method and size, for print(model)."""
+        return f'{self.method}: {describe_params(*count_params(self))}'
+
+
+class SizedModel(SparseModel):
+    """`SparseModel` of a class whose input size can be set."""
+
     def set_input_size(
         self: Any,
         img_size: int | tuple[int, int] | None = None,
@@ -62,7 +77,8 @@ class SparseModel:
         """As timm's; layers that go by the number of tokens hear of it."""
         embed = self.patch_embed
         size, patch = img_size or embed.img_size, patch_size or embed.patch_size
-        _check_whole_patches(size, patch, bool(embed.dynamic_img_pad and self.dynamic_img_size))
+        padded = embed.dynamic_img_pad and getattr(self, 'dynamic_img_size', False)
+        _check_whole_patches(size, patch, bool(padded))
         super().set_input_size(img_size, patch_size)  # type: ignore[misc]
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         for module in self.modules():
@@ -71,12 +87,8 @@ class SparseModel:
             if isinstance(module, MoeLayer):  # as which the model is built again
                 self._model_args = {**self._model_args, **module.options_in_size(num_tokens)}
 
-    def extra_repr(self: Any) -> str:
-        """Method and size, for print(model)."""
-        return f'{self.method}: {describe_params(*count_params(self))}'
 
-
-class MoeVisionTransformer(SparseModel, VisionTransformer):
+class MoeVisionTransformer(SizedModel, VisionTransformer):
     """timm's `VisionTransformer` with MoE layers in the place of some MLPs.
 
     Args:
@@ -136,10 +148,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
                 block.grad_checkpointing = enable
         else:
             super().set_grad_checkpointing(enable)
-
-
-class MoeEva(SparseModel, Eva):
-    """timm's `Eva`, of which DINOv3's models are, with MoE layers; `convert_to_moe` makes it."""
 
 
 def check_vit_arguments(kwargs: dict) -> None:
@@ -204,22 +212,20 @@ class Complexity:
         return f'{params}, {self.macs / 1e9:.3f} GMACs per image'
 
 
-def complexity(model: Transformer) -> Complexity:
+def complexity(model: Convertible) -> Complexity:
     """Count parameters, active parameters and MACs of a timm ViT, dense or with MoE layers.
 
     Args:
         model: The model; its current input size counts.
 
     Raises:
-        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`.
+        ValueError: If `model` is none of timm's classes that take experts.
     """
     kind = type(model).__name__
-    check(isinstance(model, Transformer), 'model', kind, 'a timm VisionTransformer or Eva')
-    stem = model.patch_embed
-    height, width = stem.img_size
-    shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype
+    check(isinstance(model, Convertible), 'model', kind, 'a timm vision transformer')
+    shape, dtype = (1, model.in_chans, *image_size(model)), next(model.parameters()).dtype
     images = torch.empty(shape, dtype=dtype, device='meta')
-    weightless = copy.deepcopy(model).to('meta').eval()
+    weightless = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     for module in weightless.modules():  # a user's own, which need values
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

@@ -41,7 +41,7 @@ from .compat import (
     refuse_without_values,
 )
 from .fitting import in_names_of_timm, transfer
-from .layers import VIT_MODULES, Transformer
+from .layers import VIT_MODULES, Convertible
 from .moe_vit import SparseModel
 from .normalization import Normalization, check_normalization
 from .upcycle import BEGINNING, read_upcycling
@@ -171,6 +171,8 @@ def check_file(path: str) -> None:
             if Path(path).name == OF_TIMM[0] and config.is_file():
                 described = json.loads(config.read_bytes())
                 stated = described.get(DIGEST) if isinstance(described, dict) else None
+                if stated is not None and 'transformers_version' in described:
+                    stated = None  # of the folder that transformers read: it has written others
                 if stated not in (None, digest_of(Path(path))):
                     raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
             return
@@ -206,7 +208,10 @@ class Described:
     def of(cls, config: dict, name: str, arguments: Any = None) -> 'Described':
         """Of what timm's functions return, without what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in _NOT_OF_WEIGHTS}
-        return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
+        given = {k: v for k, v in (arguments or {}).items() if k not in BEGINNING}
+        if given and 'num_classes' in config:  # beside the arguments, where `save` leaves it alone
+            given.setdefault('num_classes', config['num_classes'])
+        return cls(kept, name, given)
 
     def network(self, source: str) -> Network | None:
         """The network that is described, built without memory."""
@@ -389,7 +394,7 @@ def read_fitting(model: nn.Module, path: str) -> StateDict:
     with reading(path):
         state = load_file(path)
     expected = model.state_dict()
-    if isinstance(model, Transformer):
+    if isinstance(model, Convertible):
         for line in compare(model, network_of(path), path):
             _logger.warning('%s: %s', path, line)
         if expected.keys().isdisjoint(state):

@@ -24,6 +24,7 @@ from .raw_patches import (
     to_be_repeated,
 )
 from .routing import Router, Routing, Switched, expert_load
+from .valid import ValidTokens
 
 UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
@@ -70,6 +71,9 @@ class MoeLayer(Switched):
     it has losses or statistics, once `record`. The members of a layer with state come next, then
     those that few layers need.
     """
+
+    # of a padded batch, while a block of the model runs
+    valid: ValidTokens | None = None
 
     needs_collecting = True  # whether it has losses, or state that learns without gradients
     permutation_equivariant = True  # not where tokens are routed by position
@@ -118,8 +122,8 @@ class MoeLayer(Switched):
         Args:
             decisions: Routing or quantization by the module's name in the layer; or any tensor that
                 begins with (B, N), or (T,).
-            inputs: What the layer was given, (B, N, D).
-            outputs: Its answer, (B, N, D).
+            inputs: What the layer was given, (B, N, D); (T, 1, D) of tokens of a padded batch.
+            outputs: Its answer, as `inputs`.
         """
         if self.recorder.watcher is not None and not in_recomputation():
             self.recorder.watcher(decisions, inputs, outputs)
@@ -169,6 +173,14 @@ class MoeLayer(Switched):
 
     # --- rarely
 
+    def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
+        """`run` of a padded batch: all is as without the padding, whose answer is zero.
+
+        A layer that decides for each token alone has `valid.one_by_one(self.run, x)` here.
+        """
+        kind = type(self).__name__
+        raise NotImplementedError(f'{kind} takes no padded images: it has no run_valid')
+
     def reads(self) -> RawPatches | None:
         """Where the layer finds the images that it decides by; None if it sees tokens alone."""
         return None
@@ -211,14 +223,17 @@ class MoeLayer(Switched):
         if not in_recomputation():
             if collecting and not self.recorder.active and torch.is_grad_enabled():
                 warn_once(UNCOLLECTED)
-            out = self.run(x)
+            out = self._run(x)
             self._watch(out)
             return out
         self.guard.repeated()
-        out = self.run(x)
+        out = self._run(x)
         if collecting and out.requires_grad:
             out.register_hook(refuse_reentrant)
         return out
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self.run(x) if self.valid is None else self.run_valid(x, self.valid)
 
     def _watch(self, answer: Tensor | Loss) -> None:
         """Let no backward pass of an answer repeat this layer as another one."""
@@ -263,8 +278,17 @@ class RoutedMlp(MoeLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """Route, run, report; (B, N, D) -> (B, N, D)."""
+        return self._routed(x, self.router(x if self.router.per_image else x.flatten(0, 1)))
+
+    def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
+        """As `MoeLayer`; a router of images is told which tokens are there."""
+        if not self.router.per_image:
+            return valid.one_by_one(self.run, x)
+        routing = self.router(x, valid)
+        return valid.one_by_one(lambda tokens: self._routed(tokens, routing), x)
+
+    def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         tokens = x.flatten(0, 1)
-        routing = self.router(x if self.router.per_image else tokens)
         out = run_experts(self.experts, tokens, routing).view(x.shape)
         num_tokens = tokens.shape[0]  # not `len`, which a trace warns of
         stats = self.statistics(routing, num_tokens) if self.listens else {}

@@ -44,7 +44,9 @@ class Switched(nn.Module):
 class Router(Switched):
     """Base of routers, without side effects: tokens in, `Routing` out."""
 
-    per_image = False  # whether it routes images (B, N, D), not tokens (T, D)
+    # whether it routes images (B, N, D), not tokens (T, D); of a padded batch it gets these and
+    # their `ValidTokens`, which it routes
+    per_image = False
     has_losses: bool = True  # in training, as its options are
     has_state: bool = False  # that learns without gradients
     permutation_equivariant = True  # not where tokens are routed by position

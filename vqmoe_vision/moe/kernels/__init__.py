@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from subprocess import SubprocessError
 from types import ModuleType
 from typing import Any
 
@@ -71,7 +72,8 @@ def _triton(kind: str) -> ModuleType | None:
         return ours if ours.builds_for(kind) else None
     except ImportError:
         return None  # installed without
-    except (RuntimeError, OSError) as error:  # it wants a C compiler and Python's headers
+    # it wants a C compiler and Python's headers
+    except (RuntimeError, OSError, SubprocessError) as error:
         warnings.warn(f'Triton cannot run, so experts wait for the device: {error}', stacklevel=2)
         return None
 
@@ -134,9 +136,10 @@ def grouped_linear(
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()
     name = kernel_of(x.device, dtype, weight.shape)
-    if (kernel := KERNELS[name]).gradients is None:
+    # a trace of torch.jit holds operators, and no function of Python can be saved
+    if (kernel := KERNELS[name]).gradients is None or torch.jit.is_tracing():
         x = x if gelu is None else F.gelu(x, approximate=gelu)
         return kernel.product(x, weight, bias, offsets)
     if not kernel.ends_on_host:
@@ -163,8 +166,10 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, weight, offsets = ctx.saved_tensors
-        rows = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
         wanted = list(ctx.needs_input_grad[:3])
+        # only the gradient of a weight asks for them
+        again = ctx.gelu is not None and wanted[1]
+        rows = F.gelu(x, approximate=ctx.gelu) if again else x
         # of a sum it is one expanded number
         grad, gradients = grads[0].contiguous(), KERNELS[ctx.kernel].gradients
         assert gradients is not None

@@ -166,6 +166,14 @@ def weight_kernel(
         tl.store(to, total.to(grad.dtype.element_ty), mask=is_wide[:, None] & is_column)
 
 
+def _launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], *args: Any, **options: Any
+) -> None:
+    # on the card of the tensors: Triton takes the current one
+    with torch.cuda.device_of(tensors[0]):
+        wrap_triton(kernel)[grid](*tensors, *args, **options)
+
+
 def _options(x: Tensor) -> dict[str, Any]:
     fast = torch.backends.cuda.matmul.fp32_precision == 'tf32' and torch.version.hip is None
     precision = 'tf32' if fast and x.dtype == torch.float32 else 'ieee'
@@ -184,7 +192,7 @@ def _launch_product(
     strides = (1, n) if turned else (k, 1)
     told |= {'HAS_BIAS': bias is not None, 'GROUPS': triton.next_power_of_2(num_experts + 1)}
     grid = (num_tiles * triton.cdiv(n, told['COLUMNS']),)
-    wrap_triton(product_kernel)[grid](*tensors, num_rows, num_experts, n, k, *strides, **told)
+    _launch(product_kernel, grid, tensors, num_rows, num_experts, n, k, *strides, **told)
     return out
 
 
@@ -207,7 +215,7 @@ def gradients(
         told = _options(x) | {'FOR_WEIGHT': wanted[1], 'FOR_BIAS': wanted[2]}
         across = triton.cdiv(k, told['COLUMNS']) * wanted[1] + wanted[2]
         grid = (triton.cdiv(n, told['ROWS']) * across, num_experts)
-        wrap_triton(weight_kernel)[grid](grad, x, grad_weight, grad_bias, ends, n, k, **told)
+        _launch(weight_kernel, grid, (grad, x, grad_weight, grad_bias, ends), n, k, **told)
     return grad_x, grad_weight, grad_bias
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..config import MoeConfig, Named, option
 from ..raw_patches import Host
 from ..routing import Router, Routing, full_precision, init_lecun_normal
+from ..valid import ValidTokens, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +72,36 @@ class ExpertChoiceRouter(Router):
         """Hear of another size of images; what is computed goes by the tokens that come."""
         self.num_tokens = num_tokens
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route images (B, N, D) in float32."""
+    def forward(self, x: Tensor, valid: ValidTokens | None = None) -> Routing:
+        """Route images (B, N, D) in float32, or of a padded batch the tokens that are there."""
         batch, num_tokens, _ = x.shape
         if torch.jit.is_tracing():  # sizes are tensors then
             num_tokens = int(num_tokens)
         with full_precision(x):
             probs = self.among_on(F.linear(x.float(), self.weight.float())).softmax(dim=-1)
+            if valid is not None:
+                probs = probs.masked_fill(~valid.mask[:, :, None], -1)  # behind all others
             chosen = probs.transpose(1, 2).topk(self._capacity(num_tokens), dim=-1)  # (B, E, C)
         first = torch.arange(batch, device=x.device)[:, None, None] * num_tokens
         experts = torch.arange(self.config.num_experts, device=x.device)[:, None]
-        return Routing(
-            indices=experts.expand_as(chosen.indices).flatten(),
-            weights=chosen.values.flatten(),
-            tokens=(first + chosen.indices).flatten(),
-        )
+        parts = [experts.expand_as(chosen.indices), chosen.values, first + chosen.indices]
+        if valid is None:
+            indices, weights, tokens = (part.flatten() for part in parts)
+        else:
+            own = self._own_choices(valid, chosen.values.shape)
+            indices, weights, padded = (part.flatten().index_select(0, own) for part in parts)
+            tokens = (valid.mask.flatten().cumsum(0) - 1).index_select(0, padded)
+        return Routing(indices=indices, weights=weights, tokens=tokens)
+
+    def _own_choices(self, valid: ValidTokens, shape: torch.Size) -> Tensor:
+        """Which of choices (B, E, C) experts have in images of their own numbers of tokens."""
+        number = sum(min(self._capacity(tokens), tokens) for tokens in valid.numbers)
+        # the same on the device, to which nothing has to travel
+        tokens = valid.mask.sum(dim=1).double()
+        per_expert = tokens * self.config.capacity_factor / self.config.num_experts
+        capacity = per_expert.round().clamp(min=1).minimum(tokens)
+        own = torch.arange(shape[2], device=tokens.device) < capacity[:, None, None]
+        return positions(own.expand(shape), shape[1] * number)
 
     @property
     def experts_per_token(self) -> float:

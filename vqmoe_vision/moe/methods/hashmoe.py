@@ -25,6 +25,7 @@ from torch import Tensor
 from ..config import Named, TopKConfig
 from ..raw_patches import Host
 from ..routing import Routing, TopKRouter
+from ..valid import ValidTokens
 
 POSITIONS = 4096
 
@@ -66,10 +67,12 @@ class HashRouter(TopKRouter):
         steps = torch.cat([torch.zeros_like(first), others[:, : self.config.top_k - 1]], dim=1)
         self.hash.copy_((first + steps) % num_experts)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route images (B, N, D)."""
+    def forward(self, x: Tensor, valid: ValidTokens | None = None) -> Routing:
+        """Route images (B, N, D), or of a padded batch the tokens that are there."""
         batch, num_tokens, _ = x.shape
         positions = torch.arange(num_tokens, device=x.device) % POSITIONS
         indices = self.hash[positions].repeat(batch, 1)
+        if valid is not None:
+            indices = indices.index_select(0, valid.places)
         weights = torch.full_like(indices, 1 / self.config.top_k, dtype=torch.float32)
         return Routing(indices, weights)

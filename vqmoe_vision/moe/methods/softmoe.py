@@ -37,6 +37,7 @@ from ..kernels import compute_dtype
 from ..layer import MoeLayer
 from ..raw_patches import Host
 from ..routing import full_precision
+from ..valid import ValidTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,11 @@ class SoftMoEMlp(MoeLayer):
         slots = self.scale.float() * F.normalize(self.slot_embed.float(), dim=-1, eps=1e-6)
         return F.normalize(x.float(), dim=-1, eps=1e-6).to(dtype) @ slots.t().to(dtype)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
+        """As `MoeLayer`: padding is a part of no mixture."""
+        return self.run(x, valid).masked_fill(~valid.mask[:, :, None], 0)
+
+    def run(self, x: Tensor, valid: ValidTokens | None = None) -> Tensor:
         """Mix, run, mix back; (B, N, D) -> (B, N, D)."""
         batch, _, width = x.shape
         dtype, given = compute_dtype(x), x
@@ -134,6 +139,9 @@ class SoftMoEMlp(MoeLayer):
             # float64 too is mixed in float32
             logits = self.mixing_logits(x, dtype if dtype.itemsize < 4 else torch.float32)
             logits = self.among_on(logits, self.slots_per_expert)
+            if valid is not None:  # finite: what padding is combined of has to be a number too
+                lowest = torch.finfo(logits.dtype).min
+                logits = logits.masked_fill(~valid.mask[:, :, None], lowest)
             dispatch, combine = (logits.softmax(dim, dtype=torch.float32) for dim in (1, 2))
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
         # by expert: (B, S, D) -> (E, B, P, D) -> (E, B * P, D)

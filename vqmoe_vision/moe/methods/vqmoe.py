@@ -46,6 +46,7 @@ from ..layer import Decisions, MoeLayer
 from ..losses import Loss, token_mean
 from ..raw_patches import Host
 from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
+from ..valid import ValidTokens
 
 FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
 # What the full form has and the discrete one has not.
@@ -354,6 +355,10 @@ class VQMoEMlp(MoeLayer):
         self.record(losses.balanced(terms, config.global_balance), stats, tokens.shape[0])
         self.show(decisions, x, out)
         return out
+
+    def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
+        """As `MoeLayer`."""
+        return valid.one_by_one(self.run, x)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x), (T, 2) float32 of continuous and discrete; None in other forms."""
