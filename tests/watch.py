@@ -22,7 +22,7 @@ NAMESPACES = ('aten', 'profiler')  # an optimizer marks its step for a profiler
 # pointwise operators pass a number of the host on to the device, but this one copies it
 COPIES = {torch.ops.aten.where.self}
 # an operator of ours, into which a test of its own looks
-LOOKED_INTO = torch.ops.vqmoe_vision.random_integers.default
+LOOKED_INTO = torch.ops.vqmoe_vision.mixed_integers.default
 # what looks at its numbers inside on CUDA, by torch's source, and at none on meta
 LOOKS = 'multinomial histc embedding_renorm_ _linalg_check_errors _linalg_eigh _linalg_svd'
 LOOKS = {getattr(torch.ops.aten, name).default for name in LOOKS.split()}

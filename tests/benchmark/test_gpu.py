@@ -18,7 +18,7 @@ from benchmark.gpu_card import Card, measure_card, work_of
 from benchmark.gpu_stages import PACKAGE
 from benchmark.oracle import WrongResultError
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.kernels import KERNELS, grouped_linear, use_kernel
+from vqmoe_vision.moe.kernels import KERNELS, Groups, grouped_linear, use_kernel
 from vqmoe_vision.moe.routing import perplexity
 
 VITS = {'small': 384, 'base': 768, 'large': 1024}
@@ -220,7 +220,7 @@ def card_that_waits(monkeypatch):
 def test_waits_are_counted_where_they_are(card_that_waits, where):
     x, weight, ends = torch.ones(2, 4), torch.ones(2, 4, 4), torch.tensor([1, 2]).int()
     with use_kernel('batched'):
-        run = partial(grouped_linear, x.requires_grad_(), weight, None, ends)
+        run = partial(grouped_linear, x.requires_grad_(), weight, None, Groups(ends))
         out = run()
         steps = {'forward': run, 'backward': out.sum().backward}
         steps['routing'] = partial(perplexity, torch.ones(2))

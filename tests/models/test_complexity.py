@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
+from vqmoe_vision.moe.kernels import Groups
 
 from .. import cases
 from .conftest import make
@@ -31,8 +32,8 @@ def _plain_attention() -> Iterator[None]:
 def plain_loops(monkeypatch) -> None:
     """Experts one after the other, as products that torch's counter knows without our formula."""
 
-    def forward(self: StackedLinear, rows: Tensor, offsets: Tensor) -> Tensor:
-        ends = offsets.tolist()
+    def forward(self: StackedLinear, rows: Tensor, plan: Groups) -> Tensor:
+        ends = plan.ends.tolist()
         groups = zip([0, *ends[:-1]], ends, self.weight, strict=True)
         return torch.cat([F.linear(rows[start:end], weight) for start, end, weight in groups])
 

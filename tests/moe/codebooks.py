@@ -5,11 +5,12 @@ import torch
 
 from vqmoe_vision.moe.codebooks import SimVQCodebook
 from vqmoe_vision.moe.codebooks.ema import CODEBOOKS, EmaCodebook
+from vqmoe_vision.moe.codebooks.usage import stream_of
 
 from .conftest import D
 
 M = 6
-ZERO = torch.tensor(0)  # updates before
+STREAM = stream_of(torch.tensor(0), 0, 0)  # no update and no pass before
 LEARNS = torch.tensor(True)
 every_codebook = pytest.mark.parametrize('name', CODEBOOKS)
 STARTED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, EmaCodebook)]

@@ -19,7 +19,7 @@ from vqmoe_vision.moe.experts import Experts
 from .. import refused
 from ..forked import spawn
 from ..groups import begin
-from .codebooks import ZERO, M, same, state
+from .codebooks import STREAM, M, same, state
 from .conftest import D, OneLayer
 
 WORLD = 2
@@ -74,7 +74,7 @@ def run_rank(rank, folder):
     begin(rank, WORLD, folder)
     images, codes = images_of_all()
     part, indices = images[rank::WORLD].flatten(0, 1), codes[rank::WORLD].flatten()
-    usage = code_usage(part, indices, M, ZERO, 0, tokens_per_sample=TOKENS).over_ranks()
+    usage = code_usage(part, indices, M, STREAM, tokens_per_sample=TOKENS).over_ranks()
     torch.save((trained(rank), vars(usage)), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
@@ -85,7 +85,7 @@ def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
     for label in VARIANTS:
         assert same(ranks[0][0][label], ranks[1][0][label]), label
     images, codes = images_of_all()
-    single = code_usage(images.flatten(0, 1), codes.flatten(), M, ZERO, 0)
+    single = code_usage(images.flatten(0, 1), codes.flatten(), M, STREAM)
     for _, joint in ranks:
         assert torch.equal(joint['counts'], single.counts)
         # up to 3000, of as many float32 numbers in another order: a few units of the last place

@@ -11,7 +11,7 @@ from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
 from vqmoe_vision.moe.codebooks.usage import SAMPLE_SIZE, anchor_probabilities, code_usage, kmeans
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
-from .codebooks import STARTED, ZERO, M, clusters, learn, make, same, state
+from .codebooks import STARTED, STREAM, M, clusters, learn, make, same, state
 from .conftest import D
 
 
@@ -213,7 +213,7 @@ def test_the_sample_covers_all_positions_of_a_grid_of_patches():
     # 64 images of 16 x 16 patches: a stride of 16 would take the left column only
     positions = torch.arange(256).repeat(64)
     x = positions[:, None].float().expand(-1, 2) + 1
-    sample = code_usage(x, positions % M, M, ZERO, 0).tokens[:, 0] - 1
+    sample = code_usage(x, positions % M, M, STREAM).tokens[:, 0] - 1
     assert len(sample) == SAMPLE_SIZE
     # 1024 draws of 256 positions: 4 each on average; none with probability e^-4, so about 5 of 256
     assert len(sample.unique()) > 240

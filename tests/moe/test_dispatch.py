@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from vqmoe_vision.moe import dispatch
-from vqmoe_vision.moe.kernels import grouped_linear, make_plan
+from vqmoe_vision.moe.kernels import Groups, grouped_linear, make_plan, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
 from .. import cases
@@ -70,8 +70,8 @@ def test_grouped_linear_gradcheck(offsets, bias):
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=True)
     vector = torch.randn(3, 5, dtype=torch.float64, requires_grad=True) if bias else None
-    ends = torch.tensor(offsets, dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda *g: grouped_linear(*g, ends), (x, weight, vector))
+    groups = Groups(torch.tensor(offsets, dtype=torch.int32))
+    assert torch.autograd.gradcheck(lambda *g: grouped_linear(*g, groups), (x, weight, vector))
 
 
 # of torch 2.15, where it looks at the inputs that it has made itself
@@ -100,6 +100,26 @@ def test_tokens_with_any_number_of_experts(num_tokens, num_experts, count, seed)
         assert_same(actual, run_and_backward(naive, experts, x, indices, weights, None, tokens))
     alone = torch.bincount(tokens, minlength=num_tokens) == 0
     assert torch.equal(actual['out'][alone], torch.zeros_like(x[alone]))
+
+
+@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
+@pytest.mark.parametrize('even', [False, True])
+def test_no_row_is_computed_by_an_expert_that_is_off(even, kernel):
+    experts, x, indices, weights = make_case(12, 4, 2, 8, 16, bias=True)
+    experts, x, weights = experts.float(), x.float(), weights.float()
+    experts.switches = torch.tensor([True, False, True, True])
+    tokens = torch.arange(12)[:, None].expand(12, 2)
+    if even:  # six tokens each, one expert after the other
+        indices = torch.arange(4).repeat_interleave(6).view(12, 2)
+        tokens = torch.arange(24).view(2, 12).t().flip(0).reshape(12, 2) % 12
+    on = experts.switches[indices].flatten()
+    left = indices.flatten()[on], weights.flatten()[on], tokens.flatten()[on]
+    expected = naive(experts, x, Routing(*left[:2], tokens=left[2]))
+    given = {'tokens': tokens.flatten(), 'even': True} if even else {}
+    chosen = (indices.flatten(), weights.flatten()) if even else (indices, weights)
+    with use_kernel(kernel):
+        found = dispatch.run_experts(experts, x, Routing(*chosen, **given))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize('k', [2, 3])

@@ -14,7 +14,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch, kernels
-from vqmoe_vision.moe.kernels import KERNELS, grouped_linear, kernel_of, make_plan, use_kernel
+from vqmoe_vision.moe.kernels import (
+    KERNELS,
+    Groups,
+    grouped_linear,
+    kernel_of,
+    make_plan,
+    use_kernel,
+)
 from vqmoe_vision.moe.kernels import cpu as plan_module
 from vqmoe_vision.moe.routing import Routing
 
@@ -96,7 +103,7 @@ def test_no_rows_at_all(kernel, expanded):
     x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((0, 8), (2, 4, 8), (2, 4)))
     rows = x[:, :1].expand(0, 8) if expanded else x
     with use_kernel(kernel):
-        out = grouped_linear(rows, weight, bias, torch.zeros(2, dtype=torch.int32))
+        out = grouped_linear(rows, weight, bias, Groups(torch.zeros(2, dtype=torch.int32)))
         assert out.shape == (0, 4)
         out.backward(out.new_ones(()).expand(0, 4) if expanded else torch.ones(0, 4))
     for leaf in (x, weight, bias):
@@ -157,7 +164,7 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch, card):
 def test_a_kernel_that_cannot_run_or_does_not_exist(dtype, width):
     x, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(2, width, 8, dtype=dtype)
     with use_kernel('grouped_mm'), pytest.raises(ValueError, match=r'^kernel='):
-        grouped_linear(x, weight, None, torch.tensor([2, 4], dtype=torch.int32))
+        grouped_linear(x, weight, None, Groups(torch.tensor([2, 4], dtype=torch.int32)))
     with pytest.raises(ValueError, match=r'^kernel='), use_kernel('fast'):
         pass
 
@@ -228,9 +235,9 @@ def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype,
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(0, num_experts + 1, (size,), generator=generator)  # E = dropped
     plan = make_plan(indices, num_experts, dtype)
-    assert plan.offsets.dtype == torch.int32
+    assert plan.groups.ends.dtype == torch.int32
     assert plan.order[plan.inverse].tolist() == list(range(size))  # so no row has two
-    bounds = [0, *plan.offsets.tolist(), len(plan.order)]
+    bounds = [0, *plan.groups.ends.tolist(), len(plan.order)]
     assert bounds == sorted(bounds)
     for expert in range(num_experts + 1):
         rows = plan.inverse[indices == expert].tolist()
@@ -244,7 +251,7 @@ def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype,
 
 def groups(loads, dtype):
     indices = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))
-    return make_plan(indices, len(loads), dtype).offsets.diff(prepend=torch.zeros(1)).tolist()
+    return make_plan(indices, len(loads), dtype).groups.ends.diff(prepend=torch.zeros(1)).tolist()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch import nn
 from vqmoe_vision.moe import losses, routing
 from vqmoe_vision.moe.codebooks.usage import random_choice, random_integers
 from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.kernels import Groups
 
 
 def naive_capacity(indices, num_experts, capacity, priority=None):
@@ -123,11 +124,11 @@ def test_separate_experts_equal_stacked_ones_in_every_call(bias):
     separate.separate()
     rows = torch.randn(7, 8, dtype=torch.float64)
     # the second expert has no rows, and the last two rows are of no expert
-    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    groups = Groups(torch.tensor([2, 2, 5], dtype=torch.int32))
     # float64: kernels sum in another order
     close = {'rtol': 1e-12, 'atol': 1e-12}
-    torch.testing.assert_close(separate.fc1(rows, offsets), stacked.fc1(rows, offsets), **close)
-    torch.testing.assert_close(separate(rows, offsets)[:5], stacked(rows, offsets)[:5], **close)
+    torch.testing.assert_close(separate.fc1(rows, groups), stacked.fc1(rows, groups), **close)
+    torch.testing.assert_close(separate(rows, groups)[:5], stacked(rows, groups)[:5], **close)
     for own in (rows, rows[:0]):
         torch.testing.assert_close(separate.fc1.one(2, own), stacked.fc1.one(2, own), **close)
     even = rows[:6].view(3, 2, 8)

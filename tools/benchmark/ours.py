@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts, StackedLinear
-from vqmoe_vision.moe.kernels import compute_dtype
+from vqmoe_vision.moe.kernels import Groups, compute_dtype
 from vqmoe_vision.moe.routing import Routing, Switched
 
 from .cells import Cell, Settings
@@ -169,9 +169,14 @@ class ExpertsLoop(Switched):
         self.experts, self.num_experts = experts, experts.num_experts
         self.plan = experts.plan
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def evenly(self, rows: Tensor) -> Tensor:
+        """As `Experts`: (E, S, D) -> (E, S, D)."""
+        ends = rows.shape[1] * torch.arange(1, len(rows) + 1, device=rows.device)
+        return self(rows.flatten(0, 1), Groups(ends)).view(rows.shape)
+
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """As `Experts`: (R, D) -> (R, D)."""
-        counts = F.pad(offsets, (1, 0)).diff().long()
+        counts = F.pad(groups.ends, (1, 0)).diff().long()
         indices = torch.arange(self.num_experts, device=rows.device).repeat_interleave(counts)
         weights = torch.ones_like(indices, dtype=torch.float32)
         return run_experts_loop(self.experts, rows, Routing(indices[:, None], weights[:, None]))

@@ -77,8 +77,7 @@ def weight_similarity(experts: Experts) -> Tensor:
 def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
     """Every expert's answer (E, T, D) to every token (T, D), wherever it is sent."""
     number, tokens = experts.num_experts, tokens.to(next(experts.parameters()))
-    ends = torch.arange(1, number + 1, device=tokens.device, dtype=torch.int32) * len(tokens)
-    return experts(tokens.repeat(number, 1), ends).view(number, len(tokens), -1)
+    return experts.evenly(tokens.expand(number, -1, -1))
 
 
 def output_similarity(outputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ to read them at the same places, or not at all before the end of the block.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -72,7 +72,7 @@ class Collected:
         for place in reported:
             for name, value in self._averaged[place]:
                 found[name].append(value)
-        return {name: torch.stack(values).sum(0) for name, values in found.items()}
+        return {name: _one(values, torch.sum) for name, values in found.items()}
 
     @property
     def stats(self) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Collected:
         for layer_name, layer in self._layers.items():
             for name, value in layer.recorder.stats:
                 found[f'{layer_name}/{name}'].append(value)
-        return {name: torch.stack(values).mean(0) for name, values in found.items()}
+        return {name: _one(values, torch.mean) for name, values in found.items()}
 
     def total(self) -> Tensor:
         """Sum of all losses: a 0-dim tensor to add to the task loss, zero without losses.
@@ -99,6 +99,11 @@ class Collected:
     def summary(self) -> dict[str, float]:
         """One number per layer and statistic, for a log; see `summarize`."""
         return summarize(self.stats)
+
+
+def _one(values: list[Tensor], of_passes: Callable[..., Tensor]) -> Tensor:
+    """Of one forward pass its value, of several what is made of them."""
+    return values[0] if len(values) == 1 else of_passes(torch.stack(values), dim=0)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
@@ -164,9 +169,13 @@ def update_state(model: nn.Module) -> None:
     With torch.distributed, by all ranks. Call it once per optimizer step, after backward(), where
     `collect_losses(..., update_state=False)` was used.
     """
+    by_type = defaultdict(list)
     for layer in moe_layers(model).values():
-        if layer.apply_update():
-            layer.guard.state_changed()
+        by_type[type(layer)].append(layer)
+    for kind, layers in by_type.items():
+        for layer, changed in zip(layers, kind.apply_updates(layers), strict=True):
+            if changed:
+                layer.guard.state_changed()
 
 
 _update = update_state  # a name that the argument of `collect_losses` does not hide

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import Experts
-from .kernels import Plan, compute_dtype, refuse_named
+from .kernels import compute_dtype, refuse_named
 from .routing import Routing
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Weighted sum (T, D) of answers for tokens (T, D), or for inputs of assignments (T * K, D)."""
-    flat = routing.indices
+    flat, all_on = routing.indices, experts.switches is None
     if experts.switches is not None:
         flat = flat.masked_fill(~experts.switches[flat], experts.num_experts)
     if routing.kept is not None:
@@ -32,20 +32,39 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     dtype = compute_dtype(x)
     if exporting():
         return _run_experts_exported(experts, x.to(dtype), routing, flat.reshape(-1))
-    plan = experts.plan(flat.reshape(-1), dtype)
-    sources, bags, weights = _sources_and_bags(plan, routing, x.shape[0])
-    rows = experts(_Gather.apply(x.to(dtype), *sources), plan.offsets)
-    return _Combine.apply(rows, weights.to(rows.dtype), *bags)
+    x, weights = x.to(dtype), routing.weights.flatten()
+    sources: tuple
+    bags: tuple
+    if routing.tokens is not None:
+        ranked, by_token = routing.tokens.sort(stable=True)
+        starts = torch.searchsorted(ranked, torch.arange(len(x), device=x.device))
+        weights = weights.index_select(0, by_token)
+        if routing.even and all_on:
+            bags = routing.tokens, by_token, starts
+            rows = _Gather.apply(x, *bags).unflatten(0, (experts.num_experts, -1))
+            rows = experts.evenly(rows).flatten(0, 1)
+            return _Combine.apply(rows, weights.to(rows.dtype), *bags, None)
+    plan = experts.plan(flat.reshape(-1), dtype, dropped=routing.kept is not None or not all_on)
+    if routing.tokens is not None:
+        bags = routing.tokens[plan.order], plan.inverse[by_token], starts
+        sources = bags
+    else:
+        num_tokens, k = routing.indices.shape
+        starts = torch.arange(0, num_tokens * k, k, device=x.device)
+        sources = bags = plan.order // k, plan.inverse, starts
+        if len(x) != num_tokens or k == 1:
+            assert len(x) == num_tokens * k
+            sources = plan.order, plan.inverse, None
+    rows = experts(_Gather.apply(x, *sources), plan.groups)
+    # of each row the weight, where none only fills a group
+    places = plan.order if plan.groups.experts is not None and routing.tokens is None else None
+    return _Combine.apply(rows, weights.to(rows.dtype), *bags, places)
 
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
     """Every expert on as many rows of its own, (E, S, D) -> (E, S, D)."""
-    if exporting():  # stacked weights give two batched products
-        hidden = experts.drop1(experts.act(experts.fc1.evenly(rows)))
-        return experts.drop2(experts.fc2.evenly(hidden))
-    num_experts, per_expert, _ = rows.shape
-    ends = torch.arange(1, num_experts + 1, device=rows.device, dtype=torch.int32) * per_expert
-    return experts(rows.flatten(0, 1), ends).view(rows.shape)
+    exporting()  # refuses a kernel
+    return experts.evenly(rows)
 
 
 class Branch(NamedTuple):
@@ -103,25 +122,8 @@ def _run_experts_exported(experts: Experts, x: Tensor, routing: Routing, chosen:
     return out
 
 
-# Of each row the token, (R,) int64; of each token the rows, (T, K), or (A,) with the last, (T,)
-# int64, where those of a token begin.
-Bags = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _sources_and_bags(plan: Plan, routing: Routing, num_inputs: int) -> tuple[Bags, Bags, Tensor]:
-    """From where each row gets its input, to where its answer goes, and with which weight."""
-    if routing.tokens is None:
-        num_tokens, k = routing.indices.shape
-        by_token = plan.order // k, plan.inverse.view(num_tokens, k), None
-        if num_inputs == num_tokens:
-            return by_token, by_token, routing.weights
-        assert num_inputs == num_tokens * k
-        return (plan.order, plan.inverse[:, None], None), by_token, routing.weights
-    ranked, order = routing.tokens.sort(stable=True)
-    starts = torch.searchsorted(ranked, torch.arange(num_inputs, device=ranked.device))
-    # a row that only fills a group repeats an assignment of it, so `order` names a token for all
-    bags = routing.tokens[plan.order], plan.inverse[order], starts
-    return bags, bags, routing.weights[order]
+# Of each row the token, (R,) int64, which a row that only fills a group has too; of each token in
+# turn the rows, (A,), and where they begin, (T,). None where each token has one row.
 
 
 class _Gather(torch.autograd.Function):
@@ -133,27 +135,25 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         rows, starts = ctx.saved_tensors
+        if starts is None:
+            return grads[0].index_select(0, rows), None, None, None
         return F.embedding_bag(rows, grads[0], starts, mode='sum'), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        answers: Tensor,
-        weights: Tensor,
-        tokens: Tensor,
-        rows: Tensor,
-        starts: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(answers, weights, tokens, rows)
+    def forward(ctx: Any, answers: Tensor, weights: Tensor, *bags: Any) -> Tensor:
+        tokens, rows, starts, places = bags
+        ctx.save_for_backward(answers, weights, tokens, rows, places)
         return F.embedding_bag(rows, answers, starts, mode='sum', per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        answers, weights, tokens, rows = ctx.saved_tensors
+        answers, weights, tokens, rows, places = ctx.saved_tensors
         by_row = grads[0].index_select(0, tokens)
-        grad_weights = torch.linalg.vecdot(by_row, answers)[rows]
-        # rows that only fill a group get no gradient: their weight is zero
-        row_weights = weights.new_zeros(len(answers)).scatter(0, rows.flatten(), weights.flatten())
-        return by_row.mul_(row_weights[:, None]), grad_weights, None, None, None
+        grad_weights = torch.linalg.vecdot(by_row, answers).index_select(0, rows)
+        if places is not None:
+            row_weights = weights.index_select(0, places)
+        else:  # rows that only fill a group get no gradient: their weight is zero
+            row_weights = weights.new_zeros(len(answers)).scatter_(0, rows, weights)
+        return by_row.mul_(row_weights[:, None]), grad_weights, None, None, None, None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .config import check
 from .experts import Experts, StackedLinear
-from .kernels import make_plan
+from .kernels import Groups, make_plan
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -91,11 +91,11 @@ class Exchange:
         self.group, self.size = group, size
 
     def __call__(
-        self, compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor
+        self, compute: Callable[[Tensor, Groups], Tensor], rows: Tensor, groups: Groups
     ) -> Tensor:
-        """Run rows (R, D) with ends (E,) int32; `compute` takes own ones (A, D), with ends (L,)."""
+        """Run rows (R, D) of E experts; `compute` takes own ones (A, D), of L experts."""
         # no row only fills a group
-        counts = offsets.diff(prepend=offsets.new_zeros(1))
+        counts = groups.ends.diff(prepend=groups.ends.new_zeros(1))
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
         sent, received = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2).tolist()
@@ -104,8 +104,8 @@ class Exchange:
         num_experts = len(counts) // self.size
         experts = torch.arange(num_experts, device=rows.device).repeat(self.size)
         experts = experts.repeat_interleave(arriving, output_size=len(arrived))
-        plan = make_plan(experts, num_experts, rows.dtype)
-        answers = compute(arrived.index_select(0, plan.order), plan.offsets)
+        plan = make_plan(experts, num_experts, rows.dtype, dropped=False)
+        answers = compute(arrived.index_select(0, plan.order), plan.groups)
         answers = answers.index_select(0, plan.inverse)
         back = _Travel.apply(answers, received, sent, self.group)
         return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))  # past the last end

@@ -9,14 +9,14 @@ data-parallel training and timm's test suite need.
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import check
-from .kernels import Plan, grouped_linear, make_plan, placed_ends, refuse_named
+from .kernels import Groups, Plan, even_linear, grouped_linear, make_plan, placed, refuse_named
 from .kernels.cpu import sorted_plan
 from .routing import Switched
 
@@ -67,22 +67,21 @@ class StackedLinear(nn.Module):
         """The biases, which optimizers know by their single dimension elsewhere."""
         return {'bias'} if self.bias is not None else set()
 
-    def forward(self, rows: Tensor, offsets: Tensor, gelu: str | None = None) -> Tensor:
-        """Apply layer e to rows offsets[e - 1]:offsets[e], or to GELU's answers for them.
+    def forward(self, rows: Tensor, groups: Groups, gelu: str | None = None) -> Tensor:
+        """Apply layer e to rows ends[e - 1]:ends[e], or to GELU's answers for them.
 
         Rows past the last end give zero.
         """
         bias = None if self.bias is None else self.own(self.bias)
-        return grouped_linear(rows, self.own(self.weight), bias, offsets, gelu)
+        return grouped_linear(rows, self.own(self.weight), bias, groups, gelu)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
         """Apply one layer to rows (R, in), maybe none, in operators that every runtime has."""
         return F.linear(rows, self.weight[expert], None if self.bias is None else self.bias[expert])
 
-    def evenly(self, rows: Tensor) -> Tensor:
+    def evenly(self, rows: Tensor, gelu: str | None = None) -> Tensor:
         """Apply each layer to its own rows (E, S, in), in operators that every runtime has."""
-        answers = torch.matmul(rows, self.weight.mT)
-        return answers if self.bias is None else answers + self.bias[:, None]
+        return even_linear(rows, self.weight, self.bias, gelu)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -98,13 +97,13 @@ class SeparateLinear(nn.ModuleList):
         for expert in range(len(stacked.weight)):
             self.append(copy.deepcopy(stacked.layer(expert)).train(stacked.training))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """As that of `StackedLinear`."""
         refuse_named('experts that are separate linear layers, each computes its own rows')
-        ends = [0, *offsets.tolist(), len(rows)]
-        *groups, rest = rows.split([end - start for start, end in pairwise(ends)])
+        ends = [0, *groups.ends.tolist(), len(rows)]
+        *parts, rest = rows.split([end - start for start, end in pairwise(ends)])
         # a layer without rows is not called: kernels of int8 take none
-        answers = [layer(group) for layer, group in zip(self, groups, strict=True) if len(group)]
+        answers = [layer(group) for layer, group in zip(self, parts, strict=True) if len(group)]
         return torch.cat([*answers, rest.new_zeros(len(rest), self.out_features)])
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
@@ -114,6 +113,7 @@ class SeparateLinear(nn.ModuleList):
 
     def evenly(self, rows: Tensor) -> Tensor:
         """As that of `StackedLinear`."""
+        refuse_named('experts that are separate linear layers, each computes its own rows')
         return torch.stack([layer(own) for layer, own in zip(self, rows, strict=True)])
 
 
@@ -147,24 +147,34 @@ class Experts(Switched):
         """Parameters of one expert."""
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
-    def plan(self, indices: Tensor, dtype: torch.dtype) -> Plan:
-        """Rows for assignments (A,) int64 in [0, E], of which no expert computes E."""
+    def plan(self, indices: Tensor, dtype: torch.dtype, dropped: bool = True) -> Plan:
+        """Rows for assignments (A,) int64 in [0, E]; no expert computes E, those `dropped`."""
         if self.exchange is not None:  # rows that only fill a group need not travel
-            return sorted_plan(indices, self.num_experts)
-        return make_plan(indices, self.num_experts, dtype)
+            return sorted_plan(indices, self.num_experts, dropped)
+        return make_plan(indices, self.num_experts, dtype, dropped)
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run expert e on rows offsets[e - 1]:offsets[e] of (R, D)."""
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Run expert e on rows ends[e - 1]:ends[e] of (R, D)."""
         exchange = self.exchange
-        return exchange(self._run, rows, offsets) if exchange else self._run(rows, offsets)
+        return exchange(self._run, rows, groups) if exchange else self._run(rows, groups)
 
-    def _run(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def evenly(self, rows: Tensor) -> Tensor:
+        """Run expert e on rows[e] of (E, S, D): one batched product a layer, without a plan."""
+        if self.exchange is not None:
+            ends = rows.shape[1] * torch.arange(1, len(rows) + 1, device=rows.device)
+            return self(rows.flatten(0, 1), Groups(ends.int(), full=True)).view(rows.shape)
+        hidden, act = self.fc1.evenly(rows), cast(nn.GELU, self.act)
+        if self.recompute:
+            return self.fc2.evenly(hidden, act.approximate)
+        return self.drop2(self.fc2.evenly(self.drop1(self.act(hidden))))
+
+    def _run(self, rows: Tensor, groups: Groups) -> Tensor:
         widths = self.fc1.out_features, self.fc1.in_features
-        ends = placed_ends(offsets, rows, (len(offsets), *widths))
-        hidden = self.fc1(rows, ends)
+        groups = placed(groups, rows, (len(groups.ends), *widths))
+        hidden = self.fc1(rows, groups)
         if self.recompute:  # GELU alone, and nothing drops
-            return self.fc2(hidden, ends, self.act.approximate)
-        return self.drop2(self.fc2(self.drop1(self.act(hidden)), ends))
+            return self.fc2(hidden, groups, self.act.approximate)
+        return self.drop2(self.fc2(self.drop1(self.act(hidden)), groups))
 
     def separate(self) -> None:
         """Hold copies in `nn.Linear`s, `fc1.EXPERT.weight`, in place of stacked weights."""

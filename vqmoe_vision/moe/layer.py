@@ -4,7 +4,7 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,6 +145,11 @@ class MoeLayer(Switched):
     def apply_update(self) -> bool:
         """Change it, once per step; returns whether it changed, or may have."""
         return False
+
+    @classmethod
+    def apply_updates(cls, layers: Sequence[Any]) -> list[bool]:
+        """`apply_update` of all layers of this type of a model, which may share their operators."""
+        return [layer.apply_update() for layer in layers]
 
     def moves_state(self) -> bool:
         """Whether there is state that `apply_update` has to move while the layer trains."""
@@ -320,7 +325,10 @@ class RoutedMlp(MoeLayer):
             routing: Whose kept assignments make the load (E,).
             num_tokens: T.
         """
-        stats = {'load': expert_load(routing.indices, self.experts.num_experts, routing.kept)}
+        load = routing.load
+        if load is None:
+            load = expert_load(routing.indices, self.experts.num_experts, routing.kept)
+        stats = {'load': load}
         if routing.kept is not None:
             stats['unrouted'] = 1 - token_mean(routing.kept.any(dim=-1).float())
         if routing.tokens is not None:

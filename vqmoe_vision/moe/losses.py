@@ -16,6 +16,7 @@ Legend: T tokens, E experts, K experts per token, M codes; scores and probabilit
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .config import MoeConfig, option
 from .distributed import rank_and_size, sum_over_ranks
-from .routing import ExactBuffers, Routing, TopKRouter, expert_load, top_k_experts
+from .routing import ExactBuffers, Routing, TopKRouter, expert_load, token_mean, top_k_experts
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,15 @@ class BalanceLoss:
     """A function of means over a batch's tokens: ranks average the means, not the values."""
 
     means: Tensor  # over tokens, float32 of any shape
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor]  # of the means of L layers, (L, ...) -> (L,)
     weight: float = 1.0
 
     def __rmul__(self, weight: float) -> 'BalanceLoss':
         return BalanceLoss(self.means, self.function, weight * self.weight)
 
-    def value(self, means: Tensor | None = None) -> Tensor:
-        """0-dim tensor, of its means or of others of the same shape."""
-        return self.weight * self.function(self.means if means is None else means)
+    def value(self) -> Tensor:
+        """0-dim tensor."""
+        return self.weight * self.function(self.means[None])[0]
 
 
 Loss = Tensor | BalanceLoss
@@ -63,54 +64,67 @@ def balanced(losses: dict[str, Loss], over_all: bool) -> dict[str, Loss]:
 
 def values_of(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
     """Losses of the tokens of this process alone, 0-dim each."""
-    return {name: _value(loss) for name, loss in losses.items()}
+    means = [loss.means if isinstance(loss, BalanceLoss) else loss for loss in losses.values()]
+    return dict(zip(losses, _values([*losses.values()], means), strict=True))
 
 
-def _value(loss: Loss, means: Tensor | None = None) -> Tensor:
-    if isinstance(loss, BalanceLoss):
-        return loss.value(None if means is None else means.view_as(loss.means))
-    return loss if means is None else means.view_as(loss)
+def _values(losses: Sequence[Loss], means: Sequence[Tensor]) -> list[Tensor]:
+    """0-dim tensors of losses with these means; those of many layers in one call."""
+    values, alike = [*means], defaultdict(list)
+    for place, (loss, mean) in enumerate(zip(losses, means, strict=True)):
+        if isinstance(loss, BalanceLoss):
+            alike[loss.function, loss.weight, mean.shape, mean.dtype].append(place)
+    for (function, weight, *_), places in alike.items():
+        found = weight * function(torch.stack([means[place] for place in places]))
+        for place, value in zip(places, found.unbind(), strict=True):
+            values[place] = value
+    return values
 
 
 def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
     """Values, 0-dim, for the batch of all ranks, which ask with the same losses in one order."""
-    size = rank_and_size()[1]
+    size, every = rank_and_size()[1], [loss for loss, _ in losses]
+    means = [loss.means if isinstance(loss, BalanceLoss) else loss for loss in every]
     if size == 1 or not losses:
-        return [_value(loss) for loss, _ in losses]
+        return _values(every, means)
     # each counts by its number of tokens, or of whatever its means are means over
-    parts = []
-    for loss, number in losses:
-        values = (loss.means if isinstance(loss, BalanceLoss) else loss).flatten()
+    parts = [
         # bfloat16 cannot count to 257
-        parts.append(number * values.to(torch.promote_types(values.dtype, torch.float32)))
+        number * mean.flatten().to(torch.promote_types(mean.dtype, torch.float32))
+        for (_, number), mean in zip(losses, means, strict=True)
+    ]
     own = torch.cat(parts)
     numbers = [own.new_full((1,), number) for _, number in losses]
     total = sum_over_ranks(torch.cat([own.detach(), *numbers]))
     sums, counts = total.split([own.numel(), len(losses)])
     # the value of all ranks, the gradient of this one
     sums = sums + size * (own - own.detach())
-    by_loss = zip(losses, sums.split([part.numel() for part in parts]), counts, strict=True)
-    return [_value(loss, part / count.clamp(min=1)) for (loss, _), part, count in by_loss]
+    by_loss = zip(means, sums.split([part.numel() for part in parts]), counts, strict=True)
+    return _values(every, [(s / n.clamp(min=1)).view_as(mean) for mean, s, n in by_loss])
 
 
-def load_balance(probs: Tensor, indices: Tensor) -> BalanceLoss:
+def itself(means: Tensor) -> Tensor:
+    """Means of tokens, (L,), whose layers share their operators."""
+    return means
+
+
+def load_balance(probs: Tensor, indices: Tensor, load: Tensor | None = None) -> BalanceLoss:
     """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4)."""
     # f, the shares of assignments, has no gradient; P is the mean probability
-    return BalanceLoss(
-        torch.stack([expert_load(indices, probs.shape[-1]), token_mean(probs)]),
-        lambda m: m.shape[1] * (m[0] * m[1]).sum(),
-    )
+    load = expert_load(indices, probs.shape[-1]) if load is None else load
+    return BalanceLoss(torch.stack([load, token_mean(probs)]), _inner_product)
 
 
-def token_mean(values: Tensor) -> Tensor:
-    """Mean over dim 0, (T, ...) -> (...); zero without tokens."""
-    return values.sum(dim=0) / max(values.shape[0], 1)
+def _inner_product(means: Tensor) -> Tensor:
+    """E * sum_i f_i P_i of both, (L, 2, E) -> (L,)."""
+    load, probability = means.unbind(dim=1)
+    return means.shape[-1] * (load * probability).sum(dim=-1)
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """Squared coefficient of variation, var / mean^2 with the population variance."""
+    """Squared coefficient of variation of (..., E), var / mean^2 with the population variance."""
     # not std^2: a standard deviation has no finite derivative at exact balance
-    return values.var(correction=0) / (values.mean().square() + 1e-10)
+    return values.var(dim=-1, correction=0) / (values.mean(dim=-1).square() + 1e-10)
 
 
 def importance(probs: Tensor) -> BalanceLoss:
@@ -123,8 +137,14 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> 
     assert noise_std > 0, 'the load loss is defined by the noise'
     threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
     # 1 - Phi((threshold - logit) / noise_std): the chance to be chosen if its noise were drawn anew
-    probability = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
-    return BalanceLoss(token_mean(probability), squared_variation)
+    return BalanceLoss(
+        token_mean(torch.erf((logits - threshold) / (noise_std * math.sqrt(2)))), _load_variation
+    )
+
+
+def _load_variation(errors: Tensor) -> Tensor:
+    """Of the mean chance (1 + erf) / 2, (L, E) -> (L,)."""
+    return squared_variation(0.5 * (1 + errors))
 
 
 def router_z(logits: Tensor) -> Tensor:
@@ -136,7 +156,12 @@ def diversity(probs: Tensor) -> BalanceLoss:
     """Diversity of codes, wav2vec 2.0 (arXiv 2006.11477, equation 4) of one codebook: ln M - H."""
     # H of mean probabilities; the paper's is -H / M, of the same gradient but for M
     # a share of zero has a finite gradient, and adds nothing
-    return BalanceLoss(token_mean(probs), lambda p: (p * (len(p) * p.clamp(min=1e-10)).log()).sum())
+    return BalanceLoss(token_mean(probs), _missing_entropy)
+
+
+def _missing_entropy(shares: Tensor) -> Tensor:
+    """Natural logarithm of M, minus H: (L, M) -> (L,)."""
+    return (shares * (shares.shape[-1] * shares.clamp(min=1e-10)).log()).sum(dim=-1)
 
 
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
@@ -144,9 +169,14 @@ def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
     # not index_add, whose sums on a GPU may differ from one run to the next
     by_expert = gates.new_zeros(indices.shape[0], num_experts).scatter(1, indices, gates)
     means = torch.stack([expert_load(indices, num_experts), token_mean(by_expert)])
-    # sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i with n = T K / E. Counts have no gradient: an
-    # overloaded expert is pushed to smaller gates, an idle one to larger.
-    return BalanceLoss(means, lambda m: ((m[0] * num_experts - 1) * m[1]).sum())
+    return BalanceLoss(means, _excess)
+
+
+def _excess(means: Tensor) -> Tensor:
+    """Sum of (|A_i| - n) / n * sum_{t in A_i} gate_t,i with n = T K / E, (L, 2, E) -> (L,)."""
+    # counts have no gradient: an overloaded expert is pushed to smaller gates, an idle one up
+    load, gates = means.unbind(dim=1)
+    return ((load * means.shape[-1] - 1) * gates).sum(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TopKConfig
@@ -25,6 +26,8 @@ class Routing:
     stats: dict[str, Tensor] = field(default_factory=dict)  # detached
     kept: Tensor | None = None  # (T, K) bool, False if a capacity dropped it
     tokens: Tensor | None = None  # (A,) int64 in [0, T), where tokens have any number
+    load: Tensor | None = None  # (E,) float32, share of assignments, if it is known already
+    even: bool = False  # whether experts have as many assignments each, one expert after the other
 
 
 class Switched(nn.Module):
@@ -118,9 +121,43 @@ def renormalized(weights: Tensor) -> Tensor:
 
 def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
     """Share of assignments, those `kept`, of each expert: (E,) float32; zero without tokens."""
-    ones = (torch.ones_like(indices) if kept is None else kept).reshape(-1).float()
-    counts = ones.new_zeros(num_experts).scatter_add(0, indices.reshape(-1), ones)
-    return counts / (max(indices.numel(), 1) if kept is None else counts.sum().clamp(min=1))
+    experts = torch.arange(num_experts, device=indices.device)
+    own = indices.reshape(-1, 1) == experts
+    if kept is None:
+        return token_mean(own, torch.float32)
+    counts = (own & kept.reshape(-1, 1)).sum(dim=0)
+    return counts / counts.sum().clamp(min=1)
+
+
+def token_mean(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean over dim 0, (T, ...) -> (...); zero without tokens."""
+    mean = values.mean if values.shape[0] > 0 else values.sum
+    return mean(dim=0, dtype=dtype)
+
+
+class _Directions(torch.autograd.Function):
+    """As `F.normalize`, whose backward pass is three times as many operators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        ctx.eps, directions = eps, x / length.clamp(min=eps)
+        ctx.save_for_backward(directions, length)
+        return directions
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        directions, length = ctx.saved_tensors
+        # along the direction nothing changes, but of vectors that are too short to have one
+        along = torch.linalg.vecdot(grads[0], directions)[..., None] * (length > ctx.eps)
+        return grads[0].addcmul(directions, along, value=-1) / length.clamp(min=ctx.eps), None
+
+
+def directions(x: Tensor, eps: float) -> Tensor:
+    """Vectors (..., D) of length one; those shorter than `eps` over `eps`."""
+    if torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing():
+        return _Directions.apply(x, eps)
+    return F.normalize(x, dim=-1, eps=eps)
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -24,8 +24,8 @@ class Fault(NamedTuple):
 TABLE = r"""
 balance-has-no-gradient [moe] The balance loss is in the log and in the total, and balances nothing.
 vqmoe_vision/moe/losses.py: moe/test_routing.py moe/methods/test_smoe.py
-- torch.stack([expert_load(indices, probs.shape[-1]), token_mean(probs)])
-+ torch.stack([expert_load(indices, probs.shape[-1]), token_mean(probs.detach())])
+- torch.stack([load, token_mean(probs)])
++ torch.stack([load, token_mean(probs.detach())])
 
 capacity-off-by-one [moe] An expert takes one token more than its capacity.
 vqmoe_vision/moe/routing.py: moe/test_routing.py moe/methods/test_smoe.py
@@ -39,8 +39,8 @@ vqmoe_vision/moe/codebooks/ema.py: moe/test_codebook_revival.py moe/test_codeboo
 
 usage-of-one-process [moe] Each process moves its codebook by its own tokens, and the copies drift apart.
 vqmoe_vision/moe/codebooks/usage.py: moe/test_codebook_processes.py models/test_ddp.py
-- sums = sum_over_ranks(torch.cat([self.counts[:, None], self.token_sums], dim=1))
-+ sums = torch.cat([self.counts[:, None], self.token_sums], dim=1)
+- sums = sum_over_ranks(torch.cat([self.counts[..., None], self.token_sums], dim=-1))
++ sums = torch.cat([self.counts[..., None], self.token_sums], dim=-1)
 
 commitment-moves-codes [moe] The commitment pulls codes to tokens, and no token to its code.
 vqmoe_vision/moe/codebooks/__init__.py: moe/test_codebook.py moe/methods/test_vqmoe.py

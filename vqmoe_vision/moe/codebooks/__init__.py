@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..routing import Switched, full_precision
+from ..routing import Switched, directions, full_precision
 
 NORM_EPS = 1e-4  # shorter vectors have no direction, and would have a gradient without bound
 TEMPERATURE = 0.1  # of soft assignments
@@ -43,7 +43,7 @@ def nearest_code(x: Tensor, codes: Tensor, on: Tensor | None = None) -> Tensor:
     # not `no_grad`: where it ends a region without autocast, a saved program loads no more
     x, codes = x.detach(), codes.detach()
     # |x|^2 is the same for every code; leaving it out makes this one matrix product
-    distances = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
+    distances = torch.addmm(codes.square().sum(dim=1), x, codes.t(), alpha=-2)
     if on is not None:  # (E,), code j is of expert j mod E
         distances = distances.masked_fill(~on.repeat(len(codes) // len(on)), torch.inf)
     return distances.argmin(dim=1)
@@ -91,7 +91,7 @@ class Codebook(Switched):
 
     def compared(self, vectors: Tensor) -> Tensor:
         """Tokens or codes (..., D) as they are compared: of length one with `use_cosine_sim`."""
-        return F.normalize(vectors, dim=-1, eps=NORM_EPS) if self.use_cosine_sim else vectors
+        return directions(vectors, NORM_EPS) if self.use_cosine_sim else vectors
 
     def no_weight_decay(self) -> set[str]:
         """The codes: decay would pull them away from the tokens."""
@@ -120,7 +120,7 @@ class Codebook(Switched):
             # a copy: autograd keeps it, and an update may change codes before a later backward
             x, codes = self.compared(x.float()), self.codes().clone()
             # as `nearest_code`: |x|^2 is the same for every code
-            distance = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
+            distance = torch.addmm(codes.square().sum(dim=1), x, codes.t(), alpha=-2)
             # mean over channels, of directions the sum: for LayerNorm's tokens the same number
             channels = 1 if self.use_cosine_sim else self.dim
             return (distance / -(channels * TEMPERATURE)).softmax(dim=-1)
@@ -151,7 +151,7 @@ class Codebook(Switched):
 
 def _mean_squared(a: Tensor, b: Tensor) -> Tensor:
     """Mean over tokens and channels, zero without tokens."""
-    return F.mse_loss(a, b, reduction='sum') / max(a.numel(), 1)
+    return F.mse_loss(a, b, reduction='mean' if a.shape[0] > 0 else 'sum')
 
 
 class SimVQCodebook(Codebook):

@@ -14,7 +14,9 @@ one that is model state. The mixing function is [16 21f0aaad 15 735a2d97 15] of 
 Legend: T tokens, N tokens per sample, D width, M codes, S = SAMPLE_SIZE sampled tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +37,10 @@ _MASK = 2**32 - 1
 
 @dataclass(frozen=True)
 class CodeUsage:
-    """Counts, sums and a uniform sample of the tokens of any number of forward passes."""
+    """Counts, sums and a uniform sample of the tokens of any number of forward passes.
+
+    Those of L codebooks stand together in tensors (L, ...).
+    """
 
     counts: Tensor  # (M,) float32, tokens per code
     token_sums: Tensor  # (M, D) float32
@@ -45,8 +50,8 @@ class CodeUsage:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens in all, 0-dim float32."""
-        return self.counts.sum()
+        """Tokens in all, 0-dim or (L,) float32."""
+        return self.counts.sum(dim=-1)
 
     @property
     def usable(self) -> Tensor:
@@ -55,8 +60,8 @@ class CodeUsage:
 
     @property
     def seen(self) -> Tensor:
-        """Whether there was any token, usable or not, 0-dim bool."""
-        return self.draws[0] < NONE
+        """Whether there was any token, usable or not, 0-dim or (L,) bool."""
+        return self.draws[..., 0] < NONE
 
     def merged(self, later: 'CodeUsage') -> 'CodeUsage':
         """Usage in the passes of both."""
@@ -74,42 +79,71 @@ class CodeUsage:
         rank, size = rank_and_size()
         if size == 1:
             return self
-        sums = sum_over_ranks(torch.cat([self.counts[:, None], self.token_sums], dim=1))
+        sums = sum_over_ranks(torch.cat([self.counts[..., None], self.token_sums], dim=-1))
         every = [torch.empty_like(self.draws) for _ in range(size)]
         dist.all_gather(every, self.draws)
-        draws, places = torch.cat(every).topk(SAMPLE_SIZE, largest=False)
+        draws, places = torch.cat(every, dim=-1).topk(SAMPLE_SIZE, largest=False)
         # tokens travel by a sum, in which each is that of one rank: as many bytes for any number of
         # ranks, and as integers, whose bits nothing rounds
         places = places - rank * SAMPLE_SIZE
         is_own = (places >= 0) & (places < SAMPLE_SIZE)
-        own = self.tokens.index_select(0, places.clamp(0, SAMPLE_SIZE - 1))
-        bits = own.masked_fill(~is_own[:, None], 0).view(torch.int32)
+        own = sampled(self.tokens, places.clamp(0, SAMPLE_SIZE - 1))
+        bits = own.masked_fill(~is_own[..., None], 0).view(torch.int32)
         tokens = sum_over_ranks(bits).view(torch.float32)
-        return replace(self, counts=sums[:, 0], token_sums=sums[:, 1:], draws=draws, tokens=tokens)
+        counts, token_sums = sums[..., 0], sums[..., 1:]
+        return replace(self, counts=counts, token_sums=token_sums, draws=draws, tokens=tokens)
+
+
+def together(usages: Sequence[CodeUsage]) -> CodeUsage:
+    """Usage of several codebooks, as one of tensors (L, ...); the passes are those of the first."""
+    names = ('counts', 'token_sums', 'draws', 'tokens')
+    stacked: Any = {name: torch.stack([getattr(usage, name) for usage in usages]) for name in names}
+    return replace(usages[0], **stacked)
+
+
+def sampled(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens (..., S, D) at places (..., M), (..., M, D)."""
+    return tokens.gather(-2, places[..., None].expand(*places.shape, tokens.shape[-1]))
 
 
 def code_usage(
     x: Tensor,
     indices: Tensor,
     num_codes: int,
-    updates: Tensor,  # 0-dim int64, how often the codebook has learned
-    pass_number: int,  # passes in the usage that this one is merged with
+    stream: Tensor,  # 0-dim int64, of random numbers: see `stream_of`
     cosine: bool = False,
     tokens_per_sample: int = 1,  # N
 ) -> CodeUsage:
     """Usage in one pass by tokens (T, D) float32, sample after sample, with codes (T,) int64."""
     # a token that is not finite when squared would spoil its code for ever
-    usable = x.square().sum(dim=1).isfinite()  # autocast computes a product with itself in float16
-    x = x.masked_fill(~usable[:, None], 0)
+    usable = torch.linalg.vector_norm(x, dim=1) < torch.inf
+    spoilt = ~usable
+    x = x.masked_fill(spoilt[:, None], 0)
     if cosine:
         x = F.normalize(x, dim=1, eps=NORM_EPS)
-    counts = x.new_zeros(num_codes).index_add(0, indices, usable.to(x.dtype))
-    sums = x.new_zeros(num_codes, x.shape[1]).index_add(0, indices, x)
-    rows = joint_rows(x.shape[0], tokens_per_sample, x.device)
+    own = indices[:, None] == torch.arange(num_codes, device=x.device)
+    members = (own & usable[:, None]).to(x.dtype)
+    with full_precision(x):
+        # a product adds in one order, where `index_add` on a GPU has another in every run
+        sums = members.t() @ x
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # without data, as `FakeTensor`
+        rows = joint_rows(x.shape[0], tokens_per_sample, x.device)
+        numbers = _random_integers(rows, stream, 0)
+    else:
+        rows, mixed = _mixed_rows(x.shape[0], tokens_per_sample, rank_and_size(), x.device)
+        numbers = _mix_(mixed + stream)
     # 31 random bits, new for each update and pass, before the row: no two draws are equal
-    draws = (random_integers(rows, updates, pass_number, 0) >> 1 << 31) + rows
-    draws = draws.masked_fill(~usable, SPOILT)
-    return CodeUsage(counts, sums, *_smallest(draws, x), num_passes=int(x.shape[0] > 0))
+    draws = rows.add(numbers >> 1, alpha=2**31).masked_fill(spoilt, SPOILT)
+    return CodeUsage(members.sum(dim=0), sums, *_smallest(draws, x), int(x.shape[0] > 0))
+
+
+@lru_cache(maxsize=4)
+def _mixed_rows(
+    num_tokens: int, tokens_per_sample: int, _: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """As `joint_rows`, and these mixed as `_numbers` does: the same at every step."""
+    rows = joint_rows(num_tokens, tokens_per_sample, device)
+    return rows, _mix_(rows.clone())
 
 
 def _smallest(draws: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,14 +194,15 @@ def _spread(sample: Tensor, num_codes: int, usable: Tensor) -> Tensor:
 def anchor_probabilities(codes: Tensor, sample: Tensor, usable: Tensor) -> Tensor:
     """How likely CVQ draws a token as a code's anchor, (M, S): softmax(-distance^2)."""
     distances = torch.cdist(codes, sample).square()
-    return distances.masked_fill(~usable, torch.inf).neg().softmax(dim=1)  # nan if none is usable
+    distances = distances.masked_fill(~usable[..., None, :], torch.inf)
+    return distances.neg().softmax(dim=-1)  # nan if none is usable
 
 
 def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
     """Uniform int64 in [0, 2^32) for rows in [0, 2^32) of any shape; counters name the stream."""
-    # the order of counters matters, and 32 bits of each; the first may be a 0-dim int64 tensor
-    first = [counter for counter in counters[:1] if isinstance(counter, Tensor)]
-    return _random_integers(rows, first, list(counters[len(first) :]))
+    stream = stream_of(*counters)
+    is_tensor = isinstance(stream, Tensor)
+    return _random_integers(rows, stream if is_tensor else None, 0 if is_tensor else stream)
 
 
 def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
@@ -180,16 +215,24 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
     return torch.where(weights > 0, weights / -torch.log1p(-uniform), -1.0).argmax(dim=-1)
 
 
-def _numbers(rows: Tensor, first: list[Tensor], others: list[int]) -> Tensor:
+def stream_of(*counters: Tensor | int) -> Any:
+    """Which random numbers counters name, by their order and 32 bits of each: an int or a tensor.
+
+    The first counter may be an int64 tensor.
+    """
     # as many counters as there are: zeros would stay zero, and be one stream however many they are;
     # mixed, or one counter would be mixed as rows are, and row and counter could change places
-    stream = _mix_(len(first) + len(others))
-    for tensor in first:
-        stream = _mix_(tensor + stream)
-    for counter in others:
-        stream = _mix_(stream + counter)
+    stream: Any = _mix_(len(counters))
+    for counter in counters:
+        # of a tensor that 0 is added to, `_mix_` takes its place
+        stream = _mix_(stream if isinstance(counter, int) and counter == 0 else counter + stream)
+    return stream
+
+
+def _numbers(rows: Tensor, stream: Tensor | None, number: int) -> Tensor:
+    """Of the rows of a stream, which is a tensor or a number."""
     # rows are mixed before too: else two streams that are near would be one, shifted by a few rows
-    return _mix_(_mix_(rows.clone()).add_(stream))
+    return _mix_(_mix_(rows.clone()).add_(number if stream is None else stream))
 
 
 def _mix_(value: Any) -> Any:
@@ -209,6 +252,6 @@ def _mix_(value: Any) -> Any:
 # compilation took as long as that of all else in the layer. It runs as it is on tensors without
 # data, where it would fail if it read something back.
 _random_integers = torch.library.custom_op(
-    'vqmoe_vision::random_integers', _numbers, mutates_args=()
+    'vqmoe_vision::mixed_integers', _numbers, mutates_args=()
 )
 _random_integers.register_fake(_numbers)

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from ..config import check
 from . import cpu, cuda
-from .cpu import Plan, sorted_plan
+from .cpu import Groups, Plan, sorted_plan
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Computes the linear layers of all experts. Any kernel takes the plan of any other."""
 
-    # rows (R, in), weight (E, out, in), bias (E, out) or None, of one dtype, and ends (E,) int32 to
-    # (R, out), where rows past the last end are zero
-    product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
-    # of that answer's gradient, rows, weight, ends, and which are wanted: gradients of rows, weight
+    # rows (R, in), weight (E, out, in), bias (E, out) or None, of one dtype, and where the rows of
+    # each stand, to (R, out), where rows past the last end are zero
+    product: Callable[[Tensor, Tensor, Tensor | None, Groups], Tensor]
+    # of its gradient, rows, weight, groups, and which are wanted: gradients of rows, weight
     # and bias, anything of those that are not; None where autograd knows the operators of `product`
     gradients: Callable[..., Sequence[Tensor | None]] | None = None
     # of device, dtype and shape of the weight: whether it can compute
@@ -40,15 +40,15 @@ class Kernel:
     # whether it reads the ends back
     ends_on_host: bool = False
     # the rows that suit it, see `make_plan`
-    make_plan: Callable[[Tensor, int, torch.dtype], Plan] = lambda indices, e, _: sorted_plan(
-        indices, e
+    make_plan: Callable[[Tensor, int, torch.dtype, bool], Plan] = lambda indices, e, _, dropped: (
+        sorted_plan(indices, e, dropped)
     )
 
 
-def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
     """One expert after the other in operators that autograd knows: what the others must equal."""
     # for tests and for a doubt: it is slow, and breaks the graph of torch.compile
-    ends = offsets.tolist()
+    ends = groups.ends.tolist()
     answers = [
         F.linear(x[start:end], weight[expert], None if bias is None else bias[expert])
         for expert, (start, end) in enumerate(pairwise([0, *ends]))
@@ -80,11 +80,20 @@ def _triton(kind: str) -> ModuleType | None:
 
 KERNELS = {
     'reference': Kernel(_one_by_one, ends_on_host=True),
-    'batched': Kernel(cpu.product, cpu.gradients, ends_on_host=True, make_plan=cpu.make_plan),
+    'batched': Kernel(
+        lambda x, weight, bias, groups: cpu.product(x, weight, bias, groups.ends),
+        lambda grad, x, weight, groups, wanted: cpu.gradients(grad, x, weight, groups.ends, wanted),
+        ends_on_host=True,
+        make_plan=cpu.make_plan,
+    ),
     'grouped_mm': Kernel(cuda.product, cuda.gradients, cuda.fits),
     'triton': Kernel(
-        lambda *args: torch.ops.vqmoe_vision.tiled_product(*args),
-        lambda *args: torch.ops.vqmoe_vision.tiled_gradients(*args),
+        lambda x, weight, bias, groups: torch.ops.vqmoe_vision.tiled_product(
+            x, weight, bias, groups.ends
+        ),
+        lambda grad, x, weight, groups, wanted: torch.ops.vqmoe_vision.tiled_gradients(
+            grad, x, weight, groups.ends, wanted
+        ),
         lambda device, dtype, _: dtype in cuda.DTYPES and _has_triton(device),
     ),
 }
@@ -113,23 +122,74 @@ def use_kernel(name: str) -> Iterator[None]:
         _named = before
 
 
-def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
-    """Group assignments (A,) in [0, E], where none computes E, by expert and in their order."""
+def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype, dropped: bool = True) -> Plan:
+    """Group assignments (A,) in [0, E] by expert and in their order.
+
+    Of E, which none computes, there are none unless some may be `dropped`.
+    """
     # without a name the batched kernel's suits all: on CUDA it is not padded
-    return KERNELS[_named or 'batched'].make_plan(indices, num_experts, dtype)
+    return KERNELS[_named or 'batched'].make_plan(indices, num_experts, dtype, dropped)
 
 
-def placed_ends(offsets: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+def even_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+    """As `grouped_linear`, on rows x[e] of (E, S, in), as many for each."""
+    if _named is not None:
+        ends = x.shape[1] * torch.arange(1, len(x) + 1, device=x.device, dtype=torch.int32)
+        rows = grouped_linear(x.flatten(0, 1), weight, bias, Groups(ends), gelu)
+        return rows.view(*x.shape[:2], -1)
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    # graphs that are exported or traced know no function of ours
+    plain = torch.jit.is_tracing() or not torch.is_grad_enabled()
+    run = _even_linear if plain else _EvenLinear.apply
+    return run(x.to(dtype), weight.to(dtype), bias, gelu)
+
+
+def _even_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
+    x = x if gelu is None else F.gelu(x, approximate=gelu)
+    if bias is None:
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias[:, None], x, weight.mT)
+
+
+class _EvenLinear(torch.autograd.Function):
+    """Without autograd's gradient of `weight.mT`, which it copies as a whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gelu = gelu
+        return _even_linear(x, weight, bias, gelu)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        (x, weight), grad, gelu = ctx.saved_tensors, grads[0], ctx.gelu
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if wants_weight:
+            rows = x if gelu is None else F.gelu(x, approximate=gelu)
+            grad_weight = torch.bmm(grad.mT, rows)
+        if wants_x:
+            grad_x = torch.bmm(grad, weight)
+            if gelu is not None:
+                grad_x = torch.ops.aten.gelu_backward(grad_x, x, approximate=gelu)
+        return grad_x, grad_weight, grad.sum(dim=1) if wants_bias else None, None
+
+
+def placed(groups: Groups, x: Tensor, shape: Sequence[int]) -> Groups:
     """Ends where the kernel of weights (E, out, in) on rows `x` wants them: read once at most."""
     chosen = KERNELS[kernel_of(x.device, compute_dtype(x), shape)]
     # on meta, where operations are counted, there is nothing to read
-    return offsets.cpu() if chosen.ends_on_host and not offsets.is_meta else offsets
+    on_host = chosen.ends_on_host and not groups.ends.is_meta
+    return groups._replace(ends=groups.ends.cpu()) if on_host else groups
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, gelu: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, gelu: str | None = None
 ) -> Tensor:
-    """Linear layer e of weight (E, out, in) on rows offsets[e - 1]:offsets[e] of (R, in).
+    """Linear layer e of weight (E, out, in) on rows ends[e - 1]:ends[e] of (R, in).
 
     Autocast included; rows past the last end give zero. Returns (R, out). With `gelu`, how it is
     approximated, of GELU's answers for the rows, which the backward pass computes again.
@@ -141,31 +201,28 @@ def grouped_linear(
     # a trace of torch.jit holds operators, and no function of Python can be saved
     if (kernel := KERNELS[name]).gradients is None or torch.jit.is_tracing():
         x = x if gelu is None else F.gelu(x, approximate=gelu)
-        return kernel.product(x, weight, bias, offsets)
+        return kernel.product(x, weight, bias, groups)
+    ends, *others, full = groups
     if not kernel.ends_on_host:
-        offsets = offsets.to(x.device)
-    return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, name, gelu)
+        ends = ends.to(x.device)
+    x, weight, how = x.contiguous(), weight.contiguous(), (name, gelu, full)
+    return _GroupedLinear.apply(x, weight, bias, how, ends, *others)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        offsets: Tensor,
-        name: str,
-        gelu: str | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple, *parts: Any
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, offsets)
-        ctx.kernel, ctx.gelu = name, gelu
-        x = x if gelu is None else F.gelu(x, approximate=gelu)
-        return KERNELS[name].product(x, weight, bias, offsets)
+        ctx.save_for_backward(x, weight, *parts)
+        ctx.kernel, ctx.gelu, ctx.full = how
+        x = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
+        return KERNELS[ctx.kernel].product(x, weight, bias, Groups(*parts)._replace(full=ctx.full))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        x, weight, offsets = ctx.saved_tensors
+        x, weight, *parts = ctx.saved_tensors
+        groups = Groups(*parts)._replace(full=ctx.full)
         wanted = list(ctx.needs_input_grad[:3])
         # only the gradient of a weight asks for them
         again = ctx.gelu is not None and wanted[1]
@@ -175,11 +232,11 @@ class _GroupedLinear(torch.autograd.Function):
         assert gradients is not None
         found = [
             g if w else None
-            for g, w in zip(gradients(grad, rows, weight, offsets, wanted), wanted, strict=True)
+            for g, w in zip(gradients(grad, rows, weight, groups, wanted), wanted, strict=True)
         ]
         if found[0] is not None and ctx.gelu is not None:
             found[0] = torch.ops.aten.gelu_backward(found[0], x, approximate=ctx.gelu)
-        return *found, None, None, None
+        return *found, None, *(None for _ in parts)
 
 
 def refuse_named(where: str) -> None:

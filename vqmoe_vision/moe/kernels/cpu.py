@@ -42,39 +42,52 @@ _MOST_SPARE = 4
 _HAS_AMX = torch.cpu._is_amx_tile_supported()  # nothing public says so before torch 2.13
 
 
+class Groups(NamedTuple):
+    """Where the rows of each expert stand, and what else a plan has found out on its way."""
+
+    ends: Tensor  # (E,) int32; rows past the last are dropped and not computed
+    experts: Tensor | None = None  # (R,) int32, of every row; E past the last end
+    idle: Tensor | None = None  # (E,) bool, which have no rows
+    full: bool = False  # whether no row is past the last end, as far as the host knows
+
+
 class Plan(NamedTuple):
     """Which row each assignment becomes."""
 
     order: Tensor  # (R,) int64, the assignment of each row; also of rows that only fill a group
     inverse: Tensor  # (A,) int64, row of each assignment
-    # (E,) int32, ends of the experts' groups; rows past the last are dropped and not computed
-    offsets: Tensor
+    groups: Groups
 
 
-def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
+def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype, dropped: bool = True) -> Plan:
     """As `kernels.make_plan`: padded on the CPU."""
     if indices.device.type != 'cpu':
-        return sorted_plan(indices, num_experts)
+        return sorted_plan(indices, num_experts, dropped)
     low, length = dtype in (torch.bfloat16, torch.float16), 0
     block = (_AMX_BLOCK if _HAS_AMX else _BLOCK) if low else 1
     if torch.compiler.is_compiling():
         # an argument, so that a graph that was cached by another version keeps its own length
         length = _most_rows(indices.shape[0], num_experts, block)
-    return Plan(*_padded_plan(indices, num_experts, block, length))
+    order, inverse, ends = _padded_plan(indices, num_experts, block, length)
+    return Plan(order, inverse, Groups(ends))
 
 
-def sorted_plan(indices: Tensor, num_experts: int) -> Plan:
+def sorted_plan(indices: Tensor, num_experts: int, dropped: bool = True) -> Plan:
     """A row for each assignment (A,) in [0, E] and no others; nothing is read back."""
-    _, order, ends = _sort_by_expert(indices, num_experts)
+    ranked, order, bounds = _sort_by_expert(indices, num_experts)
     positions = torch.arange(indices.numel(), device=indices.device)
-    return Plan(order, torch.empty_like(order).scatter(0, order, positions), ends)
+    inverse = torch.empty_like(order).scatter_(0, order, positions)
+    starts, ends = bounds[:-1], bounds[1:]
+    return Plan(order, inverse, Groups(ends, ranked.int(), starts == ends, not dropped))
 
 
 def _sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert and assignment of every row, (A,) each, and int32 ends (E,) of the experts' groups."""
-    ranked, order = indices.sort(stable=True)
-    experts = torch.arange(num_experts, device=indices.device)
-    return ranked, order, torch.searchsorted(ranked, experts, right=True).to(torch.int32)
+    """Expert and assignment of every row, (A,) each; bounds (E + 1,) int32 of the groups."""
+    # keys of one byte sort several times faster, E too is one
+    dtype = torch.uint8 if num_experts < 256 else torch.int64
+    ranked, order = indices.to(dtype).sort(stable=True)
+    experts = torch.arange(num_experts + 1, dtype=dtype, device=indices.device)
+    return ranked, order, torch.searchsorted(ranked, experts, out_int32=True)
 
 
 # One opaque operator: what is decided by the load here makes no graph of torch.compile break.
@@ -84,14 +97,14 @@ def _padded_plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order, inverse and offsets; the order has `length`, or if that is 0 what this load needs."""
     num_assignments = indices.shape[0]
-    ranked, order, counted = _sort_by_expert(indices, num_experts)
-    ends = counted.tolist()
-    starts = [0, *ends[:-1]]
+    ranked, order, bounds = _sort_by_expert(indices, num_experts)
+    counted = bounds.tolist()
+    starts, ends = counted[:-1], counted[1:]
     sizes = _group_sizes([e - s for s, e in zip(starts, ends, strict=True)], block)
     padded_starts = [0, *accumulate(sizes)]
     # dropped assignments come after the last group
     shift = torch.tensor([p - s for p, s in zip(padded_starts, [*starts, ends[-1]], strict=True)])
-    rows = torch.arange(num_assignments) + shift.index_select(0, ranked)
+    rows = torch.arange(num_assignments) + shift.index_select(0, ranked.int())
     inverse = torch.empty_like(order).scatter_(0, order, rows)
     num_rows = num_assignments - ends[-1] + padded_starts[-1]
     assert length == 0 or num_rows <= length

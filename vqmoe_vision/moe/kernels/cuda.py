@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from .cpu import Groups
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
 _MOST_EXPERTS = 1023  # that its kernel on a card takes
@@ -39,34 +41,42 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
     """As that of `Kernel`."""
-    rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
-    experts = torch.searchsorted(offsets, rows, right=True)  # E for rows past the last end
-    out = _product(x, weight, offsets, turn_b=True)
+    ends, experts, _, full = groups
+    if experts is None:
+        rows = torch.arange(x.shape[0], device=x.device, dtype=ends.dtype)
+        experts = torch.searchsorted(ends, rows, right=True)  # E for rows past the last end
+    out = _product(x, weight, ends, turn_b=True)
     if bias is not None:
-        out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
-    return out.masked_fill_((experts == weight.shape[0])[:, None], 0)
+        # E is no expert's bias
+        of_rows = bias if full else F.pad(bias, (0, 0, 0, 1))
+        out += of_rows.index_select(0, experts)
+    return out if full else out.masked_fill_((experts == weight.shape[0])[:, None], 0)
 
 
 def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, groups: Groups, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As those of `Kernel`: torch leaves open rows past the last end, and experts without rows."""
-    empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+    ends, _, idle, full = groups
+    if idle is None:
+        idle = ends.diff(prepend=ends.new_zeros(1)) == 0
     grad_x = grad_weight = grad_bias = None
     if wanted[0]:
-        past = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
-        grad_x = _product(grad, weight, offsets).masked_fill_(past[:, None], 0)
+        grad_x = _product(grad, weight, ends)
+        if not full:
+            past = torch.arange(x.shape[0], device=x.device) >= ends[-1]
+            grad_x.masked_fill_(past[:, None], 0)
     if wanted[1]:
-        grad_weight = _product(grad, x, offsets, turn_a=True)
-        grad_weight.masked_fill_(empty[:, None, None], 0)
+        grad_weight = _product(grad, x, ends, turn_a=True)
+        grad_weight.masked_fill_(idle[:, None, None], 0)
     if wanted[2]:
         # a product with ones sums each group alone, in float32 and in a fixed order, which
         # adding rows to their experts would not
         ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
-        sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
-        grad_bias = sums.masked_fill(empty[:, None], 0)
+        sums = _product(ones, grad, ends, turn_a=True)[:, 0]
+        grad_bias = sums.masked_fill(idle[:, None], 0)
     return grad_x, grad_weight, grad_bias
 
 

@@ -86,12 +86,13 @@ class ExpertChoiceRouter(Router):
         experts = torch.arange(self.config.num_experts, device=x.device)[:, None]
         parts = [experts.expand_as(chosen.indices), chosen.values, first + chosen.indices]
         if valid is None:
-            indices, weights, tokens = (part.flatten() for part in parts)
+            # those of an expert stand together
+            indices, weights, tokens = (part.transpose(0, 1).flatten() for part in parts)
         else:
             own = self._own_choices(valid, chosen.values.shape)
             indices, weights, padded = (part.flatten().index_select(0, own) for part in parts)
             tokens = (valid.mask.flatten().cumsum(0) - 1).index_select(0, padded)
-        return Routing(indices=indices, weights=weights, tokens=tokens)
+        return Routing(indices=indices, weights=weights, tokens=tokens, even=valid is None)
 
     def _own_choices(self, valid: ValidTokens, shape: torch.Size) -> Tensor:
         """Which of choices (B, E, C) experts have in images of their own numbers of tokens."""

@@ -154,7 +154,7 @@ class SMoERouter(LossFreeRouter):
             ]
             noisy = logits = self.among_on(F.linear(x.float(), *own))
             if self.training and config.router_noise > 0:
-                noisy = logits + torch.randn_like(logits) * self.noise_std()
+                noisy = logits.add(torch.randn_like(logits), alpha=self.noise_std())
             probs = noisy.softmax(dim=-1)
             # by logit: small probabilities underflow to equals
             indices = self.choose(noisy, probs)

@@ -36,7 +36,7 @@ from ..experts import Experts
 from ..kernels import compute_dtype
 from ..layer import MoeLayer
 from ..raw_patches import Host
-from ..routing import full_precision
+from ..routing import directions, full_precision
 from ..valid import ValidTokens
 
 
@@ -122,8 +122,8 @@ class SoftMoEMlp(MoeLayer):
             gain = self.slot_gain.float()
             return x.float() @ F.rms_norm(self.slot_embed.float(), gain.shape, gain).t()
         assert self.scale is not None
-        slots = self.scale.float() * F.normalize(self.slot_embed.float(), dim=-1, eps=1e-6)
-        return F.normalize(x.float(), dim=-1, eps=1e-6).to(dtype) @ slots.t().to(dtype)
+        slots = self.scale.float() * directions(self.slot_embed.float(), eps=1e-6)
+        return directions(x.float(), eps=1e-6).to(dtype) @ slots.t().to(dtype)
 
     def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
         """As `MoeLayer`: padding is a part of no mixture."""

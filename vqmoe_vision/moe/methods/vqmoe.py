@@ -26,7 +26,7 @@ Preset 'official' is the released code; docs/explanation/methods.md names what i
 Legend: B images, N tokens per image, T = B * N, D width, E experts, M codes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -37,13 +37,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import losses
 from ..codebooks import Codebook, Quantized, rotate_to
-from ..codebooks.ema import CODEBOOKS
+from ..codebooks.ema import CODEBOOKS, update_together
 from ..codebooks.usage import CodeUsage
 from ..config import BalancedConfig, Named, loss_weight, option
 from ..dispatch import Branch, run_branches
 from ..experts import Experts
 from ..layer import Decisions, MoeLayer
-from ..losses import Loss, token_mean
+from ..losses import BalanceLoss, Loss, token_mean
 from ..raw_patches import Host
 from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
 from ..valid import ValidTokens
@@ -213,11 +213,14 @@ class ContinuousRouter(Router):
             probs = logits.softmax(dim=-1)
             # by logit: small probabilities underflow to equals
             indices = top_k_experts(logits, 1)[1]
-            weights = config.routed_scaling_factor * probs.gather(1, indices)
-            terms = losses.weighted(self, balance=lambda: losses.load_balance(probs, indices))
+            weights = probs.gather(1, indices)
+            if config.routed_scaling_factor != 1:
+                weights = config.routed_scaling_factor * weights
+            load = expert_load(indices, config.num_experts) if self.training else None
+            terms = losses.weighted(self, balance=lambda: losses.load_balance(probs, indices, load))
         if not config.train_router:
             weights = torch.ones_like(weights)
-        return Routing(indices, weights, terms)
+        return Routing(indices, weights, terms, load=load)
 
 
 class Quantizer(nn.Module):
@@ -269,11 +272,11 @@ class Quantizer(nn.Module):
 
     def observe(self, tokens: Tensor, quantized: Quantized, per_image: int) -> dict[str, Tensor]:
         """Statistics of tokens (T, D) float32; a codebook in training sees them."""
-        energy = torch.linalg.vector_norm(tokens.detach()).square()
+        energy = token_mean(tokens.detach().square().flatten())
         stats = {
             'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
             # of the tokens' energy
-            'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
+            'quantization_error': quantized.error / energy.clamp(min=1e-20),
         }
         if self.training and not self.codebook.frozen:
             left_out = self.codebook.observe(tokens, quantized.indices, per_image)
@@ -333,10 +336,12 @@ class VQMoEMlp(MoeLayer):
         if self.quantizer is not None:
             inputs, quantized = self.quantizer(tokens, precise)
             decisions['quantizer.codebook'] = quantized
-            experts = quantized.indices % self.experts.num_experts
+            experts = quantized.indices
+            if self.quantizer.codebook.num_codes > self.experts.num_experts:
+                experts = quantized.indices % self.experts.num_experts
             branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
             if self.training:
-                terms['vq'] = config.vq_weight * quantized.loss
+                terms['vq'] = BalanceLoss(quantized.loss, losses.itself, config.vq_weight)
                 if config.diversity_weight > 0:
                     probs = self.quantizer.codebook.soft_assignment(precise)
                     terms['diversity'] = config.diversity_weight * losses.diversity(probs)
@@ -344,17 +349,28 @@ class VQMoEMlp(MoeLayer):
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
         out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
-        chosen = torch.stack([branch.experts for branch in branches], dim=1)
         if self.listens:
-            stats = {'load': expert_load(chosen, self.experts.num_experts), **stats}
+            stats = {'load': self._load(decisions, stats), **stats}
         if gates is not None:
             decisions['gates'] = gates
             if self.listens:
-                stats['agreement'] = token_mean((chosen[:, 0] == chosen[:, 1]).float())
+                first, second = (branch.experts for branch in branches)
+                stats['agreement'] = token_mean(first == second, torch.float32)
                 stats['gate_continuous'] = token_mean(gates[:, 0].detach())
         self.record(losses.balanced(terms, config.global_balance), stats, tokens.shape[0])
         self.show(decisions, x, out)
         return out
+
+    def _load(self, decisions: Decisions, stats: dict[str, Tensor]) -> Tensor:
+        """Share of assignments of each expert, (E,): the mean of the branches'."""
+        loads, number = [], self.experts.num_experts
+        if isinstance(routing := decisions.get('router'), Routing):
+            known = routing.load
+            loads.append(expert_load(routing.indices, number) if known is None else known)
+        if self.quantizer is not None:  # code q belongs to expert q mod E
+            codes = stats['code_usage'].unflatten(0, (-1, number))
+            loads.append(codes.sum(dim=0) if len(codes) > 1 else codes[0])
+        return loads[0] if len(loads) == 1 else loads[0].lerp(loads[1], 0.5)
 
     def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
         """As `MoeLayer`."""
@@ -377,7 +393,14 @@ class VQMoEMlp(MoeLayer):
 
     def apply_update(self) -> bool:
         """Let the codebook learn from what it observed."""
-        return self.quantizer is not None and self.quantizer.codebook.update()
+        return self.apply_updates([self])[0]
+
+    @classmethod
+    def apply_updates(cls, layers: Sequence['VQMoEMlp']) -> list[bool]:
+        """As `apply_update`; codebooks learn together."""
+        books = [None if layer.quantizer is None else layer.quantizer.codebook for layer in layers]
+        found = update_together([book for book in books if book is not None])
+        return [book is not None and found.pop(0) for book in books]
 
     def moves_state(self) -> bool:
         """Whether the codebook learns from what it observes."""

@@ -27,7 +27,14 @@ from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
 from ..losses import LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
-from ..routing import Routing, full_precision, init_orthogonal, renormalized
+from ..routing import (
+    Routing,
+    directions,
+    expert_load,
+    full_precision,
+    init_orthogonal,
+    renormalized,
+)
 
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
 _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
@@ -134,8 +141,8 @@ class XMoERouter(LossFreeRouter):
         tokens = F.linear(x.float(), self.project.float())
         if self.config.normalize_tokens:
             # eps keeps an all-zero token finite, in value and gradient
-            tokens = F.normalize(tokens, dim=-1, eps=1e-4)
-        return F.linear(tokens, F.normalize(self.expert_embed.float(), dim=-1, eps=1e-4))
+            tokens = directions(tokens, eps=1e-4)
+        return F.linear(tokens, directions(self.expert_embed.float(), eps=1e-4))
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
@@ -146,10 +153,14 @@ class XMoERouter(LossFreeRouter):
             indices = self.choose(scores, scores)
             weights = self._weights(scaled, indices)
             fixed = self.balance_temperature  # tau_0
+            load = expert_load(indices, self.config.num_experts) if self.training else None
             terms = losses.weighted(
-                self, balance=lambda: losses.load_balance((scores / fixed).softmax(dim=-1), indices)
+                self,
+                balance=lambda: losses.load_balance(
+                    (scores / fixed).softmax(dim=-1), indices, load
+                ),
             )
-        return Routing(indices, weights, terms)
+        return Routing(indices, weights, terms, load=load)
 
     def no_weight_decay(self) -> set[str]:
         """The expert embeddings: only their direction counts."""
