@@ -120,7 +120,7 @@ def test_weights_and_biases_may_lie_in_any_order(kernel):
     ends, found = torch.tensor([2, 3, 6], dtype=torch.int32), []
     for name in (kernel, 'reference'):
         with use_kernel(name):
-            out = grouped_linear(x, weight, bias, ends)
+            out = grouped_linear(x, weight, bias, Groups(ends))
         found.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))])
     for value, expected in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)

@@ -155,7 +155,8 @@ class _Directions(torch.autograd.Function):
 
 def directions(x: Tensor, eps: float) -> Tensor:
     """Vectors (..., D) of length one; those shorter than `eps` over `eps`."""
-    if torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing():
+    in_graph = torch.jit.is_tracing()  # which knows no function of ours
+    if torch.is_grad_enabled() and x.requires_grad and not in_graph:
         return _Directions.apply(x, eps)
     return F.normalize(x, dim=-1, eps=eps)
 
