@@ -104,7 +104,13 @@ MATRIX = {'A100': 'mma.sync', '4090': 'mma.sync', 'H100': 'wgmma', 'RTX 50': 'mm
 
 
 @pytest.mark.parametrize('card', TARGETS)
-@cases('dtype, widths', *((dtype, (384, 1536)) for dtype in SHORT), (torch.bfloat16, (35, 11)))
+@cases(
+    'dtype, widths',
+    (torch.bfloat16, (384, 1536)),
+    pytest.param(torch.float16, (384, 1536), marks=pytest.mark.long),
+    pytest.param(torch.float32, (384, 1536), marks=pytest.mark.long),
+    pytest.param(torch.bfloat16, (35, 11), marks=pytest.mark.long),
+)
 def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
     monkeypatch.setenv('TRITON_DEFAULT_FP_FUSION', '1')  # without a word Triton 3.9 warns
     monkeypatch.setattr(triton.knobs.cache, 'dir', str(tmp_path))
