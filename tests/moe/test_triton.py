@@ -173,6 +173,8 @@ class Seen(Exception):
     """A graph was seen, and is not to be run."""
 
 
+# dynamo reads the gradients of what it traces, where other tests have left it some
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor:UserWarning')
 def test_a_compiler_sees_the_kernels_in_one_graph(monkeypatch):
     monkeypatch.setattr(kernels, '_has_triton', lambda device: True)
     called = []
