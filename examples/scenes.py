@@ -7,13 +7,12 @@ and so are crops, batch, rates and the windows of a test. mmsegmentation is not 
 from functools import cache
 from itertools import product
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vqmoe_vision import collect_losses
-from vqmoe_vision.engine.images import digit_scans
+from vqmoe_vision.engine.images import digit_scans, digit_scene
 
 scans_of = cache(digit_scans)
 CLASSES, SIZE, CROP = 11, 96, 48
@@ -22,27 +21,8 @@ ENCODER = dict(img_size=CROP, patch_size=8, depth=4, embed_dim=96, num_heads=3, 
 
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Image (96, 96, 3) uint8 and labels (96, 96) uint8: 0, and d + 1 for strokes of digit d."""
-    scans, digits = scans_of(split)
-    rng = np.random.default_rng([0, ('train', 'test', 'dev').index(split), index])
-    coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)
-    image = cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
-    labels, taken = np.zeros((SIZE, SIZE), np.uint8), np.zeros((SIZE, SIZE), bool)
-    for chosen in rng.integers(len(scans), size=rng.integers(3, 6)):
-        side = int(rng.integers(40, 49))
-        for _ in range(20):
-            top, left = rng.integers(0, SIZE - side + 1, 2)
-            place = slice(top, top + side), slice(left, left + side)
-            if not taken[place].any():
-                break
-        else:
-            continue
-        taken[place] = True
-        scan = cv2.resize(scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
-        ink = scan.astype(np.float32)[..., None] / 255
-        image[place] = image[place] * (1 - ink) + rng.uniform(150, 255, 3).astype(np.float32) * ink
-        labels[place][scan >= 96] = digits[chosen] + 1
-    image += rng.normal(0, 4, image.shape)
-    return np.clip(image, 0, 255).round().astype(np.uint8), labels
+    seeds = 0, ('train', 'test', 'dev').index(split), index
+    return digit_scene(*scans_of(split), SIZE, seeds)
 
 
 def tensors(scenes: list) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -109,6 +109,39 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     train, dev = parted(rest, 180)
     chosen = {'train': train, 'dev': dev, 'test': test}[split]
     return np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), targets[chosen]
+
+
+# Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
+SCENE_SIDES = (40, 48)
+
+
+def digit_scene(
+    scans: np.ndarray, digits: np.ndarray, size: int, seeds: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8 BGR, and labels (H, W) uint8: 0, and d + 1 for strokes of d."""
+    import cv2  # here for the reason of `digit_scans`
+
+    rng = np.random.default_rng(seeds)
+    coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)  # smooth dark colours
+    image: Any = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)
+    labels, taken = np.zeros((size, size), np.uint8), np.zeros((size, size), bool)
+    for chosen in rng.integers(len(scans), size=rng.integers(3, 6)):
+        side = int(rng.integers(SCENE_SIDES[0], SCENE_SIDES[1] + 1))
+        for _ in range(20):  # attempts to find a square where nothing is yet
+            top, left = rng.integers(0, size - side + 1, 2)
+            place = slice(top, top + side), slice(left, left + side)
+            if not taken[place].any():
+                break
+        else:
+            continue
+        taken[place] = True
+        scan = cv2.resize(scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
+        ink = scan.astype(np.float32)[..., None] / 255
+        colour = rng.uniform(150, 255, 3).astype(np.float32)
+        image[place] = image[place] * (1 - ink) + colour * ink
+        labels[place][scan >= 96] = digits[chosen] + 1
+    image += rng.normal(0, 4, image.shape)
+    return np.clip(image, 0, 255).round().astype(np.uint8), labels
 
 
 class TrainingPart(NamedTuple):

@@ -4,13 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 from mmseg.datasets import ADE20KDataset, BaseSegDataset, CityscapesDataset, PascalContextDataset59
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.config import STOCK_LOADING, renamed
-from vqmoe_vision.engine.images import DIGITS, TrainingPart, digit_scans
+from vqmoe_vision.engine.images import (
+    DIGITS,
+    SCENE_SIDES,
+    TrainingPart,
+    digit_scans,
+    digit_scene,
+)
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
@@ -18,8 +23,6 @@ from .transforms import LOADING, named
 
 PARTS = ('all', 'train', 'dev')
 _PAGE = 'docs/how-to/segmentation.md says where to get the data set, and how to lay it out'
-# Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
-_SIDES = (40, 48)
 
 
 def _rgb(colours: str) -> list[list[int]]:
@@ -217,7 +220,8 @@ class DigitScenes(BaseSegDataset):
     def __init__(
         self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
     ) -> None:
-        check(size >= _SIDES[1], 'size', size, f'at least {_SIDES[1]}, the side of a large digit')
+        largest = SCENE_SIDES[1]
+        check(size >= largest, 'size', size, f'at least {largest}, the side of a large digit')
         self._scans, self._digits = digit_scans(split)
         self._seeds = seed, ('train', 'test', 'dev').index(split)
         self.split, self.num_scenes, self.size = split, num_scenes, size
@@ -249,26 +253,4 @@ class DigitScenes(BaseSegDataset):
 
     def scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) uint8 BGR, and labels (H, W) uint8: 0, and d + 1 for strokes of d."""
-        rng = np.random.default_rng([*self._seeds, index])
-        shape = self.size, self.size
-        coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)  # smooth dark colours
-        image: Any = cv2.resize(coarse, shape, interpolation=cv2.INTER_LINEAR)
-        labels = np.zeros(shape, np.uint8)
-        taken = np.zeros(shape, bool)
-        for chosen in rng.integers(len(self._scans), size=rng.integers(3, 6)):
-            side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
-            for _ in range(20):  # attempts to find a square where nothing is yet
-                top, left = rng.integers(0, self.size - side + 1, 2)
-                place = slice(top, top + side), slice(left, left + side)
-                if not taken[place].any():
-                    break
-            else:
-                continue
-            taken[place] = True
-            scan = cv2.resize(self._scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
-            ink = scan.astype(np.float32)[..., None] / 255
-            colour = rng.uniform(150, 255, 3).astype(np.float32)
-            image[place] = image[place] * (1 - ink) + colour * ink
-            labels[place][scan >= 96] = self._digits[chosen] + 1
-        image += rng.normal(0, 4, image.shape)
-        return np.clip(image, 0, 255).round().astype(np.uint8), labels
+        return digit_scene(self._scans, self._digits, self.size, (*self._seeds, index))
