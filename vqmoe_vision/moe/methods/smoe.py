@@ -28,7 +28,14 @@ from .. import losses
 from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
 from ..losses import LossFreeConfig, LossFreeRouter
 from ..raw_patches import Host
-from ..routing import Routing, full_precision, init_lecun_normal, renormalized, within_capacity
+from ..routing import (
+    Routing,
+    full_precision,
+    init_lecun_normal,
+    probabilities,
+    renormalized,
+    within_capacity,
+)
 
 LOSS_WEIGHTS = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight')
 
@@ -155,7 +162,7 @@ class SMoERouter(LossFreeRouter):
             noisy = logits = self.among_on(F.linear(x.float(), *own))
             if self.training and config.router_noise > 0:
                 noisy = logits.add(torch.randn_like(logits), alpha=self.noise_std())
-            probs = noisy.softmax(dim=-1)
+            probs = probabilities(noisy)
             # by logit: small probabilities underflow to equals
             indices = self.choose(noisy, probs)
             weights = probs.gather(1, indices)
@@ -165,7 +172,7 @@ class SMoERouter(LossFreeRouter):
             terms = losses.weighted(
                 self,
                 importance=lambda: losses.importance(
-                    probs if noisy is logits else logits.softmax(dim=-1)  # without noise the same
+                    probs if noisy is logits else probabilities(logits)  # without noise the same
                 ),
                 load=lambda: losses.load(logits, noisy, self.noise_std(), config.top_k),
                 balance=lambda: losses.load_balance(probs, indices),
