@@ -29,7 +29,7 @@ PREFIX = 8  # the most tokens before patches that are guessed
 class LayerRecord:
     """One pass of one layer; all tensors are detached and on the CPU."""
 
-    num_experts: int
+    num_experts: int  # without those that all tokens share
     inputs: Tensor  # (B, N, D)
     outputs: Tensor | None  # (B, N, D), None where only the choice was watched
     # by decider, the module that chooses, such as 'router' or 'quantizer.codebook'
@@ -146,6 +146,7 @@ def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Ten
     experts, weights, codes = {}, {}, {}
     for name, decided in decisions.items():
         if isinstance(decided, Routing):
+            num_experts -= decided.shared
             found = _by_token(decided, batch.numel())
             experts[name], weights[name] = (each.unflatten(0, batch) for each in found)
         elif isinstance(decided, Quantized):
@@ -170,9 +171,11 @@ def _by_token(routing: Routing, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Experts and weights of each token, (T, K), best first, filled up with -1 and 0."""
     indices, weights = routing.indices.cpu(), _plain(routing.weights)
     if routing.tokens is None:
+        chosen = indices.shape[1] - routing.shared
+        indices, weights = indices[:, :chosen], weights[:, :chosen]
         if routing.kept is None:
             return indices, weights
-        kept = routing.kept.cpu()
+        kept = routing.kept[:, :chosen].cpu()
         order = (~kept).to(torch.int8).argsort(dim=1, stable=True)  # what is dropped comes last
         indices, weights = indices.masked_fill(~kept, -1), weights.masked_fill(~kept, 0)
         return indices.gather(1, order), weights.gather(1, order)

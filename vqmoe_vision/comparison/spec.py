@@ -49,13 +49,15 @@ def row_options(row: str, size: str | None, model: str = 'model', moe_blocks: in
     known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
     check(row in known, 'row', row, f'those that need no options are {known}')
     method, preset = PRESET_ROWS.get(row, (_METHODS.get(row), None))
+    num_experts = 4 if size in ('base', 'large') else 8
+    fixed = method and 'num_experts' in METHODS[method].config.PRESETS.get(preset or '', {})
     options = {
         'model_name': size and f'vit_{size}_{method or "patch16_224"}',
         'moe': None if method else 'None',
         'extra_mlps': moe_blocks if row == 'dense_2x' else None,
         'moe.method': None if size else method,
         # as the paper: "small, 10M" and "large, 110M"
-        'moe.num_experts': (4 if size in ('base', 'large') else 8) if size and method else None,
+        'moe.num_experts': num_experts if size and method and not fixed else None,
         'moe.preset': preset,
     }
     return [f'{model}.{name}={value}' for name, value in options.items() if value is not None]
@@ -308,7 +310,11 @@ _KEEPING = {  # default hooks
     'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
 }  # fmt: skip
 # Options that came later, by the value with which nothing changes.
-_ADDED: dict[str, Any] = {'moe.recompute': None}
+_ADDED: dict[str, Any] = {
+    'moe.recompute': None,
+    'moe.score': 'softmax',
+    'moe.num_shared_experts': 0,
+}
 
 
 def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str:

@@ -1,9 +1,10 @@
 """Sparse upcycling: the experts of a layer are made of the dense MLP in their place.
 
 arXiv 2212.05055: every expert is a copy, and the router starts anew. With `EXACT_UPCYCLING` of the
-method's options the model then answers as the dense one does.
+method's options the model then answers as the dense one does. Answers of S shared experts are added
+to that of the chosen ones together: each is 1 / (1 + S) of the dense one, by its output layer.
 
-Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP.
+Legend: E experts, S of them shared, D width, H hidden width of an expert, F of the dense MLP.
 """
 
 import math
@@ -61,7 +62,9 @@ def refuse_unused(how: Upcycling, ways: str) -> None:
     check(how == Upcycling(), 'upcycling', how, f'None, no dense weights are loaded: use {ways}')
 
 
-def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
+def upcycle(
+    mlp: StateDict, experts: Experts, how: Upcycling, name: str, summands: int = 1
+) -> StateDict:
     """Experts made of a dense MLP: fc1.weight (F, D) becomes (E, H, D), fc2.weight (E, D, H)."""
     _check_fit(mlp, experts, how, name)
     dense = mlp['fc1.weight'].shape[0]
@@ -77,6 +80,8 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
     if 'fc1.bias' in mlp:
         result['fc1.bias'] = mlp['fc1.bias'][units]
         result['fc2.bias'] = mlp['fc2.bias'].expand(number, -1).clone()
+    if summands > 1:
+        result |= {k: v / summands for k, v in result.items() if k.startswith('fc2.')}
     if how.drop > 0:
         for expert in range(number):
             _redraw({key: value[expert] for key, value in result.items()}, how.drop)
