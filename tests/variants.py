@@ -31,10 +31,13 @@ def _possible(config: type[MoeConfig], options: dict[str, Any]) -> bool:
     return True
 
 
+_OF_TESTS = {'top_k': 2, 'expert_mlp_ratio': None}  # few, that are made of dense MLPs
+
+
 def presets(config: type[MoeConfig]) -> dict[str, dict[str, Any]]:
-    """Options by preset; one that has experts of a number of its own chooses few, as tests have."""
+    """Options by preset; one that has experts of its own number and width has those of tests."""
     found = config.PRESETS.items()
-    return {p: {'preset': p, **({'top_k': 2} if 'num_experts' in o else {})} for p, o in found}
+    return {p: {'preset': p, **(_OF_TESTS if 'num_experts' in o else {})} for p, o in found}
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}

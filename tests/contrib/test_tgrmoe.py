@@ -14,7 +14,7 @@ from vqmoe_vision.contrib.tgrmoe import CLUSTERED, Teacher, TeacherConfig, Teach
 from vqmoe_vision.models import complexity
 from vqmoe_vision.moe.raw_patches import Host, RawPatches, image_reader
 
-from .. import cases, refused
+from .. import cases
 from ..models.conftest import make
 
 B, N, D, E = 2, 3, 4, 3
@@ -127,11 +127,3 @@ def test_a_teacher_of_another_grid_is_resized(images):
     torch.testing.assert_close(found[:, :, 3], own[:, 1:].expand(-1, 2, -1))
     assert teacher.features(torch.zeros(B, D, 1, N)).shape == (B * 2, D)
     assert CLUSTERED == 8
-
-
-def test_tokens_that_the_teacher_does_not_see_are_refused(images):
-    model = make('tgrmoe', patch_drop_rate=0.5)
-    fit_reader(model, [images])
-    with collect_losses(model.train()):
-        refused(r'tokens=\(\d, 9\) .*patch_drop_rate=0', model, images)
-    model.eval()(images)

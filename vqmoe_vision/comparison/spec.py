@@ -198,6 +198,8 @@ class Comparison:
         return [(row, seed) for seed in seeds for row in rows]
 
 
+# Fields that a run without start goes by, beside its row.
+_OF_A_RUN = ('config', 'seeds', 'metric', 'also', 'options', 'shifts', 'stage')
 # What the fields of a file are.
 _FIELDS: dict[str, Any] = {
     **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), str),
@@ -244,10 +246,17 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     if 'start' in given:
         words = given['start'].split()
         check(len(words) == 3, f'{path}: start', given['start'], "'COMPARISON ROW CHECKPOINT'")
-        source = read_comparison(words[0], (*within, path))
-        choose(f'{path}: start: row', [words[1]], source.rows)
-        given['start'] = source, *words[1:]
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    if 'start' in given:
+        if find_config(words[0]) == path:  # a row of its own that starts from nothing
+            alone = {n: v for n, v in fields.items() if n in _OF_A_RUN}
+            alone['rows'] = {r: o for r, o in given['rows'].items() if '{start' not in str(o)}
+            alone['reference'] = next(iter(alone['rows']), '')
+            source = Comparison(Path(path).stem, **alone)
+        else:
+            source = read_comparison(words[0], (*within, path))
+        choose(f'{path}: start: row', [words[1]], source.rows)
+        fields['start'] = source, *words[1:]
     return Comparison(Path(path).stem, **fields)
 
 

@@ -27,16 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..moe.config import Named, check, loss_weight, option
+from ..moe.config import Named, loss_weight, option
 from ..moe.losses import token_mean
 from ..moe.methods import Method
 from ..moe.methods.smoe import SMoEConfig, SMoERouter
-from ..moe.raw_patches import Host
+from ..moe.raw_patches import Host, RawPatches
 from ..moe.routing import Routing, full_precision
 from .mocle import Clusters
 
 # Of an image as many tokens are clustered, at most.
 CLUSTERED = 8
+
+_FROZEN = SMoEConfig.PRESETS['frozen'] | {'teacher_weight': 0.0}  # which nothing can teach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,9 @@ class TeacherConfig(SMoEConfig):
 
     PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {'top_k': 2}}
 
-    teacher_weight: float = loss_weight(1.0, 0.1)
+    teacher_weight: float = loss_weight(
+        1.0, 0.1, {'router_bias': True, 'renormalize': True}, _FROZEN
+    )
     teacher_temperature: float = option(
         0.1, 0.5, bounds='(0, inf)', of_weights=False, idle={'teacher_weight': 0}
     )
@@ -97,7 +101,9 @@ class TeacherRouter(SMoERouter):
     """SMoE's router, with the loss of the teacher."""
 
     per_image = True
+    permutation_equivariant = False  # the teacher tells each token of its place
     config: TeacherConfig
+    raw_patches: RawPatches
 
     def __init__(self, in_features: int, config: TeacherConfig, host: Host, **factory: Any) -> None:
         super().__init__(in_features, config, host, **factory)
@@ -105,10 +111,9 @@ class TeacherRouter(SMoERouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Route images (B, N, D) in float32."""
-        told = self.raw_patches.current()  # type: ignore[union-attr]
+        told = self.raw_patches.current()
         if self.training:
-            allowed = f'{tuple(told.shape[:2])}, as the teacher sees: patch_drop_rate=0'
-            check(x.shape[:2] == told.shape[:2], 'tokens', tuple(x.shape[:2]), allowed)
+            self.raw_patches.check_number('tokens', x.shape[0] * x.shape[1], told.shape[:2].numel())
         return super().forward(x.flatten(0, 1))
 
     def further_losses(self, logits: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -116,10 +121,10 @@ class TeacherRouter(SMoERouter):
 
         def divergence() -> Tensor:
             said = self.log_scores(logits).log_softmax(dim=-1)
-            told = self.raw_patches.current().flatten(0, 1)  # type: ignore[union-attr]
+            told = self.raw_patches.current().flatten(0, 1)
             return token_mean((told.exp() * (told - said)).sum(dim=-1))
 
         return {'teacher': divergence}
 
 
-METHOD = Method(TeacherConfig, TeacherRouter, Teacher)  # type: ignore[arg-type]
+METHOD = Method(TeacherConfig, TeacherRouter, Teacher)
