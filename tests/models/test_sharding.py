@@ -79,10 +79,12 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 def compare(rank: int, world: int, expert_processes: int, num_experts: int, folder: Path) -> None:
     begin(rank, world, folder)
-    for method in METHODS:
-        whole = DistributedDataParallel(make(method, num_experts=num_experts).double())
+    shared = {'preset': 'shared', 'score': 'sigmoid', 'router_noise': 0.0, 'load_weight': 0.0}
+    for method, options in [*((name, {}) for name in METHODS), ('smoe', shared)]:
+        options = {'num_experts': num_experts, **options}
+        whole = DistributedDataParallel(make(method, **options).double())
         train(whole, optimizer_of(whole))
-        model = make(method, num_experts=num_experts).double()
+        model = make(method, **options).double()
         sharded = shard_model(model, expert_processes)
         # of what each process has whole; StableMoE's router learns in the first step alone
         whole_ones = [p for p in sharded.parameters() if not isinstance(p, DTensor)]
