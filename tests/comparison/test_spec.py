@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.classification
@@ -28,7 +27,7 @@ from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 
-from .. import cases
+from .. import cases, on_meta
 from ..rows import CONFIGS
 
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
@@ -51,7 +50,7 @@ def test_every_row_of_every_comparison_can_be_built(path, root):
         own = [option for option in run.options if any(gone in option for gone in GONE)]
         refused = pytest.raises((TypeError, ValueError)) if own else nullcontext()
         scope = DefaultScope.overwrite_default_scope(config.default_scope)
-        with refused, torch.device('meta'), scope:
+        with refused, on_meta(), scope:
             MODELS.build(config.model.get('backbone', config.model))
         assert config.default_hooks.record.type == 'RunRecordHook'
     for shown in (comparison, replace(comparison, highlighted=())):
@@ -110,7 +109,7 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf, root):
         method = row.partition('_')[0].replace('position', 'hashmoe')
         assert (model.moe and model.moe.method) == (None if row == 'dense_1x' else method)
         scope = DefaultScope.overwrite_default_scope(comparison.base.default_scope)
-        with torch.device('meta'), scope:
+        with on_meta(), scope:
             built = MODELS.build(without_sources(model))
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense_1x')
 
@@ -135,7 +134,7 @@ def test_dense_2x_has_the_compute_of_two_experts(name, options, of_all_rows, moe
     macs = {}
     for row in ('dense_1x', 'dense_2x', 'smoe'):
         config = Run(comparison, row, 1, Path('work_dirs')).merged()
-        with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
+        with on_meta(), DefaultScope.overwrite_default_scope(config.default_scope):
             macs[row] = complexity(MODELS.build(config.model).model).macs
     # a router has a product with 8 vectors, where an MLP of width 192 has 2 x 768
     assert macs['smoe'] == pytest.approx(macs['dense_2x'], rel=0.01)
