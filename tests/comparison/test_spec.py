@@ -166,6 +166,8 @@ def test_rows_follow_the_table_of_methods(spec):
     assert rows.keys() == {*ROWS, 'dense', 'more_experts'} | differing
     assert rows['more_experts'][-1] == 'model.moe.num_experts=16'
     assert rows['smoe_frozen'][-1] == 'model.moe.preset=frozen'
+    # a preset's own number of experts stays
+    assert not any('num_experts' in option for option in rows['smoe_fine'])
 
 
 def test_a_row_may_start_from_one_of_its_own_comparison(root, tmp_path):

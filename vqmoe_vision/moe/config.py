@@ -68,7 +68,7 @@ class MoeConfig:
         num_experts: E, the experts of a layer.
         expert_mlp_ratio: Hidden width of an expert over D; None takes the dense `mlp_ratio`.
         recompute: 'gelu' computes GELU again in the backward pass, to keep less until then; for
-            experts with GELU and without dropout.
+            experts with GELU, and without gate, norm and dropout.
 
     Raises:
         ValueError: A field holds an impossible value.
