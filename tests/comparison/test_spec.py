@@ -11,8 +11,15 @@ from mmengine.registry import MODELS, DefaultScope
 import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.figures import curve_styles
-from vqmoe_vision.comparison.spec import CONTROLS, FEATURE_ROWS, ROWS, SOURCE, read_comparison
-from vqmoe_vision.comparison.store import Run
+from vqmoe_vision.comparison.queue import tasks_of
+from vqmoe_vision.comparison.spec import (
+    CONTROLS,
+    FEATURE_ROWS,
+    ROWS,
+    START,
+    read_comparison,
+)
+from vqmoe_vision.comparison.store import Run, Store
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.model import without_sources
@@ -65,7 +72,7 @@ def test_whatever_learns_to_route_meets_both_controls(path, root):
     for options in comparison.rows.values():
         line = ' '.join(options)
         if 'moe.method=' in line or re.search(r'model_name=vit_tiny_\w*moe', line):
-            made = '_started' if SOURCE.search(line) else ''
+            made = '_started' if 'checkpoint={start' in line else ''
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
@@ -159,6 +166,21 @@ def test_rows_follow_the_table_of_methods(spec):
     assert rows.keys() == {*ROWS, 'dense', 'more_experts'} | differing
     assert rows['more_experts'][-1] == 'model.moe.num_experts=16'
     assert rows['smoe_frozen'][-1] == 'model.moe.preset=frozen'
+    # a preset's own number of experts stays
+    assert not any('num_experts' in option for option in rows['smoe_fine'])
+
+
+def test_a_row_may_start_from_one_of_its_own_comparison(root, tmp_path):
+    store = Store(tmp_path / 'rows/cifar100_budget')
+    comparison = read_comparison('configs/comparisons/cifar100_budget.py')
+    found = Run(comparison, 'tgrmoe', 3, tmp_path)
+    (source, checkpoint), own = found.sources[START], Run(comparison, 'dense_1x', 3, tmp_path)
+    assert source.key == own.key and checkpoint == own.folder / 'epoch_6.pth'
+    assert found.resolved['model']['features'] == str(checkpoint)
+    (alone,) = tasks_of([own], store)
+    first, second = tasks_of([own, found], store)
+    assert first.run.folder == alone.run.folder == own.folder and first.leaves == checkpoint
+    assert second.run is found
 
 
 def test_rows_that_start_from_another_run_take_it_at_their_seed(spec):
@@ -184,7 +206,8 @@ FROM = "start = 'first.py dense a.pth'\n"
 @cases(
     'more, field',
     ("start = 'dense'", 'start='),
-    ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
+    ("start = 'spec.py absent iter_2.pth'", 'spec.py: start: row absent'),
+    ("start = 'other.py dense iter_2.pth'", 'spec.py: start='),
     ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
     (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
     (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
@@ -213,6 +236,8 @@ FROM = "start = 'first.py dense a.pth'\n"
 )
 def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
     Path('first.py').write_text(Path(spec()).read_text())
+    # two that start from each other
+    Path('other.py').write_text(Path(spec("start = 'spec.py dense iter_2.pth'")).read_text())
     line = says('run', spec(more))
     assert line.startswith('error: ') and field in line and '\n' not in line
     assert not Path('calls').exists()

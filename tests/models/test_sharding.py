@@ -82,6 +82,8 @@ def compare(rank: int, world: int, expert_processes: int, num_experts: int, fold
     begin(rank, world, folder)
     forms: list = [*((method, {}) for method in METHODS)]
     forms += [('smoe', WITH_GATE[gate]) for gate in ('first', 'separate')]
+    quiet = {'router_noise': 0.0, 'load_weight': 0.0}
+    forms += [('smoe', {'preset': 'shared', 'score': 'sigmoid', **quiet})]
     for method, options in forms:
         whole = DistributedDataParallel(make(method, num_experts=num_experts, **options).double())
         train(whole, optimizer_of(whole))

@@ -1,5 +1,6 @@
 """Dense weights in, experts out, through timm's loading: the same answers, all of it reported."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_noise_is_relative_to_the_weights():
         assert (change.std() / original.std()).item() == pytest.approx(0.1, rel=0.05)
         assert not torch.equal(change[0], change[1])
         assert torch.equal(weights[f'{layer}.bias'][0], getattr(mlp, layer).bias)
+
+
+def test_answers_that_are_added_are_shares_of_the_dense_one():
+    # two shared experts beside the chosen ones: three answers, each a third
+    mlp, images = mlp_of(8, 32), torch.randn(5, 8)
+    made = upcycle(mlp.state_dict(), Experts(4, 8, 32), Upcycling(), 'mlp', summands=3)
+    for expert in range(4):
+        one = {name: value[expert] for name, value in made.items()}
+        again = copy.deepcopy(mlp)
+        again.load_state_dict(one)
+        torch.testing.assert_close(3 * again(images), mlp(images))
 
 
 # 4 / 3 of a width, and 4,304 of 1,152 as a SigLIP has: six digits of either make one unit fewer

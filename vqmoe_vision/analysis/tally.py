@@ -201,7 +201,8 @@ class LayerTally:
 
     def add(self, record: LayerRecord, seen: Seen) -> None:
         """Take a batch."""
-        self.num_experts, tokens = record.num_experts, record.inputs.flatten(0, 1)
+        self.num_experts = record.num_experts - record.shared
+        tokens, chosen_experts = record.inputs.flatten(0, 1), record.chosen
         inputs = tokens.double()
         self.count, self.total = self.count + len(tokens), self.total + inputs.sum(dim=0)
         self.before = self.before + inputs.t() @ inputs
@@ -209,15 +210,15 @@ class LayerTally:
             outputs = record.outputs.flatten(0, 1).double()
             self.after = self.after + outputs.t() @ outputs
         # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
-        scores = dict(record.weights)
+        scores = {name: weights for name, (_, weights) in chosen_experts.items()}
         for name, codes in record.codes.items():
             if self.layer is None:
                 self.codebook, used = name, codes.flatten().bincount(minlength=record.num_codes)
                 self.usage = self.usage + used.double()
             else:
                 scores[name] = -self._add_codes(name, record.inputs, codes)[..., None]
-        for name, experts in record.experts.items():
-            self.experts[name].add(experts, record.weights[name], scores[name], seen)
+        for name, (experts, weights) in chosen_experts.items():
+            self.experts[name].add(experts, weights, scores[name], seen)
         if record.dispatch is not None and record.combine is not None:
             self.experts['slots'].add_slots(record.dispatch, record.combine, seen)
         for name, first in record.firsts.items() if seen.again else ():

@@ -135,8 +135,8 @@ class Bed(nn.Module):
         self.head, method, config = nn.Linear(WIDTH, LABELS), _TABLE[row.method], row.config
         self.reader: Any = method.reader(config, _MeanToken)
         self.raw_patches = RawPatches(self.reader)
-        ratio = HIDDEN / WIDTH if config.expert_mlp_ratio is None else config.expert_mlp_ratio
-        hidden, recompute = int(ratio * WIDTH), config.recompute
+        # as if a dense MLP had the ratio that timm's have
+        hidden, recompute = int(HIDDEN * (config.expert_mlp_ratio or 4) / 4), config.recompute
         experts = Experts(config.num_experts, WIDTH, hidden, recompute=recompute)
         host = Host(TOKENS, in_chans=WIDTH // PIXELS**2, raw_patches=self.raw_patches)
         self.layer: Any = method.build(WIDTH, config, experts, host)
@@ -157,13 +157,16 @@ def as_images(tokens: Tensor) -> Tensor:
 
 
 class _MeanToken(nn.Module):
-    """The frozen network of methods that need one: the mean of an image's tokens."""
+    """The frozen network of methods that need one: an image's tokens, and their mean."""
 
     image_size = sizes = (GRID * PIXELS, GRID * PIXELS)
-    num_features = WIDTH
+    num_features, num_prefix_tokens, grid_size = WIDTH, 0, (GRID, GRID)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.unfold(images, PIXELS, stride=PIXELS).mean(dim=2)
+        return self.forward_features(images).mean(dim=1)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return F.unfold(images, PIXELS, stride=PIXELS).transpose(1, 2)
 
 
 class _Told(Router):

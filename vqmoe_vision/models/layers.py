@@ -93,7 +93,7 @@ def put_layers(
         mlp = _mlp_of(model.blocks[i], name)
         built[i] = _layer_like(mlp, method, config, host, model)
         if how is not None:
-            made = upcycle(mlp.state_dict(), built[i].experts, how, name)
+            made = upcycle(mlp.state_dict(), built[i].experts, how, name, built[i].summands)
             built[i].experts.load_state_dict(made)
             for key in made:
                 trains = mlp.get_parameter(key).requires_grad

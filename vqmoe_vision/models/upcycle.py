@@ -1,10 +1,11 @@
 """Sparse upcycling: the experts of a layer are made of the dense MLP in their place.
 
 arXiv 2212.05055: every expert is a copy, and the router starts anew. With `EXACT_UPCYCLING` of the
-method's options the model then answers as the dense one does.
+method's options the model then answers as the dense one does. Answers of S shared experts are added
+to that of the chosen ones together: each is 1 / (1 + S) of the dense one, by its output layer.
 
-Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP, P 2 where
-a layer has the hidden units twice, those of the gate too, else 1.
+Legend: E experts, S of them shared, D width, H hidden width of an expert, F of the dense MLP, P 2
+where a layer has the hidden units twice, those of the gate too, else 1.
 """
 
 import math
@@ -63,7 +64,9 @@ def refuse_unused(how: Upcycling, ways: str) -> None:
     check(how == Upcycling(), 'upcycling', how, f'None, no dense weights are loaded: use {ways}')
 
 
-def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
+def upcycle(
+    mlp: StateDict, experts: Experts, how: Upcycling, name: str, summands: int = 1
+) -> StateDict:
     """Experts made of a dense MLP: fc1.weight (P F, D) to (E, P H, D), fc2.weight to (E, D, H)."""
     _check_fit(mlp, experts, how, name)
     dense = mlp['fc2.weight'].shape[1]
@@ -84,6 +87,8 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
             result[part] = dealt.transpose(0, 1).flatten(1, 2)
         else:  # all experts have one activation, which may have learned
             result[part] = value.clone()
+    if summands > 1:
+        result |= {k: v / summands for k, v in result.items() if k.startswith('fc2.')}
     if how.drop > 0:
         for expert in range(number):
             _redraw({k: v[expert] for k, v in result.items() if k.startswith('fc')}, how.drop)

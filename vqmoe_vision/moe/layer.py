@@ -178,6 +178,8 @@ class MoeLayer(Switched):
 
     # --- rarely
 
+    summands: int = 1  # as a router's
+
     def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
         """`run` of a padded batch: all is as without the padding, whose answer is zero.
 
@@ -276,6 +278,7 @@ class RoutedMlp(MoeLayer):
         self.router, self.experts = router, experts
         self.needs_collecting = router.has_losses or self.moves_state()
         self.permutation_equivariant = router.permutation_equivariant
+        self.summands = router.summands
 
     def reads(self) -> RawPatches | None:
         """What its router does."""
