@@ -184,6 +184,8 @@ def analyze(
         ValueError: If no layer of experts is found, there are no two images, or labels or options
             do not fit.
     """
+    if isinstance(model, nn.DataParallel):  # whose replicas would each tell of their own images
+        model = model.module
     batches: list[Any] = list(images.split(SIZE)) if isinstance(images, Tensor) else list(images)
     count = sum(map(len, batches))
     check(count > 1, 'images', count, 'at least two, to compare them')
@@ -191,6 +193,7 @@ def analyze(
     if labels is not None:
         check(len(labels) == count, 'labels', len(labels), f'one per image, {count}')
         known = labels[labels != 255] if labels.ndim > 1 else labels
+        check(known.numel() > 0, 'labels', 255, 'a class for some pixel')
         classes = [str(i) for i in range(int(known.max()) + 1)]
         of_parts = labels.split([len(batch) for batch in batches])
         parts = [*zip(batches, of_parts, strict=True)]

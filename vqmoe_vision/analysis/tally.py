@@ -176,7 +176,7 @@ class ExpertTally:
                 numbers[measure.__name__] = measure(self.by_class)
         twice = [torch.cat(each)[: verdicts.INFORMED] for each in zip(*self._twice, strict=True)]
         if twice and len(twice[0]) > 1 and self.num_experts > 1:  # else there is no choice to tell
-            numbers |= verdicts.bits_of_choice(*twice)
+            numbers |= verdicts.bits_of_choice(twice[0], twice[1], self.num_experts)
         return numbers | {name: total / self.images for name, total in self.mixed.items()}
 
 

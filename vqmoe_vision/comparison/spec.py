@@ -316,7 +316,8 @@ _LEFT_OUT = {
     'vis_backends', 'visualizer', 'work_dir',
 }  # fmt: skip
 _KEEPING = {  # default hooks
-    'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
+    'checkpoint', 'logger', 'record', 'routing_history', 'routing_picture', 'runtime_info',
+    'visualization',
 }  # fmt: skip
 # Options that came later, by the value with which nothing changes.
 _ADDED: dict[str, Any] = {

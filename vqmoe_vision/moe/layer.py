@@ -131,14 +131,14 @@ class MoeLayer(Switched):
     @contextmanager
     def switched(self, on: Tensor) -> Iterator[None]:
         """A block in which no token goes to experts that are off, False in `on` (E,) bool."""
-        parts = [part for part in self.modules() if isinstance(part, Switched)]
+        before = [(part, part.switches) for part in self.modules() if isinstance(part, Switched)]
         try:
-            for part in parts:
+            for part, _ in before:
                 part.switches = on
             yield
         finally:
-            for part in parts:
-                part.switches = None
+            for part, switches in before:
+                part.switches = switches
 
     # --- with state that learns without gradients
 
