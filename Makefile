@@ -21,8 +21,9 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 OLDEST := $(VENV)/oldest
 
-# a process of the tests per core, each with one thread; who is done takes what others have left
-ALL_CORES := OMP_NUM_THREADS=1
+# a process of the tests per core, each with one thread; who is done takes what others have left.
+# Threads of tests that want two sleep until there is work for them.
+ALL_CORES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help

@@ -45,8 +45,9 @@ def arguments(of: Any) -> dict[str, str]:
 def option_table(config: Any, base: Any = None) -> Iterator[str]:
     """Fields that the base lacks; the class that explains one need not be the one that has it."""
     types, rows = get_type_hints(config), []
+    old = {each.name for each in fields(base)} if base else set()
     for each in fields(config):
-        if each.name not in arguments(base):
+        if each.name not in old:
             kind = f'{types[each.name]} {each.metadata.get("bounds") or ""}'.replace(' |', ' or')
             kind = re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r'\1\2', kind)
             told = [text for c in config.__mro__ if (text := arguments(c).get(each.name))]
@@ -58,8 +59,14 @@ def options() -> Iterator[str]:
     told = arguments(MoeVisionTransformer)
     yield from ['## Every model', *(f'`{n}`: {told[n]}' for n in ('moe_layers', 'upcycling'))]
     yield from [*option_table(Upcycling), '## Every method', *option_table(MoeConfig)]
+    names = {METHODS[name].config: name for name in METHODS}
     for method in METHODS:
-        yield from [f'## {method}', *option_table(METHODS[method].config, MoeConfig)]
+        bases = METHODS[method].config.__mro__[1:]
+        base = next((each for each in bases if each in names), MoeConfig)
+        yield f'## {method}'
+        if base in names:
+            yield f'The options of [{names[base]}](#{names[base]}), and:'
+        yield from option_table(METHODS[method].config, base)
         presets: dict[str, list[str]] = {}
         for preset, given in METHODS[method].config.PRESETS.items():
             each = ', '.join(f'`{name}={value!r}`' for name, value in given.items())

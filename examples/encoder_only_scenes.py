@@ -1,6 +1,6 @@
 """Segment scenes with an encoder alone, in the manner of EoMT (arXiv 2503.19108).
 
-python examples/encoder_only_scenes.py [STEPS]
+python examples/encoder_only_scenes.py [STEPS [SEED]]
 """
 
 import sys
@@ -61,9 +61,9 @@ def build(name: str = 'vit_tiny_vqmoe') -> nn.Module:
 
 
 def main(steps: int = 1000, seed: int = 0):
-    torch.manual_seed(seed)
+    torch.manual_seed(int(seed))
     model = build()
-    collected = fit(model, int(steps), seed)
+    collected = fit(model, int(steps), int(seed))
     print(f'mIoU {mean_iou(model):.1f}, losses {collected.losses}')
     return model, collected
 

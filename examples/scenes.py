@@ -31,17 +31,17 @@ def tensors(scenes: list) -> tuple[torch.Tensor, torch.Tensor]:
     return (images.movedim(-1, 1).float() - 76.5) / 89.25, labels.long()
 
 
-def cut(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, side: int) -> tuple:
+def cut(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple:
     """A square of a scene, of which one class has less than 95 % if ten attempts find such."""
     for _ in range(10):
-        top, left = rng.integers(0, SIZE - side + 1, 2)
-        place = slice(top, top + side), slice(left, left + side)
-        if np.bincount(labels[place].ravel()).max() < 0.95 * side**2:
+        top, left = rng.integers(0, SIZE - CROP + 1, 2)
+        place = slice(top, top + CROP), slice(left, left + CROP)
+        if np.bincount(labels[place].ravel()).max() < 0.95 * CROP**2:
             break
     return image[place], labels[place]
 
 
-def fit(model: torch.nn.Module, steps: int, seed: int = 0, crop: int = CROP):
+def fit(model: torch.nn.Module, steps: int, seed: int = 0):
     """Trains with the losses of the experts; gives what the last step collected."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
     rates = torch.optim.lr_scheduler.LambdaLR(
@@ -51,7 +51,7 @@ def fit(model: torch.nn.Module, steps: int, seed: int = 0, crop: int = CROP):
     model.train()
     for _ in range(steps):
         chosen = rng.integers(20_000, size=64)
-        images, labels = tensors([cut(*scene('train', index), rng, crop) for index in chosen])
+        images, labels = tensors([cut(*scene('train', index), rng) for index in chosen])
         with collect_losses(model, optimizer) as collected:
             loss = F.cross_entropy(model(images), labels) + collected.total()
             loss.backward()
@@ -63,16 +63,16 @@ def fit(model: torch.nn.Module, steps: int, seed: int = 0, crop: int = CROP):
 
 
 @torch.no_grad()
-def mean_iou(model: torch.nn.Module, scenes: int = 100, crop: int = CROP) -> float:
+def mean_iou(model: torch.nn.Module, scenes: int = 100) -> float:
     """Percent over test scenes; logits of windows are averaged."""
     model.eval()
     counts = torch.zeros(CLASSES, CLASSES)
     for index in range(scenes):
         images, labels = tensors([scene('test', index)])
         logits, seen = torch.zeros(1, CLASSES, SIZE, SIZE), torch.zeros(SIZE, SIZE)
-        places = range(0, SIZE - crop + 1, crop // 4)
+        places = range(0, SIZE - CROP + 1, CROP // 4)
         for top, left in product(places, places):
-            rows, columns = slice(top, top + crop), slice(left, left + crop)
+            rows, columns = slice(top, top + CROP), slice(left, left + CROP)
             logits[..., rows, columns] += model(images[..., rows, columns])
             seen[rows, columns] += 1
         found = (logits / seen).argmax(1)

@@ -1,9 +1,12 @@
 """A package, or processes that tests spawn would import the `tests` that soft-moe installs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 
 def cases(names: str, *rows: Any, ids: Any = None) -> pytest.MarkDecorator:
@@ -18,6 +21,25 @@ def refused(message: str, call: Callable, *args: Any, error: Any = ValueError, *
     said = str(caught.value)
     assert '\n' not in said and 'weights_only' not in said
     return said
+
+
+FILL = {'uniform_', 'erfinv_', 'mul_', 'add_', 'clamp_', 'normal_', 'fill_', 'zero_'}
+
+
+class _Undrawn(TorchFunctionMode):
+    """Tensors without values are not filled, which takes most of the time of building a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, '__name__', '') in FILL and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Models are built whose tensors have shapes and no values."""
+    with torch.device('meta'), _Undrawn():
+        yield
 
 
 def needs_onnx() -> None:

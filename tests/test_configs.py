@@ -15,7 +15,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 
-from . import cases
+from . import cases, on_meta
 from .rows import CONFIGS, ROWS, ade20k, leaves, row_options
 
 ROOT = CONFIGS.parent
@@ -69,7 +69,7 @@ def test_named_rows_are_what_options_make_of_another(model, size):
 def test_model_and_pipelines(leaf):
     # weights of others are not fetched
     config = load_config(str(CONFIGS / leaf), {'model.pretrained': False})
-    with torch.device('meta'):
+    with on_meta():
         model = MODELS.build(config.model).eval()
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
@@ -97,7 +97,7 @@ def test_configs_choose_by_what_training_leaves_out(leaf):
 )
 def test_every_data_set_takes_every_row_and_size(leaf, size, row):
     config = load_config(str(CONFIGS / leaf), row_options(row, size))
-    with torch.device('meta'):
+    with on_meta():
         model = MODELS.build(config.model).model
     assert model.embed_dim == SIZES[size]['embed_dim']
     assert model.head.out_features == config.model.num_classes
@@ -112,7 +112,7 @@ def test_every_data_set_takes_every_row_and_size(leaf, size, row):
 def test_sizes_are_the_10m_and_110m_of_the_paper(size, dense, routed):
     for row, millions in (('dense_1x', dense), ('smoe', routed), ('vqmoe', routed)):
         config = load_config(str(CONFIGS / 'classification/cifar10.py'), row_options(row, size))
-        with torch.device('meta'):
+        with on_meta():
             model = MODELS.build(config.model).model
         # within half a percent: routers and codebooks are not in the arithmetic of the expectation
         assert complexity(model).params / 1e6 == pytest.approx(millions, rel=5e-3), row
@@ -129,7 +129,7 @@ def test_rows_are_matched_in_active_compute(leaf, softmoe):
     for row in ROWS:
         field = 'model' if leaf.startswith('classification') else 'model.backbone'
         config = load_config(str(CONFIGS / leaf), row_options(row, model=field))
-        with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
+        with DefaultScope.overwrite_default_scope('mmseg'), on_meta():
             model = MODELS.build(config.model.get('backbone', config.model)).model
         macs[row] = complexity(model).macs
     dense = macs.pop('dense_1x')

@@ -96,6 +96,7 @@ def keep(tmp_path_factory):
         given |= {f'{model}.{name}': value for name, value in SIZES.items()}
         given |= {'train_dataloader.num_workers': num_workers, 'randomness.seed': seed}
         given |= features(kind, model, folder) if row in FEATURE_ROWS else {}
+        given |= {f'{model}.moe.num_clusters': 4} if row == FEATURE_ROWS[0] else {}
         config = load_config(str(CONFIGS / leaf), given)
         config.work_dir = str(folder)
         config.experiment_name = f'{kind}_{row}_{num_workers}_{seed}'
@@ -113,7 +114,7 @@ def keep(tmp_path_factory):
 
     def features(kind: str, model: str, folder: Path) -> dict[str, Any]:
         torch.save({'state_dict': run(kind, 'dense_1x').start}, folder / 'dense.pth')
-        return {f'{model}.features': str(folder / 'dense.pth'), f'{model}.moe.num_clusters': 4}
+        return {f'{model}.features': str(folder / 'dense.pth')}
 
     return run
 

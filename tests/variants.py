@@ -31,9 +31,20 @@ def _possible(config: type[MoeConfig], options: dict[str, Any]) -> bool:
     return True
 
 
+_OF_TESTS = {'top_k': 2, 'expert_mlp_ratio': None}  # few, that are made of dense MLPs
+
+
+def presets(config: type[MoeConfig]) -> dict[str, dict[str, Any]]:
+    """Options by preset; one that has experts of its own number and width has those of tests."""
+    found = config.PRESETS.items()
+    return {p: {'preset': p, **(_OF_TESTS if 'num_experts' in o else {})} for p, o in found}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
 for _name, _method in METHODS.items():
     _config = _method.config
     VARIANTS[_name] = (_name, {})
-    VARIANTS |= {f'{_name}-{p}': (_name, {'preset': p}) for p, o in _config.PRESETS.items() if o}
+    VARIANTS |= {
+        f'{_name}-{p}': (_name, o) for p, o in presets(_config).items() if _config.PRESETS[p]
+    }
     VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in trials(_config).items()}

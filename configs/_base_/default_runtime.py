@@ -15,6 +15,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
     runtime_info=dict(type='StepValuesHook'),
     checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=1, save_best='auto'),
+    routing_picture=dict(type='RoutingPictureHook'),
 )
 log_processor = dict(type='MoeLogProcessor', window_size=10)
 visualizer = dict(

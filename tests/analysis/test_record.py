@@ -111,9 +111,9 @@ def test_load_is_what_the_layer_reports(tiny_variant):
     if not record.experts:
         assert f'{NAME}/load' not in collected.stats  # slots have none
         return
-    of_experts = torch.zeros(E)
-    for experts in record.experts.values():
-        of_experts += experts[experts >= 0].bincount(minlength=E)
+    of_experts = torch.zeros(E - record.shared)
+    for experts, _ in record.chosen.values():
+        of_experts += experts[experts >= 0].bincount(minlength=len(of_experts))
     if getattr(tiny_variant.moe_config, 'eval_capacity_factor', None) is not None:
         assert of_experts.sum() < record.experts['router'].numel()
         return

@@ -36,7 +36,7 @@ def noise(seed: int) -> Tensor:
     (torch.where(IMAGE > 1, PLACE, -1), torch.where(IMAGE > 1, PLACE, -1), 1, 1, 0),
 )
 def test_bits_by_hand(first, again, image, position, neither):
-    bits = bits_of_choice(first, again)
+    bits = bits_of_choice(first, again, E)
     expected = {'image_bits': image, 'position_bits': position, 'noise_bits': neither}
     # chance has (E - 1)(N - 1) / 2T / ln 2 = 0.03 bits of a place, which are taken off
     assert bits == pytest.approx(expected, abs=0.06)
@@ -49,10 +49,16 @@ def test_one_decision_per_image():
     # of 64 images in four groups the image decides all, of two chance decides as much
     chosen = torch.arange(B)[:, None] % E
     expected = {'image_bits': 2, 'position_bits': 0, 'noise_bits': 0}
-    assert bits_of_choice(chosen, chosen) == pytest.approx(expected)
-    assert bits_of_choice(chosen[:2], chosen[:2]) == {}
+    assert bits_of_choice(chosen, chosen, E) == pytest.approx(expected)
+    assert bits_of_choice(chosen[:2], chosen[:2], E) == {}
+    # that two tokens share an expert is seen by chance, with 4 experts and p = 1/4; of 64 it is not
+    same = torch.zeros(B, 1)
+    assert bits_of_choice(same[:2], same[:2], E) == {}
+    assert bits_of_choice(same, same, E)['image_bits'] == 0
+    # four images that differ: had another pass repeated them, chance would repeat them as well
+    assert bits_of_choice(chosen[:4], torch.zeros(4, 1), E) == {}
     drawn = noise(1)[:, :1]
-    assert bits_of_choice(drawn, noise(2)[:, :1])['image_bits'] == 0
+    assert bits_of_choice(drawn, noise(2)[:, :1], E)['image_bits'] == 0
     # no layer is blamed for a choice that it does not have
     single = Host(nn.Sequential(OrderedDict(gate=nn.Linear(16, 1), end=traced())))
     assert analyze(single, IMAGES, top_k=1).verdicts == {'layer': ['healthy']}
@@ -129,6 +135,7 @@ def test_a_router_by_its_name():
     load = best.indices.flatten().bincount(minlength=E) / best.indices.numel()
     assert torch.equal(seen.layers['layer'].load['router'], load)
     assert seen.examples[0].maps['layer']['router'].shape == (4, 4)
+    assert analyze(nn.DataParallel(model), IMAGES).numbers == analyze(model, IMAGES).numbers
     # tokens before images is the same
     (other,) = decisions(Host(Own(), token_first=True), IMAGES).values()
     assert torch.equal(other.experts['router'], best.indices)
@@ -188,6 +195,7 @@ def test_gates_of_st_moe_pytorch():
     (Host(Own()), {'top_k': 5}, 'top_k=5'),
     (Host(Own()), {'router': '*.none'}, 'dense'),
     (Host(Own()), {'labels': torch.tensor([0])}, 'labels=1'),
+    (Host(Own()), {'labels': torch.full((6, 32, 32), 255)}, 'labels=255'),
 )
 def test_mistakes_are_refused(model, options, said):
     refused(said, analyze, model, IMAGES, **options)

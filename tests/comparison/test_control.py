@@ -13,6 +13,7 @@ from torch import nn
 
 from vqmoe_vision.comparison import control
 from vqmoe_vision.comparison.control import Source, all_rows, find_rows
+from vqmoe_vision.comparison.scenes import SCENES, Scenes
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.routing import Router
 
@@ -45,6 +46,26 @@ def test_layers_that_read_the_image_find_the_tokens_in_it():
     assert torch.equal(METHODS['stablemoe'].read_patches(images, (4, 4)), tokens)
 
 
+def test_a_domain_does_to_scans_what_it_is_said_to_do():
+    distance = partial(torch.cdist, compute_mode='donot_use_mm_for_euclid_dist')
+    source = Scenes(2.0, 1)
+    torch.testing.assert_close(
+        source.patterns @ source.patterns.T, 64 * torch.eye(32), atol=1e-4, rtol=0
+    )
+    patches, domains, labels = (value.flatten(0, 1) for value in source.draw())
+    undone = torch.empty_like(patches)
+    for i, d in enumerate(domains):
+        undone[i, source.orders[d]] = source.signs[d] * (patches[i] - 2.0 * source.patterns[d])
+    distances = distance(undone, source.scans)
+    assert distances.min(dim=1).values.max() < 1e-3
+    digits = source.digits[distances.argmin(dim=1)]
+    assert torch.equal(source.names[domains, digits], labels)
+    before = source.scans
+    source.hold_out()
+    assert len(before) == 1257 and len(source.scans) == 360  # of 1,797; the rest is for choices
+    assert distance(source.scans, before).min() > 0
+
+
 def test_rows_follow_the_table(monkeypatch):
     config = METHODS['smoe'].config
     added = type('Added', (config,), {'PRESETS': {**config.PRESETS, 'mine': {'top_k': 3}}})
@@ -58,19 +79,20 @@ def test_rows_follow_the_table(monkeypatch):
     assert rows['position'].method == 'hashmoe' and rows['frozen'].method == 'smoe'
 
 
-def test_every_row_is_trained_and_tells_what_chooses(monkeypatch):
+@pytest.mark.parametrize('of', [control.PLANTED, SCENES])
+def test_every_row_is_trained_and_tells_what_chooses(monkeypatch, of):
     monkeypatch.setattr(control, 'TESTED', 1)
     rows, state = all_rows(), torch.get_rng_state()
     for name, row in rows.items():
-        found = control.score(row, 3.0, 1, steps=1)
-        assert 10 < found['accuracy'] < 50
+        found = control.score(row, 3.0, 1, steps=1, of=of)
+        assert 0.4 < found['accuracy'] * of.source.labels / 100 < 2  # of chance
         information, deciders = found['information'], found['deciders']
         chooses = row.method != 'softmoe' and not name.startswith('dense')
         assert (information is not None) == chooses == bool(deciders)
         if row.method == 'vqmoe' and row.config.form == 'full':
             assert deciders.keys() == {'router', 'quantizer.codebook'}
         if name == 'oracle':
-            assert information == pytest.approx(math.log(8), abs=0.02)
+            assert information == pytest.approx(math.log(of.source.clusters), abs=0.05)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -160,12 +182,11 @@ def state_not_updated(layer: nn.Module) -> None:
     ('xmoe', weight_detached),
     ('vqmoe_discrete', state_not_updated),  # the router of the full form would take over,
 )
-def test_a_broken_router_falls_out(name, fault, bar, monkeypatch):
+def test_a_broken_router_falls_out(name, fault, bar):
     class Broken(control.Bed):
         def __init__(self, row: control.Row) -> None:
             super().__init__(row)
             fault(self.layer)
 
-    monkeypatch.setattr(control, 'Bed', Broken)
     (row,) = find_rows([name])
-    assert control.score(row, 3.0, 1)['accuracy'] < bar
+    assert control.score(row, 3.0, 1, of=control.Structure(bed=Broken))['accuracy'] < bar

@@ -6,14 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.figures import curve_styles
-from vqmoe_vision.comparison.spec import CONTROLS, FEATURE_ROWS, ROWS, SOURCE, read_comparison
-from vqmoe_vision.comparison.store import Run
+from vqmoe_vision.comparison.queue import tasks_of
+from vqmoe_vision.comparison.spec import (
+    CONTROLS,
+    FEATURE_ROWS,
+    ROWS,
+    START,
+    read_comparison,
+)
+from vqmoe_vision.comparison.store import Run, Store
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.model import without_sources
@@ -21,7 +27,7 @@ from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 
-from .. import cases
+from .. import cases, on_meta
 from ..rows import CONFIGS
 
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
@@ -44,7 +50,7 @@ def test_every_row_of_every_comparison_can_be_built(path, root):
         own = [option for option in run.options if any(gone in option for gone in GONE)]
         refused = pytest.raises((TypeError, ValueError)) if own else nullcontext()
         scope = DefaultScope.overwrite_default_scope(config.default_scope)
-        with refused, torch.device('meta'), scope:
+        with refused, on_meta(), scope:
             MODELS.build(config.model.get('backbone', config.model))
         assert config.default_hooks.record.type == 'RunRecordHook'
     for shown in (comparison, replace(comparison, highlighted=())):
@@ -66,7 +72,7 @@ def test_whatever_learns_to_route_meets_both_controls(path, root):
     for options in comparison.rows.values():
         line = ' '.join(options)
         if 'moe.method=' in line or re.search(r'model_name=vit_tiny_\w*moe', line):
-            made = '_started' if SOURCE.search(line) else ''
+            made = '_started' if 'checkpoint={start' in line else ''
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
@@ -103,7 +109,7 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf, root):
         method = row.partition('_')[0].replace('position', 'hashmoe')
         assert (model.moe and model.moe.method) == (None if row == 'dense_1x' else method)
         scope = DefaultScope.overwrite_default_scope(comparison.base.default_scope)
-        with torch.device('meta'), scope:
+        with on_meta(), scope:
             built = MODELS.build(without_sources(model))
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense_1x')
 
@@ -128,7 +134,7 @@ def test_dense_2x_has_the_compute_of_two_experts(name, options, of_all_rows, moe
     macs = {}
     for row in ('dense_1x', 'dense_2x', 'smoe'):
         config = Run(comparison, row, 1, Path('work_dirs')).merged()
-        with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
+        with on_meta(), DefaultScope.overwrite_default_scope(config.default_scope):
             macs[row] = complexity(MODELS.build(config.model).model).macs
     # a router has a product with 8 vectors, where an MLP of width 192 has 2 x 768
     assert macs['smoe'] == pytest.approx(macs['dense_2x'], rel=0.01)
@@ -160,6 +166,21 @@ def test_rows_follow_the_table_of_methods(spec):
     assert rows.keys() == {*ROWS, 'dense', 'more_experts'} | differing
     assert rows['more_experts'][-1] == 'model.moe.num_experts=16'
     assert rows['smoe_frozen'][-1] == 'model.moe.preset=frozen'
+    # a preset's own number of experts stays
+    assert not any('num_experts' in option for option in rows['smoe_fine'])
+
+
+def test_a_row_may_start_from_one_of_its_own_comparison(root, tmp_path):
+    store = Store(tmp_path / 'rows/cifar100_budget')
+    comparison = read_comparison('configs/comparisons/cifar100_budget.py')
+    found = Run(comparison, 'tgrmoe', 3, tmp_path)
+    (source, checkpoint), own = found.sources[START], Run(comparison, 'dense_1x', 3, tmp_path)
+    assert source.key == own.key and checkpoint == own.folder / 'epoch_6.pth'
+    assert found.resolved['model']['features'] == str(checkpoint)
+    (alone,) = tasks_of([own], store)
+    first, second = tasks_of([own, found], store)
+    assert first.run.folder == alone.run.folder == own.folder and first.leaves == checkpoint
+    assert second.run is found
 
 
 def test_rows_that_start_from_another_run_take_it_at_their_seed(spec):
@@ -185,7 +206,8 @@ FROM = "start = 'first.py dense a.pth'\n"
 @cases(
     'more, field',
     ("start = 'dense'", 'start='),
-    ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
+    ("start = 'spec.py absent iter_2.pth'", 'spec.py: start: row absent'),
+    ("start = 'other.py dense iter_2.pth'", 'spec.py: start='),
     ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
     (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
     (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
@@ -214,6 +236,8 @@ FROM = "start = 'first.py dense a.pth'\n"
 )
 def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
     Path('first.py').write_text(Path(spec()).read_text())
+    # two that start from each other
+    Path('other.py').write_text(Path(spec("start = 'spec.py dense iter_2.pth'")).read_text())
     line = says('run', spec(more))
     assert line.startswith('error: ') and field in line and '\n' not in line
     assert not Path('calls').exists()

@@ -284,6 +284,7 @@ RECIPES = {
     'ecmoe': 'aaa079d26de7a2ff',
     'hashmoe': 'c68418b1b471d22a',
     'mocle': 'c0d20abfb7a55e51',
+    'tgrmoe': '22ea7b622cd4a540',
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from vqmoe_vision import collect_losses, update_state
 from vqmoe_vision.engine.publish import publish_folder
-from vqmoe_vision.moe import METHODS, moe_layers
+from vqmoe_vision.moe import METHODS
 
 from ..engine.test_publish import CONFIG, OF_RUN
 from ..runs import leave_run
@@ -146,10 +147,22 @@ def test_scenes_are_those_of_the_data_set(example):
             assert (one == two).all() and one.dtype == two.dtype
 
 
+def test_smp_takes_our_encoders_where_its_table_says():
+    """Of all decoders that smp has: who refuses ours refuses timm's ViT in the same words."""
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    page = (EXAMPLES.parent / 'docs/how-to/frameworks.md').read_text()
+    names = re.search(r'^\|(Unet.*) of smp\|all\|refused', page, re.MULTILINE)[1].split(', ')
+    classes = {name for name in dir(smp) if isinstance(getattr(smp, name), type)}
+    assert classes == {*names, 'DPT'}
+    for name, encoder in product(names, ['vit_tiny_vqmoe', 'vit_tiny_patch16_224']):
+        with pytest.raises(ValueError, match='Unsupported model downsampling pattern'):
+            getattr(smp, name)(f'tu-{encoder}', encoder_weights=None)
+
+
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('decoder, prefix, crop', [('smp', 'tu-', 64), ('encoder_only', '', 48)])
-def test_decoders_of_others_train_every_method(example, method, decoder, prefix, crop):
-    """Every expert layer reports, and all parameters that an own loop trains change."""
+@pytest.mark.parametrize('decoder, prefix', [('smp', 'tu-'), ('encoder_only', '')])
+def test_decoders_of_others_train_every_method(example, method, decoder, prefix):
+    """What plain timm models report is collected, and all that an own loop trains changes."""
     if decoder == 'smp':
         pytest.importorskip('segmentation_models_pytorch')
     build, fit = example(f'{decoder}_scenes').build, example('scenes').fit
@@ -158,12 +171,14 @@ def test_decoders_of_others_train_every_method(example, method, decoder, prefix,
         with pytest.raises(ValueError, match='tokens='):
             fit(model, 1)
         return
-    layers = moe_layers(model)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    collected = fit(model, 3, crop=crop)
-    assert layers and {name for name in layers if any(s.startswith(name) for s in collected.stats)}
-    needed = {name for name, layer in layers.items() if layer.needs_collecting}
-    assert needed == {name for name in layers if any(x.startswith(name) for x in collected.losses)}
+    collected = fit(model, 3)
+    plain = timm.create_model(f'vit_tiny_{method}', **example('scenes').ENCODER)
+    with collect_losses(plain) as expected:
+        plain(torch.randn(2, 3, 48, 48))
+    place = 'encoder.model.' if decoder == 'smp' else 'vit.'
+    assert {*collected.losses} == {place + name for name in expected.losses}
+    assert {*collected.stats} == {place + name for name in expected.stats}
     still = [n for n, value in model.named_parameters() if value.equal(before[n])]
     assert not [name for name in still if '.experts.' in name or 'queries' in name], still
 

@@ -53,9 +53,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Method and options by name: every preset of every method, and `OPTIONS`."""
     presets = {
-        f'{name}-{preset}': (name, {'preset': preset})
+        # few are chosen where a preset has experts of a number of its own
+        f'{name}-{preset}': (name, {'preset': preset, **({'top_k': 2} if own else {})})
         for name, method in METHODS.items()
-        for preset in method.config.PRESETS
+        for preset, options in method.config.PRESETS.items()
+        for own in ['num_experts' in options]
     }
     return presets | OPTIONS
 

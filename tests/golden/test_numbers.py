@@ -46,6 +46,7 @@ SAVED: dict[str, dict[str, Any]] = {
     'ecmoe': {'capacity_factor': 1.0},
     'hashmoe': {'preset': 'paper'},  # a hash more would be 33 KB more
     'mocle': {'num_clusters': 8},
+    'tgrmoe': {'num_shared_experts': 1, 'top_k': 1, 'score': 'sigmoid'},
 }
 SMALL: dict[str, Any] = {'img_size': 8, 'patch_size': 2, 'embed_dim': 8, 'num_heads': 2}
 SMALL |= {'moe_layers': (1,), 'num_experts': 3, 'mlp_ratio': 1.0, 'expert_mlp_ratio': 0.5}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models import save_for_hf
 from torch import nn
 
@@ -25,7 +26,15 @@ DINOV3 = 'vit_small_patch16_dinov3'  # an `Eva`: rotary positions, registers, La
 # of other classes: relative positions, windows, two class tokens, images of any size
 BEIT, RELPOS, SAM = 'beit_base_patch16_224', 'vit_srelpos_small_patch16_224', 'samvit_base_patch16'
 DISTILLED, NAFLEX = 'deit_tiny_distilled_patch16_224', 'naflexvit_base_patch16_gap'
-MORE = [BEIT, RELPOS, SAM, DISTILLED, NAFLEX]
+# of other MLPs: a gate packed and apart, a norm before the second layer
+GATED, NORMED = 'vit_giant_patch14_dinov2', 'eva02_base_patch14_224'
+MORE = [BEIT, RELPOS, SAM, DISTILLED, NAFLEX, GATED, NORMED]
+# arguments of a model by which its experts are of these kinds
+WITH_GATE: dict[str, dict[str, Any]] = {
+    'last': {'mlp_layer': GluMlp},
+    'first': {'mlp_layer': SwiGLUPacked, 'act_layer': 'silu'},
+    'separate': {'mlp_layer': SwiGLU, 'act_layer': 'silu', 'scale_mlp_norm': True},
+}
 # every way of every method to begin with the answers of a dense model: name, options, and an id
 EXACT = [
     pytest.param(name, options, id=f'{name}-{label}')

@@ -66,7 +66,8 @@ def test_training_uncollected_is_said_once(tiny, images, monkeypatch, wrap):
     with pytest.warns(UserWarning, match='collect_losses') as warned:
         model(images)
         model(images)
-    assert len(warned) == 1
+    # of random features another warning tells
+    assert sum('without collect_losses' in str(each.message) for each in warned) == 1
 
 
 def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images):

@@ -61,6 +61,8 @@ EXPERT = 8352
     'method, options, idle',
     ('smoe', {}, 6),
     ('smoe', {'top_k': 8}, 0),
+    ('smoe', {'preset': 'shared'}, 6),
+    ('smoe', {'num_shared_experts': 3}, 3),
     ('xmoe', {}, 7),
     ('softmoe', {}, 0),
     ('vqmoe', {}, 6),
@@ -94,6 +96,17 @@ def test_known_answer_of_smoe():
     expected = 98_304 + 4 * 88_128 + 2 * 139_264 + 2 * 282_880 + 320
     assert expected == 1_295_424
     assert complexity(make('smoe')).macs == expected
+
+
+@cases(
+    'preset, experts',
+    ('fine', 32),  # eight of a quarter of the width are as much as two
+    ('shared', 7),  # the one that all tokens have is not chosen
+)
+def test_presets_of_equal_compute_differ_by_the_router_alone(preset, experts):
+    # 17 tokens, D = 32: two routers of 32 products for each expert that can be chosen
+    found, matched = (complexity(make('smoe', preset=p)).macs for p in (preset, 'matched'))
+    assert found - matched == 2 * 17 * 32 * (experts - 8)
 
 
 def test_macs_of_vit_b_are_the_published_ones():

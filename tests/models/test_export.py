@@ -23,7 +23,7 @@ from vqmoe_vision.moe.routing import TopKRouter
 
 from .. import needs_onnx
 from ..variants import VARIANTS
-from .conftest import make
+from .conftest import WITH_GATE, make, shaken
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -68,6 +68,16 @@ def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(m
             (found,) = run(images[:batch])
             assert found.isfinite().all()
             torch.testing.assert_close(found, model(images[:batch]), **CLOSE)
+
+
+@pytest.mark.parametrize('gate', ['first', 'separate'])
+def test_onnxruntime_runs_gated_experts(gate, tmp_path):
+    needs_onnx()
+    model, images = make('smoe', **SMALL, **WITH_GATE[gate]).eval(), torch.randn(4, 3, 16, 16)
+    shaken(model)
+    (found,) = load_exported(export_onnx(model, tmp_path / 'model.onnx'), threads=1)(images)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(images), **CLOSE)
 
 
 @pytest.mark.parametrize('method', METHODS)

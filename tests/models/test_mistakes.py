@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import RmsNorm
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
@@ -32,7 +32,7 @@ WRONG: dict[str, Any] = dict(
     num_experts=0, preset='nonsense', form='both', codebook='fsq', num_codes=12, code_share=1.5,
     expert_input='x', expert_mlp_ratio=0, img_size=33, weight_init='skip',
     patch_drop_rate=1.0, drop_path_rate=2, global_pool='mean',
-    num_classes=2.5, qkv_bias='no', mlp_ratio=0.01, scale_mlp_norm=True, mlp_layer=SwiGLU,
+    num_classes=2.5, qkv_bias='no', mlp_ratio=0.01, scale_mlp_norm=1, mlp_layer='SwiGLU',
 )  # fmt: skip
 SPARSE, RESNET = 'vit_tiny_smoe', 'resnet18'
 SMALL: dict[str, Any] = dict(TINY, depth=2)
@@ -117,10 +117,10 @@ def undrawn(name: str) -> Any:
 
 @cases(
     'build, options, named',
-    (partial(dense, 'eva02_tiny_patch14_224'), {}, r"blocks\.1\.mlp='GluMlp' .* \(SwiGLU\)"),
-    (partial(undrawn, 'vitamin_small_224'), {}, r"blocks\.1\.mlp='GeGluMlp' .* \(SwiGLU\)"),
+    (partial(undrawn, 'vitamin_small_224'), {}, r"blocks\.1\.mlp='GeGluMlp' .* GluMlp or SwiGLU"),
+    (partial(dense, 'eva02_tiny_patch14_224'), dict(recompute='gelu'), "recompute='gelu'.* gate"),
     (partial(dense, block_fn=ParallelScalingBlock), {}, r'blocks\.1\.mlp='),
-    (partial(dense, scale_mlp_norm=True), {}, r'blocks\.1\.mlp\.norm='),
+    (partial(dense, scale_mlp_norm=True, norm_layer=RmsNorm), {}, r'blocks\.1\.mlp\.norm='),
     (partial(changed, 'fc1', Doubled(32, 128)), {}, r"blocks\.1\.mlp\.fc1='Doubled'"),
     (partial(changed, 'drop1', nn.Dropout(0.5)), {}, r'blocks\.1\.mlp drop='),
     (partial(changed, 'drop2', nn.AlphaDropout(0.1)), {}, r'blocks\.1\.mlp\.drop2='),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import GluMlp
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ResPostBlock
 from timm.utils import CheckpointSaver
@@ -23,9 +24,27 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import trials
-from .conftest import DENSE, DINOV3, TINY, dense, distance, fit_state, folder_of, make, shaken
+from .conftest import (
+    DENSE,
+    DINOV3,
+    GATED,
+    TINY,
+    dense,
+    distance,
+    fit_state,
+    folder_of,
+    make,
+    shaken,
+)
 
 AS_EVA = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
+AS_GATED = dict(
+    mlp_layer=GluMlp,
+    act_layer='silu',
+    mlp_ratio=2 * 2.66667,
+    no_embed_class=False,
+    init_values=1e-5,
+)
 OF_SIGLIP = dict(class_token=False, global_pool='avg')
 
 
@@ -36,6 +55,7 @@ OF_SIGLIP = dict(class_token=False, global_pool='avg')
     ('vit_base_patch16_rpn_224', OF_SIGLIP, OF_SIGLIP, 'block_fn=ResPostBlock'),
     (DENSE, dict(attn_layer='diff', num_heads=4), {}, 'attn_layer=DiffAttention'),
     (DENSE, dict(norm_layer='rmsnorm'), dict(norm_layer='simplenorm'), 'norm_layer=RmsNorm'),
+    (GATED, {}, AS_GATED, 'gate=first'),
 )
 def test_another_function_is_refused(name, options, target, told, tmp_path):
     folder = folder_of(tmp_path, dense(name, **options), **options)

@@ -16,7 +16,7 @@ from vqmoe_vision.moe import METHODS, use_kernel
 from ..forked import spawn
 from ..variants import VARIANTS
 from ..watch import RAISED, READS, Watch
-from .conftest import make
+from .conftest import WITH_GATE, make
 
 SMALL = {'embed_dim': 16, 'depth': 1, 'moe_layers': [0], 'num_experts': 4}
 
@@ -42,6 +42,11 @@ def test_a_training_step_reads_nothing_back(tiny_variant):
     model = tiny_variant(**SMALL)
     train(model)
     assert any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('gate', WITH_GATE)
+def test_gated_experts_read_nothing_back(gate):
+    train(make('smoe', **SMALL, **WITH_GATE[gate]))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_sta
 from .. import cases
 from ..forked import spawn
 from ..groups import begin
+from .conftest import WITH_GATE
 
 
 def make(method: str, **options: Any) -> nn.Module:
@@ -79,10 +80,14 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 def compare(rank: int, world: int, expert_processes: int, num_experts: int, folder: Path) -> None:
     begin(rank, world, folder)
-    for method in METHODS:
-        whole = DistributedDataParallel(make(method, num_experts=num_experts).double())
+    forms: list = [*((method, {}) for method in METHODS)]
+    forms += [('smoe', WITH_GATE[gate]) for gate in ('first', 'separate')]
+    quiet = {'router_noise': 0.0, 'load_weight': 0.0}
+    forms += [('smoe', {'preset': 'shared', 'score': 'sigmoid', **quiet})]
+    for method, options in forms:
+        whole = DistributedDataParallel(make(method, num_experts=num_experts, **options).double())
         train(whole, optimizer_of(whole))
-        model = make(method, num_experts=num_experts).double()
+        model = make(method, num_experts=num_experts, **options).double()
         sharded = shard_model(model, expert_processes)
         # of what each process has whole; StableMoE's router learns in the first step alone
         whole_ones = [p for p in sharded.parameters() if not isinstance(p, DTensor)]

@@ -1,5 +1,6 @@
 """Dense weights in, experts out, through timm's loading: the same answers, all of it reported."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import timm
 import torch
 from mmengine.config import ConfigDict
 from safetensors.torch import save_file
+from timm.layers import GluMlp, SwiGLU
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import start_from
@@ -21,7 +23,17 @@ from vqmoe_vision.models.upcycle import Upcycling, upcycle
 from vqmoe_vision.moe.experts import Experts
 
 from .. import cases, refused
-from .conftest import DENSE, EXACT, TINY, check_complete, dense, folder_of, make, shaken
+from .conftest import (
+    DENSE,
+    EXACT,
+    TINY,
+    WITH_GATE,
+    check_complete,
+    dense,
+    folder_of,
+    make,
+    shaken,
+)
 
 
 @pytest.mark.parametrize('method, options', EXACT)
@@ -118,6 +130,17 @@ def test_noise_is_relative_to_the_weights():
         assert torch.equal(weights[f'{layer}.bias'][0], getattr(mlp, layer).bias)
 
 
+def test_answers_that_are_added_are_shares_of_the_dense_one():
+    # two shared experts beside the chosen ones: three answers, each a third
+    mlp, images = mlp_of(8, 32), torch.randn(5, 8)
+    made = upcycle(mlp.state_dict(), Experts(4, 8, 32), Upcycling(), 'mlp', summands=3)
+    for expert in range(4):
+        one = {name: value[expert] for name, value in made.items()}
+        again = copy.deepcopy(mlp)
+        again.load_state_dict(one)
+        torch.testing.assert_close(3 * again(images), mlp(images))
+
+
 # 4 / 3 of a width, and 4,304 of 1,152 as a SigLIP has: six digits of either make one unit fewer
 @pytest.mark.parametrize('width, hidden', [(12, 16), (192, 256), (1152, 4304), (832, 960)])
 def test_the_ratio_that_is_told_fits(width, hidden):
@@ -158,6 +181,47 @@ def test_experts_that_split_an_mlp_answer_as_it_does_together():
     answers = torch.einsum('eth,edh->etd', mlp.act(hidden), weights['fc2.weight'])
     torch.testing.assert_close(answers.mean(dim=0), mlp(x), rtol=1e-4, atol=1e-5)
     assert not torch.equal(weights['fc1.weight'][0], weights['fc1.weight'][2])  # shuffled anew
+
+
+@pytest.mark.parametrize('gate, kind', [('last', GluMlp), ('separate', SwiGLU)])
+def test_units_of_a_gated_mlp_stay_with_their_gates(gate, kind):
+    mlp = shaken(kind(8, 64 if gate == 'last' else 32, norm_layer=torch.nn.LayerNorm))
+    eps, names = mlp.norm.eps, ('fc1',) if gate == 'last' else ('fc1_g', 'fc1_x')
+
+    def made_of(hidden: int, **how: Any) -> tuple[Experts, list[torch.Tensor]]:
+        experts = Experts(4, 8, hidden, type(mlp.act), gate=gate, norm_eps=eps)
+        experts.load_state_dict(upcycle(mlp.state_dict(), experts, Upcycling(**how), 'mlp'))
+        halves = [half for name in names for half in getattr(experts, name).weight.split(hidden, 1)]
+        return experts, [*halves, experts.fc2.weight.mT]
+
+    theirs = [h for name in names for h in getattr(mlp, name).weight.split(32)] + [mlp.fc2.weight.T]
+    # a quarter of 32 units is drawn anew, with both rows and the column
+    for parts in zip(*made_of(32, drop=0.25)[1], strict=True):
+        same = [(part == own).all(dim=1) for part, own in zip(parts, theirs, strict=True)]
+        assert same[0].sum() == 24 and all(torch.equal(same[0], other) for other in same)
+    # 4 experts of 16 units take each of the 32 twice; what a column is times F / H = 2
+    experts, parts = made_of(16, split=True)
+    columns = parts[-1].flatten(0, 1) / 2
+    units = (columns[:, None] == theirs[-1]).all(dim=2).int().argmax(dim=1)
+    assert sorted(units.tolist()) == sorted([*range(32)] * 2)
+    for part, own in zip(parts[:-1], theirs, strict=False):
+        assert torch.equal(part.flatten(0, 1), own[units])
+    assert torch.equal(experts.norm.weight.flatten(), mlp.norm.weight[units])
+
+
+@pytest.mark.parametrize('gate', WITH_GATE)
+def test_gated_experts_are_drawn_as_timm_draws_mlps(gate):
+    model: Any = make('smoe', **WITH_GATE[gate], weight_init='jax')
+    for again in (False, True):
+        if again:
+            model.init_weights()
+        dense, experts = model.blocks[0].mlp, model.blocks[1].mlp.experts
+        for name, own in dense.named_parameters():
+            ours = experts.get_parameter(name)
+            for half in range(2 if name == 'fc1.weight' else 1):
+                one, all_ = (p.split(len(own) // 2, d)[half] for p, d in ((own, 0), (ours, 1)))
+                assert all_.std().item() == pytest.approx(one.std().item(), rel=0.5, abs=1e-7)
+                assert all_.mean().item() == pytest.approx(one.mean().item(), abs=0.02)
 
 
 def test_experts_that_cannot_have_all_units_are_refused(saved):

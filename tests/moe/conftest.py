@@ -19,14 +19,14 @@ from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import UNCOLLECTED
 from vqmoe_vision.moe.raw_patches import Host, ImageReader, RawPatches
 
-from ..variants import trials
+from ..variants import presets, trials
 
 D, E, H = 8, 4, 16
 # every preset and trial of every method: its name, the options, and an id
 CASES = [
     pytest.param(name, options, id=f'{name}-{label}')
     for name, method in METHODS.items()
-    for options_of in ({p: {'preset': p} for p in method.config.PRESETS}, trials(method.config))
+    for options_of in (presets(method.config), trials(method.config))
     for label, options in options_of.items()
 ]
 
@@ -37,7 +37,11 @@ class Pixels(nn.Sequential):
     def __init__(self, side: int, width: int, *parts: nn.Module) -> None:
         super().__init__(nn.Flatten(), *parts)
         self.image_size = self.sizes = (side, side)
-        self.num_features = width
+        self.num_features, self.num_prefix_tokens, self.grid_size = width, 0, (1, 1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The image is a patch."""
+        return self(x)[:, None]
 
 
 class Patched(nn.Module):
@@ -50,7 +54,8 @@ class Patched(nn.Module):
 
     def read(self, x: Tensor) -> None:
         if self.reader is not None:
-            self.raw_patches.value = self.reader(x.detach().mean(dim=1)[..., None, None], (1, 1))
+            image = x.detach().mean(dim=1)[..., None, None]
+            self.raw_patches.value = self.reader(image, (x.shape[1], 1))
         else:
             self.raw_patches.value = torch.cat([x, x], dim=-1).detach()
 

@@ -16,21 +16,36 @@ def naive(experts, x, routing):
     rows = [torch.zeros_like(row) for row in x]
     for place in kept.nonzero():
         t, e = tokens[tuple(place)].item(), indices[tuple(place)].item()
-        hidden = experts.fc1.weight[e] @ x[t]
-        if experts.fc1.bias is not None:
-            hidden = hidden + experts.fc1.bias[e]
-        answer = experts.fc2.weight[e] @ F.gelu(hidden)
-        if experts.fc2.bias is not None:
-            answer = answer + experts.fc2.bias[e]
-        rows[t] = rows[t] + weights[tuple(place)] * answer
+        if experts.gate == 'separate':
+            hidden = linear(experts.fc1_x, e, x[t]) * F.silu(linear(experts.fc1_g, e, x[t]))
+        elif experts.gate:
+            both = linear(experts.fc1, e, x[t])
+            half = len(both) // 2
+            parts = {'first': both[half:], 'last': both[:half]}
+            gates = {'first': both[:half], 'last': both[half:]}
+            hidden = parts[experts.gate] * F.silu(gates[experts.gate])
+        else:
+            hidden = F.gelu(linear(experts.fc1, e, x[t]))
+        if experts.norm is not None:
+            centred = hidden - hidden.mean()
+            deviation = (centred.square().mean() + experts.norm.eps).sqrt()
+            hidden = experts.norm.weight[e] * centred / deviation + experts.norm.bias[e]
+        rows[t] = rows[t] + weights[tuple(place)] * linear(experts.fc2, e, hidden)
     return torch.stack(rows) if rows else torch.zeros_like(x)
 
 
-def make_case(num_tokens, num_experts, k, dim, hidden, bias, seed=0):
+def linear(layer, expert, row):
+    """One layer on one row."""
+    answer = layer.weight[expert] @ row
+    return answer if layer.bias is None else answer + layer.bias[expert]
+
+
+def make_case(num_tokens, num_experts, k, dim, hidden, bias, seed=0, **form):
     """Experts of size one, tokens, distinct experts per token, and positive weights; float64."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    experts = Experts(num_experts, dim, hidden, bias=bias, dtype=torch.float64)
+    act = {'act_layer': torch.nn.SiLU} if form.get('gate') else {}
+    experts = Experts(num_experts, dim, hidden, bias=bias, **act, **form, dtype=torch.float64)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.copy_(draw(*parameter.shape) / parameter.shape[-1] ** 0.5)

@@ -1,15 +1,18 @@
 """Dispatch against two plain loops: outputs and every gradient, in every dtype and odd case."""
 
+from contextlib import nullcontext
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
 from vqmoe_vision.moe import dispatch
+from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.kernels import Groups, grouped_linear, make_plan, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
-from .. import cases
+from .. import cases, refused
 from .naive_experts import SHAPES, assert_same, make_case, naive, run_and_backward
 
 
@@ -25,6 +28,54 @@ def test_padded_groups_equal_the_naive_loops(shape, bias, two_threads):
     if shape == SHAPES['near even']:
         assert is_padded(case[2], 4, torch.float64)
     assert_same(run_and_backward(dispatch.run_experts, *case), run_and_backward(naive, *case))
+
+
+# widths that suit grouped_mm, but for float64 and half of a layer of 22
+@pytest.mark.parametrize('kernel', ['', 'batched', 'grouped_mm', 'reference'])
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
+@cases(
+    'form',
+    dict(gate='first'), dict(gate='last'), dict(gate='separate'), dict(norm_eps=0.1),
+    dict(gate='first', norm_eps=0.1), dict(gate='separate', norm_eps=0.1), ids=str,
+)  # fmt: skip
+def test_gated_and_normed_experts_equal_the_naive_loops(form, bias, kernel, two_threads):
+    case = make_case(30, 4, 2, 8, 16, bias, **form)
+    kept = torch.rand(30, 2) < 0.8
+    expected = run_and_backward(naive, *case, kept)
+    if kernel == 'grouped_mm':
+        experts, x, indices, weights = case
+        case = experts.float(), x.float(), indices, weights.float()
+    with use_kernel(kernel) if kernel else nullcontext():
+        found = run_and_backward(dispatch.run_experts, *case, kept)
+    close = {'rtol': 1e-4, 'atol': 1e-4} if kernel == 'grouped_mm' else {}
+    assert_same(found, expected, **close)
+
+
+@pytest.mark.parametrize('gate', ['first', 'separate'])
+def test_gated_experts_on_even_rows_and_one_by_one_are_the_same(gate):
+    experts, *_ = make_case(1, 3, 1, 8, 16, True, gate=gate, norm_eps=0.1)
+    rows = torch.randn(3, 5, 8, dtype=torch.float64)
+    ends = Groups(torch.tensor([5, 10, 15], dtype=torch.int32))
+    expected = experts(rows.flatten(0, 1), ends).view(rows.shape)
+    torch.testing.assert_close(experts.evenly(rows), expected)
+    for expert, own in enumerate(rows):
+        torch.testing.assert_close(experts.one(expert, own), expected[expert])
+    experts.separate()
+    torch.testing.assert_close(experts(rows.flatten(0, 1), ends).view(rows.shape), expected)
+    torch.testing.assert_close(experts.one(1, rows[1]), expected[1])
+
+
+def test_a_kernel_has_to_suit_half_of_a_gated_layer():
+    # rows of grouped_mm are multiples of 16 bytes: 24 numbers are, 12 are not
+    for width, fits in ((12, False), (16, True)):
+        experts = Experts(2, 16, width, gate='first', device='meta', dtype=torch.bfloat16)
+        rows = torch.empty(6, 16, device='meta', dtype=torch.bfloat16, requires_grad=True)
+        groups = Groups(torch.empty(2, device='meta', dtype=torch.int32))
+        with use_kernel('grouped_mm'):
+            if fits:
+                experts(rows, groups).sum().backward()
+            else:
+                refused(r"kernel='grouped_mm'.* width \[12, 16\]", experts, rows, groups)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

@@ -20,6 +20,11 @@ from .conftest import D, E
 QUIET = {'router_noise': 0.0, 'importance_weight': 0.0, 'load_weight': 0.0}
 METHODS = {
     'smoe': (SMoERouter, SMoEConfig, {**QUIET, 'top_k': 1}),
+    'smoe-sigmoid': (
+        SMoERouter,
+        SMoEConfig,
+        {'preset': 'sigmoid', 'top_k': 1, 'renormalize': False, 'num_shared_experts': 1},
+    ),
     'xmoe': (XMoERouter, XMoEConfig, {'balance_weight': 0.0}),
     'xmoe-sigmoid': (XMoERouter, XMoEConfig, {'gate': 'sigmoid', 'renormalize': True, 'top_k': 2}),
 }

@@ -31,6 +31,7 @@ LIMITS = {
     'ecmoe': (54, 12),
     'hashmoe': (47, 13),
     'mocle': (73, 14),
+    'tgrmoe': (99, 14),
 }
 
 

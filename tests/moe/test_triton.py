@@ -103,13 +103,15 @@ FACTS = {'hip': ('count', 'spill_count'), 'cuda': ('REG', 'STACK')}
 MATRIX = {'A100': 'mma.sync', '4090': 'mma.sync', 'H100': 'wgmma', 'RTX 50': 'mma.sync'}
 
 
-@pytest.mark.parametrize('card', TARGETS)
+PLAIN = torch.bfloat16, (384, 1536)
+MORE = (torch.float16, PLAIN[1]), (torch.float32, PLAIN[1]), (torch.bfloat16, (35, 11))
+
+
 @cases(
-    'dtype, widths',
-    (torch.bfloat16, (384, 1536)),
-    pytest.param(torch.float16, (384, 1536), marks=pytest.mark.long),
-    pytest.param(torch.float32, (384, 1536), marks=pytest.mark.long),
-    pytest.param(torch.bfloat16, (35, 11), marks=pytest.mark.long),
+    'card, dtype, widths',
+    *((card, *PLAIN) for card in ('A100', 'MI300')),
+    *(pytest.param(card, *PLAIN, marks=pytest.mark.long) for card in ('4090', 'H100', 'RTX 50')),
+    *(pytest.param(card, *case, marks=pytest.mark.long) for card in TARGETS for case in MORE),
 )
 def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
     monkeypatch.setenv('TRITON_DEFAULT_FP_FUSION', '1')  # without a word Triton 3.9 warns

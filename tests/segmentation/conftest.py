@@ -16,6 +16,8 @@ from mmseg.structures import SegDataSample
 
 import vqmoe_vision.segmentation  # noqa: F401  registers everything
 
+from .. import on_meta
+
 TINY = dict(patch_size=8, depth=2, embed_dim=12, num_heads=3, img_size=32)
 
 
@@ -49,7 +51,7 @@ def tiny_segmentor(model_name: str = 'vit_tiny_vqmoe', **kwargs: Any) -> Any:
 def build(config: Config, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model without memory; mmseg's mask transformer reads the values of one tensor."""
     monkeypatch.setattr(torch, 'linspace', partial(torch.linspace, device='cpu'))
-    with torch.device('meta'):
+    with on_meta():
         return MODELS.build(config.model).eval()
 
 

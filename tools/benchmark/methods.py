@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,17 +86,26 @@ def _build(
         config = entry.config.from_options(**options)
     except ValueError as reason:  # K experts per token are not possible
         raise UnsuitableError(str(reason)) from None
-    read = entry.reader(config, lambda: _mean_pixels(cell), **factory)
+    read = entry.reader(config, lambda: _MeanPixels(cell), **factory)
     host = Host(cell.tokens, raw_patches=RawPatches(read))
     return entry.build(cell.width, config, experts, host, **factory)
 
 
-def _mean_pixels(cell: Cell) -> nn.Module:
+class _MeanPixels(nn.Module):
     """In the place of a network that reads images: a layer is timed, not what is beside it."""
-    network: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    network.image_size = network.sizes = (PATCH, PATCH * cell.tokens)
-    network.num_features = 3
-    return network
+
+    num_features, num_prefix_tokens = 3, 0
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.image_size = self.sizes = (PATCH, PATCH * cell.tokens)
+        self.grid_size = (1, cell.tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(2, 3))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, PATCH).flatten(2).mT
 
 
 def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:

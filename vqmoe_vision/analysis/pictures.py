@@ -5,17 +5,19 @@ Needs matplotlib (extra `train`).
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 WIDTH = 8.6  # inches; the page shows a picture about as wide
@@ -26,6 +28,7 @@ STYLE: Any = {  # matplotlib's own type differs between its versions
     'axes.titlesize': 15,
     'figure.constrained_layout.use': True,
     'figure.facecolor': 'white',
+    'text.parse_math': False,  # of names of classes, which have a $ as any letter
 }
 
 # Makes a function draw so, and leaves the settings of the caller alone.
@@ -134,13 +137,11 @@ def plot_segmentation(
     return figure
 
 
-def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure:
-    """Draws rows of pictures (1 or 3, h, w) in [0, 1] of any sizes, a name before each."""
-    columns = max(3, *map(len, rows.values()))
-    step = CELL + GAP
-    # one canvas: axes of their own for hundreds of pictures would take seconds to lay out
+def as_canvas(rows: Collection[Sequence[Tensor]]) -> Tensor:
+    """Rows of pictures (1 or 3, h, w) in [0, 1] of any sizes as a single one, on white."""
+    step, columns = CELL + GAP, max(3, *map(len, rows))
     canvas = torch.ones(3, len(rows) * step, columns * step)
-    for row, pictures in enumerate(rows.values()):
+    for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             scale = CELL / max(picture.shape[-2:])
             size = [max(round(scale * length), 1) for length in picture.shape[-2:]]
@@ -149,14 +150,29 @@ def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure
             fitted = F.interpolate(picture[None].float().cpu(), size, mode=mode)[0].clamp(0, 1)
             y, x = row * step + (CELL - size[0]) // 2, column * step + (CELL - size[1]) // 2
             canvas[:, y : y + size[0], x : x + size[1]] = fitted
-    inches = (WIDTH - 1.6) / columns * len(rows) + 1.4
+    return canvas[:, :-GAP, :-GAP]
+
+
+def label(name: str) -> Tensor:
+    """The name of a decider as a picture for a canvas."""
+    blank = Image.new('RGB', (CELL, CELL), 'white')
+    text = short(name.replace('.mlp.', '\n'))  # too wide for one line
+    ImageDraw.Draw(blank).text((4, CELL // 3), text, 'black', ImageFont.load_default(20))
+    return torch.from_numpy(np.array(blank)).movedim(-1, 0) / 255
+
+
+def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure:
+    """Draws rows of pictures (1 or 3, h, w) in [0, 1] of any sizes, a name before each."""
+    # one canvas: axes of their own for hundreds of pictures would take seconds to lay out
+    canvas = as_canvas(rows.values())
+    inches = (WIDTH - 1.6) / canvas.shape[2] * canvas.shape[1] + 1.4
     figure = Figure(figsize=(WIDTH, inches), layout='constrained')
     figure.suptitle(title)
     axes = figure.subplots()
-    axes.imshow(canvas[:, :-GAP, :-GAP].permute(1, 2, 0).numpy())
+    axes.imshow(canvas.permute(1, 2, 0).numpy())
     # 'blocks.1.mlp.router' is too wide for one line
     names = [name.replace('.mlp.', '\n') for name in rows]
-    axes.set_yticks([row * step + CELL / 2 for row in range(len(rows))], names)
+    axes.set_yticks([row * (CELL + GAP) + CELL / 2 for row in range(len(rows))], names)
     axes.set(xticks=[], frame_on=False)
     axes.tick_params(length=0)
     return figure
@@ -164,7 +180,7 @@ def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure
 
 def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
     """Adds a legend below a figure."""
-    figure.legend(
+    legend = figure.legend(
         handles=[
             Patch(color=tuple(colour), label=name)
             for name, colour in zip(names, colours.tolist(), strict=True)
@@ -175,3 +191,5 @@ def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
         frameon=False,
         fontsize='large',
     )
+    for text in legend.get_texts():
+        text.set_parse_math(STYLE['text.parse_math'])

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_vision.models.layers import Transformer
@@ -41,11 +42,23 @@ class LayerRecord:
     combine: Tensor | None = None  # (B, N, E, P), sums to 1 over E and P
     num_codes: int = 0  # M of a codebook that is not this package's
     placed: bool = True  # whether tokens are in the order of patches
+    shared: int = 0  # of E those, the last, that every token has
+
+    @property
+    def chosen(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Experts and weights by decider, without those that all tokens share."""
+        found = {name: (experts, self.weights[name]) for name, experts in self.experts.items()}
+        if self.shared:
+            for name, (experts, weights) in found.items():
+                own = experts < self.num_experts - self.shared  # these come first
+                both = torch.where(own, experts, -1), torch.where(own, weights, 0)
+                found[name] = both[0][..., : -self.shared], both[1][..., : -self.shared]
+        return found
 
     @property
     def firsts(self) -> dict[str, Tensor]:
         """First experts (B, N) by decider, of slots those with the largest weight."""
-        found = {name: experts[..., 0] for name, experts in self.experts.items()}
+        found = {name: experts[..., 0] for name, (experts, _) in self.chosen.items()}
         if self.combine is not None:
             found['slots'] = self.combine.sum(dim=-1).argmax(dim=-1)
         return found
@@ -98,7 +111,7 @@ def decided(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {
         f'{layer}.{decider}': experts
         for layer, record in recorded(model, images).items()
-        for decider, experts in record.experts.items()
+        for decider, (experts, _) in record.chosen.items()
     }
 
 
@@ -116,6 +129,11 @@ class Grid(NamedTuple):
         height, width = images.shape[-2:]
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return cls(model.num_prefix_tokens, rows, columns, tuple(model.patch_embed.patch_size))
+
+    def filled(self, pixels: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the end of their last patches; what is missing is black."""
+        height, width = self.rows * self.patch[0], self.columns * self.patch[1]
+        return F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
 
     def of(self, of_tokens: Tensor) -> Tensor:
         """What is known of every token (B, N, ...) at its patch (B, rows, columns, ...)."""
@@ -143,10 +161,10 @@ def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Ten
     batch = inputs.shape[:2]  # B, N
     maps = {n: _plain(value) for n, value in decisions.items() if isinstance(value, Tensor)}
     gates = maps['gates'].view(*batch, 2) if 'gates' in maps else None
-    experts, weights, codes = {}, {}, {}
+    experts, weights, codes, shared = {}, {}, {}, 0
     for name, decided in decisions.items():
         if isinstance(decided, Routing):
-            found = _by_token(decided, batch.numel())
+            found, shared = _by_token(decided, batch.numel()), decided.shared
             experts[name], weights[name] = (each.unflatten(0, batch) for each in found)
         elif isinstance(decided, Quantized):
             codes[name] = decided.indices.cpu().view(batch)
@@ -157,9 +175,8 @@ def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Ten
     slots = {
         n: maps[n].unflatten(-1, (num_experts, -1)) for n in ('dispatch', 'combine') if n in maps
     }
-    return LayerRecord(
-        num_experts, _plain(inputs), _plain(outputs), experts, weights, codes, gates, **slots
-    )
+    of_layer = num_experts, _plain(inputs), _plain(outputs)
+    return LayerRecord(*of_layer, experts, weights, codes, gates, shared=shared, **slots)
 
 
 def _plain(value: Tensor) -> Tensor:

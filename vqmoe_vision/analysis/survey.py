@@ -129,7 +129,7 @@ def survey(
                 tallies[name] = LayerTally(name, layer, len(classes or ()))
             tokens = record.inputs.shape[1]
             grid = grids[name] = grid_of(model, images, tokens) if record.placed else None
-            patches = image_patches(pixels, grid.patch) if grid and pixels is not None else None
+            patches = image_patches(pixels, grid) if grid and pixels is not None else None
             seconds = {n: e.flip(0) for n, e in again[name].firsts.items()} if again else {}
             of_tokens = classes_of_tokens(labels, grid, tokens)
             seen = Seen(len(images), count, of_tokens, grid, patches, seconds)
@@ -137,6 +137,8 @@ def survey(
         for i, own in enumerate(() if pixels is None else pixels[: max(num_examples - count, 0)]):
             called = names[count + i] if count + i < len(names) else f'image {count + i}'
             maps = {n: _maps(record, grids[n], i) for n, record in records.items()}
+            if isinstance(model, Transformer):  # others have no patches that an image does not fill
+                own = Grid.of_timm(model, own).filled(own)
             examples.append(Example(called, own.clone(), maps))
         if shifted is not None:
             shifted.add(images[: max(shifted_images - count, 0)])
@@ -184,6 +186,8 @@ def analyze(
         ValueError: If no layer of experts is found, there are no two images, or labels or options
             do not fit.
     """
+    if isinstance(model, nn.DataParallel):  # whose replicas would each tell of their own images
+        model = model.module
     batches: list[Any] = list(images.split(SIZE)) if isinstance(images, Tensor) else list(images)
     count = sum(map(len, batches))
     check(count > 1, 'images', count, 'at least two, to compare them')
@@ -191,6 +195,7 @@ def analyze(
     if labels is not None:
         check(len(labels) == count, 'labels', len(labels), f'one per image, {count}')
         known = labels[labels != 255] if labels.ndim > 1 else labels
+        check(known.numel() > 0, 'labels', 255, 'a class for some pixel')
         classes = [str(i) for i in range(int(known.max()) + 1)]
         of_parts = labels.split([len(batch) for batch in batches])
         parts = [*zip(batches, of_parts, strict=True)]

@@ -176,7 +176,7 @@ class ExpertTally:
                 numbers[measure.__name__] = measure(self.by_class)
         twice = [torch.cat(each)[: verdicts.INFORMED] for each in zip(*self._twice, strict=True)]
         if twice and len(twice[0]) > 1 and self.num_experts > 1:  # else there is no choice to tell
-            numbers |= verdicts.bits_of_choice(*twice)
+            numbers |= verdicts.bits_of_choice(twice[0], twice[1], self.num_experts)
         return numbers | {name: total / self.images for name, total in self.mixed.items()}
 
 
@@ -201,7 +201,8 @@ class LayerTally:
 
     def add(self, record: LayerRecord, seen: Seen) -> None:
         """Take a batch."""
-        self.num_experts, tokens = record.num_experts, record.inputs.flatten(0, 1)
+        self.num_experts = record.num_experts - record.shared
+        tokens, chosen_experts = record.inputs.flatten(0, 1), record.chosen
         inputs = tokens.double()
         self.count, self.total = self.count + len(tokens), self.total + inputs.sum(dim=0)
         self.before = self.before + inputs.t() @ inputs
@@ -209,15 +210,15 @@ class LayerTally:
             outputs = record.outputs.flatten(0, 1).double()
             self.after = self.after + outputs.t() @ outputs
         # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
-        scores = dict(record.weights)
+        scores = {name: weights for name, (_, weights) in chosen_experts.items()}
         for name, codes in record.codes.items():
             if self.layer is None:
                 self.codebook, used = name, codes.flatten().bincount(minlength=record.num_codes)
                 self.usage = self.usage + used.double()
             else:
                 scores[name] = -self._add_codes(name, record.inputs, codes)[..., None]
-        for name, experts in record.experts.items():
-            self.experts[name].add(experts, record.weights[name], scores[name], seen)
+        for name, (experts, weights) in chosen_experts.items():
+            self.experts[name].add(experts, weights, scores[name], seen)
         if record.dispatch is not None and record.combine is not None:
             self.experts['slots'].add_slots(record.dispatch, record.combine, seen)
         for name, first in record.firsts.items() if seen.again else ():
@@ -294,12 +295,11 @@ class LayerTally:
         )
 
 
-def image_patches(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+def image_patches(pixels: Tensor, grid: Grid) -> Tensor:
     """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
-    (height, width), (h, w) = pixels.shape[-2:], patch
-    padded = F.pad(pixels, (0, -width % w, 0, -height % h))
     # (B, C, rows, h, columns, w)
-    return padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h)).permute(0, 2, 4, 1, 3, 5)
+    of_rows = grid.filled(pixels).unflatten(-1, (grid.columns, -1)).unflatten(-3, (grid.rows, -1))
+    return of_rows.permute(0, 2, 4, 1, 3, 5)
 
 
 def checked_labels(
@@ -332,6 +332,6 @@ def classes_of_tokens(labels: Tensor | None, grid: Grid | None, num_tokens: int)
         )
     ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
     # padding is shifted so that what it adds, zeros, is the class of pixels that have none
-    of_patch = image_patches(ignored + 1, grid.patch).flatten(3).mode(dim=-1).values - 1
+    of_patch = image_patches(ignored + 1, grid).flatten(3).mode(dim=-1).values - 1
     prefix = of_patch.new_full((len(labels), grid.prefix), -1)
     return torch.cat([prefix, of_patch.flatten(1)], dim=1)

@@ -23,7 +23,7 @@ HEALTHY, COLLAPSED, IGNORES = 'healthy', 'collapsed', 'ignores the image'
 BY_POSITION, DEAD_EXPERTS, DEAD_CODES = 'decided by position', 'experts dead', 'codes dead'
 
 
-def bits_of_choice(first: Tensor, again: Tensor) -> dict[str, float]:
+def bits_of_choice(first: Tensor, again: Tensor, num_experts: int) -> dict[str, float]:
     """Where the entropy of first experts (B, N), of two passes, comes from; {} of too few."""
     (images, tokens), kinds = first.shape, int(max(first.max(), again.max())) + 2
     one, two, draw = first.long() + 1, again.long() + 1, torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def bits_of_choice(first: Tensor, again: Tensor) -> dict[str, float]:
     def moved(size: int, count: int) -> Tensor:
         return torch.randint(size, (count,), generator=draw)
 
-    def other_image() -> float:  # at the same position
+    def other_image(two: Tensor) -> float:  # at the same position
         order = torch.randperm(images, generator=draw)
         return told(one, two[order[(of_image + moved(images, tokens)) % images], place])
 
@@ -48,12 +48,14 @@ def bits_of_choice(first: Tensor, again: Tensor) -> dict[str, float]:
 
     by_place, drawn = told(place.expand_as(one), one), [other_place() for _ in range(DRAWS)]
     position = by_place - sum(drawn) / DRAWS if by_place > max(drawn) + 1e-9 else 0.0
-    repeated, most = told(one, two), max(other_image() for _ in range(DRAWS))
-    if (
-        position == 0 < whole <= most + 1e-9
-    ):  # if the image decided all, chance would still give as much
-        return {}
+    repeated, most = told(one, two), max(other_image(two) for _ in range(DRAWS))
     image = max(repeated - position, 0.0) if repeated > most + 1e-9 else 0.0
+    if image == position == 0:
+        # if the image decided all, or each expert were as likely, chance could give as much
+        seldom = num_experts ** (1 - one.numel()) < 1 / DRAWS
+        enough = whole > max(other_image(one) for _ in range(DRAWS)) + 1e-9 if whole else seldom
+        if not enough:
+            return {}
     neither = max(whole - position - image, 0.0)
     return {'image_bits': image, 'position_bits': position, 'noise_bits': neither}
 

@@ -3,6 +3,7 @@
 Importing this package registers everything that `configs/classification` names.
 """
 
+import vqmoe_vision.analysis.validation_picture
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
 from . import datasets, transforms

@@ -154,17 +154,22 @@ class Classifier(MoeTrainingMixin, BaseModel):
         others = {'classes', *([] if self.known_normalization else ['mean', 'std'])}
         return replace(found, about={k: v for k, v in found.about.items() if k not in others})
 
-    def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
-        """Images of tests, or those of a folder without labels, for a survey of the routing."""
-        transform: Any = normalized_as(dataset.transform, self.known_normalization, _TRANSFORM)
+    def source(self, dataset: Any, folder: str | None = None) -> Source:
+        """Images of a data set of tests or of its config, or of a folder without labels."""
+        built: Any = dataset
+        transform: Any = getattr(dataset, 'transform', None)
+        if isinstance(dataset, ConfigDict):
+            transform = normalized_as(dataset.transform, self.known_normalization, _TRANSFORM)
         found: Any = normalization_of(transform)
-        check(found is not None, _TRANSFORM, dataset.transform, 'one that ends in a Normalize')
+        check(found is not None, _TRANSFORM, transform, 'one that ends in a Normalize')
         if folder is not None:
             return Source(
                 image_files(folder), lambda f: Sample(transform(load_image(str(f))), None), found
             )
-        built = DATASETS.build(dataset)
-        built.transform, classes = transform, list(built.metainfo['classes'])
+        if isinstance(dataset, ConfigDict):
+            built = DATASETS.build(dataset)
+            built.transform = transform
+        classes = list(built.metainfo['classes'])
         return Source(built, lambda x: Sample(x[0], torch.tensor(x[1])), found, classes)
 
     def forward(self, inputs: torch.Tensor, targets: Any = None, mode: str = 'tensor') -> Any:

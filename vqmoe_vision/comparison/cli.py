@@ -32,6 +32,7 @@ from .measured import check_shifts, measure_routing, measure_shifts
 from .pages import Made, fill
 from .queue import Queue, Task, tasks_of
 from .report import draw_figures, write_tables
+from .scenes import SCENES
 from .spec import read_comparison
 from .store import (
     ONE_THREAD,
@@ -224,8 +225,9 @@ def _require(package: str, option: str) -> None:
 
 
 def _control(args: argparse.Namespace) -> None:
-    separations = args.separation or control.SEPARATIONS[args.quick]
-    seeds = args.seeds or control.SEEDS[args.quick]
+    of = SCENES if args.images else control.PLANTED
+    separations = args.separation or of.separations[args.quick]
+    seeds = args.seeds or of.seeds[args.quick]
     apart = all(0 < s < math.inf for s in separations)
     check(apart, '--separation', separations, 'above 0 and finite')
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
@@ -233,9 +235,10 @@ def _control(args: argparse.Namespace) -> None:
     make_folder(out.parent)  # before the work
     torch.set_num_threads(1)  # more would wait for one another in layers of this size
     runs = list(product(rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
-    scores = [control.score(*one) for one in tqdm(runs, unit='run', disable=None)]
+    shown = tqdm(runs, unit='run', disable=None)
+    scores = [control.score(row, s, seed, of=of) for row, s, seed in shown]
     print(control.table_of(scores))
-    control.plot_control(scores).savefig(out.with_suffix('.png'), dpi=100)
+    control.plot_control(scores, of.source).savefig(out.with_suffix('.png'), dpi=100)
     print(out.with_suffix('.png'))
     if args.out is not None:
         made = {'commit': commit(), 'processor': processor(), 'core_seconds': time.process_time()}

@@ -3,7 +3,7 @@
 Tokens are x = s a_k + z: a direction a_k for each cluster k, times the separation s, and nuisance z
 of unit deviation at right angles to all of them. The label of a token is the argmax of M_k z', z'
 being 16 channels of z. Each cluster has another matrix, and their mean is taken out, so that no
-function that all clusters share serves.
+function that all clusters share serves. `scenes.py` has the same of images.
 
 Legend: B images, N tokens per image, D width, C clusters, L labels.
 """
@@ -15,7 +15,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -54,13 +54,22 @@ class Source:
     The separation s is over the deviation of the nuisance, the seed of everything that is drawn.
     """
 
+    clusters, labels = CLUSTERS, LABELS
+
     def __init__(self, separation: float, seed: int) -> None:
         self.separation, self.generator = separation, torch.Generator().manual_seed(seed)
         self.normal = partial(torch.randn, generator=self.generator)
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Draw what holds for all batches."""
         basis = torch.linalg.qr(self.normal(WIDTH, WIDTH))[0].t()
         self.directions, self.others = basis[:CLUSTERS], basis[CLUSTERS:]  # (C, D), (D - C, D)
         matrices = self.normal(CLUSTERS, LABELS, INFORMATIVE)
         self.matrices = matrices - matrices.mean(dim=0)
+
+    def hold_out(self) -> None:
+        """From now on draw what nobody was trained on, as each batch is by itself."""
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), and the cluster and the label of each, (B, N) int64."""
@@ -129,41 +138,62 @@ def _forms(method: str) -> Iterator[Row]:
 class Bed(nn.Module):
     """A layer where a transformer has it: between two norms, with a residual connection; a head."""
 
+    width, hidden, pixels = WIDTH, HIDDEN, PIXELS
+    options: ClassVar[Mapping[str, Any]] = {}  # of every method
+
     def __init__(self, row: Row) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.head, method, config = nn.Linear(WIDTH, LABELS), _TABLE[row.method], row.config
-        self.reader: Any = method.reader(config, _MeanToken)
-        self.raw_patches = RawPatches(self.reader)
-        ratio = HIDDEN / WIDTH if config.expert_mlp_ratio is None else config.expert_mlp_ratio
-        hidden, recompute = int(ratio * WIDTH), config.recompute
-        experts = Experts(config.num_experts, WIDTH, hidden, recompute=recompute)
-        host = Host(TOKENS, in_chans=WIDTH // PIXELS**2, raw_patches=self.raw_patches)
-        self.layer: Any = method.build(WIDTH, config, experts, host)
+        self.head = nn.Linear(WIDTH, LABELS)
+        self.layer = next(self.layers(row))
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Scores (B, N, L) of tokens (B, N, D); their clusters (B, N) are for the oracle alone."""
-        tokens, clusters = batch
+    def layers(self, row: Row) -> Iterator[Any]:
+        """As many as are asked for, and first what reads images for them."""
+        method = _TABLE[row.method]
+        config = method.config.from_options(**{**self.options, **row.options})
+        self.reader: Any = method.reader(config, partial(_MeanToken, self.pixels))
+        self.raw_patches = RawPatches(self.reader)
+        host = Host(TOKENS, in_chans=WIDTH // self.pixels**2, raw_patches=self.raw_patches)
+        # as if a dense MLP had the ratio that timm's have
+        hidden, recompute = int(self.hidden * (config.expert_mlp_ratio or 4) / 4), config.recompute
+        while True:
+            experts = Experts(config.num_experts, self.width, hidden, recompute=recompute)
+            yield method.build(self.width, config, experts, host)
+
+    def look(self, tokens: Tensor, clusters: Tensor) -> None:
+        """Show the layers what some decide by; clusters (B, N) are for the oracle alone."""
         if self.reader is None:
             self.raw_patches.value = clusters
         else:
-            self.raw_patches.show(as_images(tokens), (GRID, GRID))
+            self.raw_patches.show(as_images(tokens, self.pixels), (GRID, GRID))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Scores (B, N, L) of tokens (B, N, D) and their clusters (B, N)."""
+        self.look(*batch)
+        tokens = batch[0]
         return self.head(self.norm2(tokens + self.layer(self.norm1(tokens))))
 
 
-def as_images(tokens: Tensor) -> Tensor:
+def as_images(tokens: Tensor, pixels: int = PIXELS) -> Tensor:
     """Images (B, channels, height, width) whose patches are the tokens (B, N, D)."""
-    return F.fold(tokens.transpose(1, 2), GRID * PIXELS, PIXELS, stride=PIXELS)
+    return F.fold(tokens.transpose(1, 2), GRID * pixels, pixels, stride=pixels)
 
 
 class _MeanToken(nn.Module):
-    """The frozen network of methods that need one: the mean of an image's tokens."""
+    """The frozen network of methods that need one: an image's tokens, and their mean."""
 
-    image_size = sizes = (GRID * PIXELS, GRID * PIXELS)
-    num_features = WIDTH
+    num_features, num_prefix_tokens, grid_size = WIDTH, 0, (GRID, GRID)
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.pixels, self.image_size = pixels, (GRID * pixels, GRID * pixels)
+        self.sizes = self.image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.unfold(images, PIXELS, stride=PIXELS).mean(dim=2)
+        return self.forward_features(images).mean(dim=1)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return F.unfold(images, self.pixels, stride=self.pixels).transpose(1, 2)
 
 
 class _Told(Router):
@@ -187,8 +217,9 @@ def _told(dim: int, config: Any, experts: Experts, host: Host, anew: bool = Fals
     return RoutedMlp(_Told(host.raw_patches, config.num_experts, anew), experts)
 
 
-def _dense(times: int, dim: int, *_: Any) -> Any:
-    return Mlp(dim, times * HIDDEN).apply(init_weights_vit_timm)  # starts as experts do
+def _dense(times: int, dim: int, config: Any, experts: Experts, host: Host) -> Any:
+    # starts as experts do
+    return Mlp(dim, times * experts.fc1.out_features).apply(init_weights_vit_timm)
 
 
 _CONTROLS = {
@@ -200,13 +231,29 @@ _CONTROLS = {
 _TABLE = ChainMap(METHODS, _CONTROLS)
 
 
-def trained(row: Row, separation: float, seed: int, steps: int = STEPS) -> tuple[Source, Bed]:
+@dataclass(frozen=True)
+class Structure:
+    """What is planted, and how long a row is trained to find it; quick ones come last."""
+
+    source: type[Source] = Source
+    bed: type[Bed] = Bed
+    separations: Sequence[Sequence[float]] = SEPARATIONS
+    seeds: Sequence[Sequence[int]] = SEEDS
+    steps: int = STEPS
+
+
+PLANTED = Structure()
+
+
+def trained(
+    row: Row, separation: float, seed: int, steps: int = 0, of: Structure = PLANTED
+) -> tuple[Source, Bed]:
     """A row after training as a user's own loop would, and the source of what it has not seen."""
     torch.manual_seed(seed)
-    source, model = Source(separation, seed), Bed(row)
+    source, model, steps = of.source(separation, seed), of.bed(row), steps or of.steps
     if isinstance(model.reader, ImageReader):
-        seen = Source(separation, seed)  # what it is trained on
-        images = torch.cat([as_images(seen.draw()[0]) for _ in range(TESTED)])
+        seen = of.source(separation, seed)  # what it is trained on
+        images = torch.cat([as_images(seen.draw()[0], model.pixels) for _ in range(TESTED)])
         model.reader.fit(model.reader.features(images))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -219,10 +266,13 @@ def trained(row: Row, separation: float, seed: int, steps: int = STEPS) -> tuple
             (loss + collected.total()).backward()
         optimizer.step()
         schedule.step()
+    source.hold_out()
     return source, model
 
 
-def score(row: Row, separation: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
+def score(
+    row: Row, separation: float, seed: int, steps: int = 0, of: Structure = PLANTED
+) -> dict[str, Any]:
     """Trains a row, and tests it on tokens that it has not seen.
 
     Accuracy is in percent. Deciders have the mutual information of first expert and cluster in
@@ -230,7 +280,7 @@ def score(row: Row, separation: float, seed: int, steps: int = STEPS) -> dict[st
     """
     right, counts = 0.0, dict[str, Tensor]()
     with torch.random.fork_rng(devices=[]):
-        source, model = trained(row, separation, seed, steps)
+        source, model = trained(row, separation, seed, steps, of)
         for _ in range(TESTED):
             tokens, clusters, labels = source.draw()
             recording: Any = record_layers(model) if moe_layers(model) else nullcontext({})
@@ -239,7 +289,9 @@ def score(row: Row, separation: float, seed: int, steps: int = STEPS) -> dict[st
             for record in records.values():
                 for name, experts in record.experts.items():
                     # -1, of no expert, is the last row, which does not count
-                    met = counts.setdefault(name, torch.zeros(record.num_experts + 1, CLUSTERS))
+                    met = counts.setdefault(
+                        name, torch.zeros(record.num_experts + 1, source.clusters)
+                    )
                     met.index_put_((experts[..., 0], clusters), torch.ones(()), True)
     deciders = {name: mutual_information(met[:-1]) for name, met in counts.items()}
     return {
@@ -268,7 +320,7 @@ def table_of(scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 @styled
-def plot_control(scores: Sequence[Mapping[str, Any]]) -> Figure:
+def plot_control(scores: Sequence[Mapping[str, Any]], of: type[Source] = Source) -> Figure:
     """Draws accuracy and information over separation; what is no usual form is grey."""
     frame = pd.DataFrame(scores).astype({'information': float})
     means = frame.groupby(['row', 'separation'])[['accuracy', 'information']].mean()
@@ -286,9 +338,9 @@ def plot_control(scores: Sequence[Mapping[str, Any]]) -> Figure:
             style |= {'color': colour_of(place + place // 7), 'marker': marker_of(place)}
         for axes, number in ((upper, 'accuracy'), (lower, 'information')):
             axes.plot(means.loc[name].index, means.loc[name][number], **style)
-    upper.axhline(100 / LABELS, label='chance', color='0.5', linewidth=1)
-    lower.axhline(math.log(CLUSTERS), color='0.5', linewidth=1)
-    upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(20, 100))
+    upper.axhline(100 / of.labels, label='chance', color='0.5', linewidth=1)
+    lower.axhline(math.log(of.clusters), color='0.5', linewidth=1)
+    upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(80 / of.labels, 100))
     lower.set(
         title='what a choice tells of the cluster, nats (line: all there is)',
         xlabel='separation of clusters, over the deviation of the nuisance',

@@ -41,7 +41,7 @@ def fill(text: str, find: Callable[[str], Made], folder: Path) -> str:
     Args:
         text: Of the page.
         find: Gives a comparison by its name.
-        folder: Where `control.json` lies.
+        folder: Where `control.json` and `scenes.json` lie.
     """
 
     def table(block: re.Match[str]) -> str:
@@ -118,10 +118,27 @@ def _rows(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFra
 
 def _control(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.DataFrame:
     """Accuracy of the control by row and separation, means over seeds."""
-    frame = pd.DataFrame(json.loads((folder / 'control.json').read_text())['rows'])
-    means = frame.pivot_table(index='row', columns='separation', values='accuracy').loc[[*rows]]
-    shown = means.map('{:.1f}'.format).rename(index=_name, columns='separation {:g}'.format)
-    return shown.rename_axis(index='', columns=None).reset_index()
+    means = _means(folder / 'control.json').loc[[*rows]]
+    return _shown(means.map('{:.1f}'.format).rename(columns='separation {:g}'.format))
+
+
+def _scenes(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.DataFrame:
+    """The same of the control with images, and the way from frozen to oracle that is gone."""
+    means = _means(folder / 'scenes.json')
+    frozen, oracle = means.loc['frozen'], means.loc['oracle']
+    way = (100 * (means - frozen) / (oracle - frozen)).map('{:.0f} %'.format)
+    means = means.map('{:.1f}'.format).rename(columns='pattern {:g}'.format)
+    both = means.join(way.rename(columns='of the way, {:g}'.format))
+    return _shown(both.loc[[*rows]])
+
+
+def _means(path: Path) -> pd.DataFrame:
+    frame = pd.DataFrame(json.loads(path.read_text())['rows'])
+    return frame.pivot_table(index='row', columns='separation', values='accuracy')
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    return table.rename(index=_name).rename_axis(index='', columns=None).reset_index()
 
 
 def _name(row: str) -> str:
@@ -135,4 +152,5 @@ _KINDS: dict[str, Callable[[Mapping[str, Made], Sequence[str], Path], pd.DataFra
     'contrasts': _contrasts,
     'rows': _rows,
     'control': _control,
+    'scenes': _scenes,
 }

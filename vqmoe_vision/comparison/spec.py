@@ -49,13 +49,15 @@ def row_options(row: str, size: str | None, model: str = 'model', moe_blocks: in
     known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
     check(row in known, 'row', row, f'those that need no options are {known}')
     method, preset = PRESET_ROWS.get(row, (_METHODS.get(row), None))
+    num_experts = 4 if size in ('base', 'large') else 8
+    fixed = method and 'num_experts' in METHODS[method].config.PRESETS.get(preset or '', {})
     options = {
         'model_name': size and f'vit_{size}_{method or "patch16_224"}',
         'moe': None if method else 'None',
         'extra_mlps': moe_blocks if row == 'dense_2x' else None,
         'moe.method': None if size else method,
         # as the paper: "small, 10M" and "large, 110M"
-        'moe.num_experts': (4 if size in ('base', 'large') else 8) if size and method else None,
+        'moe.num_experts': num_experts if size and method and not fixed else None,
         'moe.preset': preset,
     }
     return [f'{model}.{name}={value}' for name, value in options.items() if value is not None]
@@ -196,6 +198,8 @@ class Comparison:
         return [(row, seed) for seed in seeds for row in rows]
 
 
+# Fields that a run without start goes by, beside its row.
+_OF_A_RUN = ('config', 'seeds', 'metric', 'also', 'options', 'shifts', 'stage')
 # What the fields of a file are.
 _FIELDS: dict[str, Any] = {
     **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), str),
@@ -242,10 +246,17 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     if 'start' in given:
         words = given['start'].split()
         check(len(words) == 3, f'{path}: start', given['start'], "'COMPARISON ROW CHECKPOINT'")
-        source = read_comparison(words[0], (*within, path))
-        choose(f'{path}: start: row', [words[1]], source.rows)
-        given['start'] = source, *words[1:]
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    if 'start' in given:
+        if find_config(words[0]) == path:  # a row of its own that starts from nothing
+            alone = {n: v for n, v in fields.items() if n in _OF_A_RUN}
+            alone['rows'] = {r: o for r, o in given['rows'].items() if '{start' not in str(o)}
+            alone['reference'] = next(iter(alone['rows']), '')
+            source = Comparison(Path(path).stem, **alone)
+        else:
+            source = read_comparison(words[0], (*within, path))
+        choose(f'{path}: start: row', [words[1]], source.rows)
+        fields['start'] = source, *words[1:]
     return Comparison(Path(path).stem, **fields)
 
 
@@ -305,10 +316,15 @@ _LEFT_OUT = {
     'vis_backends', 'visualizer', 'work_dir',
 }  # fmt: skip
 _KEEPING = {  # default hooks
-    'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
+    'checkpoint', 'logger', 'record', 'routing_history', 'routing_picture', 'runtime_info',
+    'visualization',
 }  # fmt: skip
 # Options that came later, by the value with which nothing changes.
-_ADDED: dict[str, Any] = {'moe.recompute': None}
+_ADDED: dict[str, Any] = {
+    'moe.recompute': None,
+    'moe.score': 'softmax',
+    'moe.num_shared_experts': 0,
+}
 
 
 def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str:

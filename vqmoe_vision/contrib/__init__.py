@@ -1,1 +1,1 @@
-"""What is kept working and not promised: MoCLE, V-MoE's checkpoints, int8."""
+"""What is kept working and not promised: MoCLE, TGR-MoE, V-MoE's checkpoints, int8."""

@@ -69,10 +69,15 @@ class FeatureViT(VisionTransformer):
         return (*self.patch_embed.img_size, *self.patch_embed.patch_size)
 
     @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width, rows, columns = self.sizes
+        return -(-height // rows), -(-width // columns)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in whole patches, as images of a model that pads them come."""
-        height, width, rows, columns = self.sizes
-        return -(-height // rows) * rows, -(-width // columns) * columns
+        return self.grid_size[0] * self.sizes[2], self.grid_size[1] * self.sizes[3]
 
 
 @torch.no_grad()
@@ -129,6 +134,7 @@ class Clusters(ImageReader):
     centroids: Tensor  # (K, F), random until `fit`
     fitted: Tensor  # () bool, for these weights
     sizes: Tensor  # of the network, int64
+    clustered = 'images'  # what the features are of
     lacks_weights = False  # whether a training begins without any for the network
     _fit_due = True  # what `fitted` says, as far as the host knows
 
@@ -164,18 +170,27 @@ class Clusters(ImageReader):
         self.network.eval()
         return self
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Features (B, F) float32 of normalised images, resized as a whole; without graph."""
+        return self._read(images, self.network)
+
+    @torch.no_grad()
+    def _read(self, images: Tensor, network: Any) -> Tensor:
         size = self.network.image_size
         with full_precision(images):
             if images.shape[-2:] != size:
                 images = F.interpolate(images.float(), size, mode='bilinear', antialias=True)
-            found = self.network(images.to(next(self.network.buffers(), images).dtype))
+            found = network(images.to(next(self.network.buffers(), images).dtype))
         return found.float()
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Cluster of each image, (B,) int64."""
+        self._warn_once()
+        features = self.features(images)
+        with full_precision(features):
+            return nearest_code(features, self.centroids.float())
+
+    def _warn_once(self) -> None:
         if self.training and self._fit_due and torch.is_grad_enabled():
             warn_once(
                 'training a model that reads images by a frozen network, and was not fitted to the '
@@ -183,15 +198,13 @@ class Clusters(ImageReader):
                 'unless the model starts from a dense one, and then fit_reader(model, batches) of '
                 'vqmoe_vision.contrib.mocle'
             )
-        features = self.features(images)
-        with full_precision(features):
-            return nearest_code(features, self.centroids.float())
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> Tensor:
-        """K-means of features (S, F) with a fixed seed; gives the images of each cluster, (K,)."""
+        """K-means of features (S, F) with a fixed seed; gives how many each cluster has, (K,)."""
         number, images = len(self.centroids), len(features)
-        check(number <= images, 'num_clusters', number, f'at most {images}, as images')
+        allowed = f'at most {images}, as {self.clustered}'
+        check(number <= images, 'num_clusters', number, allowed)
         check(bool(features.isfinite().all()), 'features', 'nan or infinite', 'finite numbers')
         self.centroids.copy_(kmeans(features, number))
         self.fitted.fill_(True)
@@ -290,7 +303,7 @@ class Clusters(ImageReader):
         for buffer in self.buffers():
             broadcast(buffer)
         runner.logger.info(
-            f'{len(counts)} clusters of {int(counts.sum())} images, the smallest of '
+            f'{len(counts)} clusters of {int(counts.sum())} {self.clustered}, the smallest of '
             f'{int(counts.min())} and the largest of {int(counts.max())}'
         )
 

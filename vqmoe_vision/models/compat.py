@@ -20,7 +20,7 @@ from ..moe import moe_layers
 from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
 from ..moe.raw_patches import ImageReader
-from .layers import Convertible, method_of, timms_class
+from .layers import Convertible, gate_of, method_of, timms_class
 from .moe_vit import SparseModel
 
 StateDict = dict[str, Tensor]
@@ -180,7 +180,8 @@ def _facts(network: Any) -> dict[str, str]:
     attention = next(with_heads, parts.get('attn', block))
     norm = next((parts[name] for name in ('norm1', 'in_norm', 'norm') if name in parts), None)
     mlp = parts.get('mlp')
-    act = getattr(getattr(mlp, 'experts', mlp), 'act', None) if mlp else parts.get('mlp_act')
+    own = getattr(mlp, 'experts', mlp)
+    act = getattr(own, 'act', None) if mlp else parts.get('mlp_act')
     facts |= {
         'block_fn': timms_class(block).__name__,
         'attn_layer': timms_class(attention).__name__,
@@ -189,6 +190,8 @@ def _facts(network: Any) -> dict[str, str]:
     kinds = ('RmsNorm', 'SimpleNorm')  # of the same tensors; others have more or fewer
     if named := [kind for kind in kinds if type(norm).__name__.startswith(kind)]:
         facts['norm_layer'] = named[0]
+    if gate := gate_of(own):
+        facts['gate'] = gate
     if hasattr(attention, 'num_heads'):
         facts['num_heads'] = str(attention.num_heads)
     if isinstance(act, nn.Module):

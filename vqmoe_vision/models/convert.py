@@ -60,8 +60,8 @@ def convert_to_moe(
 
     Args:
         model: One of timm's `HOSTS`, such as `VisionTransformer`, `Eva` (DINOv3), `Beit` or
-            `NaFlexVit`, whose blocks have plain MLPs. It is changed, or left as it is if anything
-            is refused.
+            `NaFlexVit`, whose blocks have an `Mlp`, `GluMlp` or `SwiGLU`. It is changed, or left
+            as it is if anything is refused.
         method: Key of `METHODS`.
         moe_layers: Which blocks become MoE, see `resolve_moe_layers`.
         upcycling: How experts are made, see `Upcycling`; None for equal copies.

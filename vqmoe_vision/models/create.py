@@ -129,7 +129,7 @@ def _wider(model_name: str, extra_mlps: int, kwargs: dict) -> float:
     blocks: Any = model.blocks if isinstance(model, Transformer) else []
     mlps = [block.mlp for block in blocks if isinstance(getattr(block, 'mlp', None), Mlp)]
     dense = len(mlps) == len(blocks) > 0
-    check(dense, 'extra_mlps', extra_mlps, f'0, {model_name} is no dense vision transformer')
+    check(dense, 'extra_mlps', extra_mlps, f'0, {model_name} has no plain MLPs')
     ratio = mlps[0].fc1.out_features / mlps[0].fc1.in_features
     return ratio * (len(mlps) + extra_mlps) / len(mlps)
 
@@ -222,9 +222,12 @@ def share_start(model: Any, model_name: str, seed: int, **kwargs: Any) -> None:
             seeds = torch.randint(2**62, (len(model.blocks), 2)).tolist()
             for block, pair in zip(model.blocks, seeds, strict=True):
                 if hasattr(block.mlp, 'experts'):
-                    for part, own in zip(('fc1', 'fc2'), pair, strict=True):
+                    experts = block.mlp.experts
+                    parts = experts.first_layers(), [experts.fc2]
+                    for layers, own in zip(parts, pair, strict=True):
                         torch.manual_seed(own)
-                        block.mlp.experts.get_submodule(part).init_weights()
+                        for layer in layers:
+                            layer.init_weights()
         scale_fresh_experts(model)
         options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}

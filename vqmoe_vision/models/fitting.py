@@ -380,7 +380,8 @@ def _upcycled(
                 f'for {name}, and would leave them random'
             )
         if not any(key.startswith('experts.') for key in part):
-            experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
+            where = f'{name} of checkpoint {path!r}'
+            experts = upcycle(part, layer.experts, how, where, layer.summands)
             made |= below(f'{prefix}experts.', experts)
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
     check(bool(made) or how == Upcycling(), 'upcycling', how, f'None, no dense MLP in {path!r}')

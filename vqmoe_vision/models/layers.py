@@ -5,11 +5,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import timm
 import torch
-from timm.layers import Mlp, PatchEmbed, register_notrace_module
+from timm.layers import GluMlp, LayerNorm, Mlp, PatchEmbed, SwiGLU, register_notrace_module
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -47,8 +48,10 @@ MOE_LAYERS = 'every2'
 # Parts of an MLP that experts have, and what each may be: a class of its own may compute otherwise.
 _PARTS = {
     'fc1': (nn.Linear,),
+    'fc1_g': (nn.Linear,),
+    'fc1_x': (nn.Linear,),
     'fc2': (nn.Linear,),
-    'norm': (nn.Identity,),
+    'norm': (nn.Identity, nn.LayerNorm, LayerNorm),
     'drop1': (nn.Dropout, nn.Identity),
     'drop2': (nn.Dropout, nn.Identity),
 }
@@ -87,10 +90,10 @@ def put_layers(
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(model.blocks)):
         name = f'blocks.{i}.mlp'
-        mlp = _plain_mlp(model.blocks[i], name)
+        mlp = _mlp_of(model.blocks[i], name)
         built[i] = _layer_like(mlp, method, config, host, model)
         if how is not None:
-            made = upcycle(mlp.state_dict(), built[i].experts, how, name)
+            made = upcycle(mlp.state_dict(), built[i].experts, how, name, built[i].summands)
             built[i].experts.load_state_dict(made)
             for key in made:
                 trains = mlp.get_parameter(key).requires_grad
@@ -155,17 +158,19 @@ def image_size(model: Any) -> tuple[int, ...]:
 
 def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any) -> MoeLayer:
     """MoE layer of a method with experts that are like an MLP of a model."""
-    width, hidden, weight = mlp.fc1.in_features, mlp.fc1.out_features, mlp.fc1.weight
+    hidden, width, weight = mlp.fc2.in_features, mlp.fc2.out_features, mlp.fc2.weight
     if (ratio := config.expert_mlp_ratio) is not None:
         hidden = int(width * ratio)
         check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
     factory = {'device': weight.device, 'dtype': weight.dtype}
-    act, bias, drop = partial(copy.deepcopy, mlp.act), mlp.fc1.bias is not None, _rate(mlp.drop1)
-    recompute = config.recompute
-    experts = Experts(config.num_experts, width, hidden, act, bias, drop, recompute, **factory)
-    if mode := getattr(model, 'weight_init_mode', ''):  # an Eva has no such option
+    act, bias, drop = partial(copy.deepcopy, mlp.act), mlp.fc2.bias is not None, _rate(mlp.drop1)
+    like = {'gate': gate_of(mlp), 'norm_eps': getattr(mlp.norm, 'eps', None), **factory}
+    sizes, recompute = (config.num_experts, width, hidden), config.recompute
+    experts = Experts(*sizes, act, bias, drop, recompute, **like)
+    mode = getattr(model, 'weight_init_mode', None)  # an Eva has no such option
+    if mode or (mode is not None and experts.gate):
         draw_as(experts, mode)
-        for linear in (experts.fc1, experts.fc2):
+        for linear in (*experts.first_layers(), experts.fc2):
             linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
     dropped = getattr(getattr(model, 'patch_drop', None), 'prob', 0.0)
@@ -176,19 +181,25 @@ def _layer_like(mlp: Any, method: str, config: MoeConfig, host: Host, model: Any
     return layer.train(mlp.training)
 
 
-def _plain_mlp(block: nn.Module, name: str) -> Any:
+def _mlp_of(block: nn.Module, name: str) -> Any:
     """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
-    kind = type(mlp).__name__
-    other = '; gated MLPs (SwiGLU) have another' if 'GLU' in kind.upper() else ''
-    check(type(mlp) is Mlp, name, kind, f"timm's Mlp, whose layout experts have{other}")
+    allowed = "timm's Mlp, GluMlp or SwiGLU, whose layouts experts have"
+    check(type(mlp) in (Mlp, GluMlp, SwiGLU), name, type(mlp).__name__, allowed)
     for part, kinds in _PARTS.items():
-        found = type(getattr(mlp, part))
+        found = type(getattr(mlp, part, None))
         allowed = f'{" or ".join(kind.__name__ for kind in kinds)} itself, as experts have'
-        check(found in kinds, f'{name}.{part}', found.__name__, allowed)
+        check(not hasattr(mlp, part) or found in kinds, f'{name}.{part}', found.__name__, allowed)
     rates = _rate(mlp.drop1), _rate(mlp.drop2)
     check(rates[0] == rates[1], f'{name} drop', rates, 'the same in both layers')
     return mlp
+
+
+def gate_of(mlp: Any) -> str | None:
+    """Where an MLP, or experts, have their gate, as `Experts` names it."""
+    if isinstance(mlp, GluMlp):
+        return 'last' if mlp.gate_last else 'first'
+    return 'separate' if isinstance(mlp, SwiGLU) else mlp.gate if isinstance(mlp, Experts) else None
 
 
 def _rate(drop: nn.Module) -> float:
@@ -214,8 +225,18 @@ def output_scale(block: int) -> float:
 def draw_as(experts: Experts, weight_init: str) -> None:
     """Lets experts be drawn as timm draws MLPs."""
     # of which timm asks whether it is of an MLP
-    draw = partial(get_init_weights_vit(weight_init), name='mlp') if weight_init else None
-    experts.fc1.draw = experts.fc2.draw = draw
+    draw: Any = partial(get_init_weights_vit(weight_init), name='mlp')
+    layers = [*experts.first_layers(), experts.fc2]
+    for layer in layers:
+        layer.draw = draw if weight_init else None
+    if experts.gate and weight_init != 'reset':
+        layers[0].draw = partial(_draw_gate, draw, GluMlp if layers[1] is experts.fc2 else SwiGLU)
+
+
+def _draw_gate(draw: Callable[[nn.Linear], None], kind: Any, linear: nn.Linear) -> None:
+    """Draw a layer with a gate as timm does, which draws all of it and then a part anew."""
+    draw(linear)
+    kind.init_weights(SimpleNamespace(fc1=linear, fc1_g=linear))
 
 
 def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:

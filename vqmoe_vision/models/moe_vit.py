@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, get_type_hints
 
 import torch
-from timm.layers import Mlp, to_2tuple
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -116,9 +116,6 @@ class MoeVisionTransformer(SizedModel, VisionTransformer):
         kind = METHODS[method].config
         options = {name: kwargs.pop(name) for name in kind.option_names() & kwargs.keys()}
         check_vit_arguments(kwargs)
-        for name, possible in (('scale_mlp_norm', (None, False)), ('mlp_layer', (None, Mlp))):
-            allowed = f"one of {possible}, as in timm's Mlp, whose layout experts have"
-            check(kwargs.get(name) in possible, name, kwargs.get(name), allowed)
         super().__init__(**kwargs)
         check_patches(self, kwargs)
         self.describe(method, kind.from_options(**options), how)

@@ -1,9 +1,11 @@
 """Sparse upcycling: the experts of a layer are made of the dense MLP in their place.
 
 arXiv 2212.05055: every expert is a copy, and the router starts anew. With `EXACT_UPCYCLING` of the
-method's options the model then answers as the dense one does.
+method's options the model then answers as the dense one does. Answers of S shared experts are added
+to that of the chosen ones together: each is 1 / (1 + S) of the dense one, by its output layer.
 
-Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP.
+Legend: E experts, S of them shared, D width, H hidden width of an expert, F of the dense MLP, P 2
+where a layer has the hidden units twice, those of the gate too, else 1.
 """
 
 import math
@@ -20,7 +22,8 @@ StateDict = dict[str, Tensor]
 
 # Arguments of a model that say what its weights began as; no model is built again with them.
 BEGINNING = ('upcycle', 'upcycling')
-_PARTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
+# Parts of an MLP that have its hidden units, or as many pairs of them, as their first dimension.
+_BY_UNIT = ('fc1.', 'fc1_g.', 'fc1_x.', 'norm.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,38 +64,49 @@ def refuse_unused(how: Upcycling, ways: str) -> None:
     check(how == Upcycling(), 'upcycling', how, f'None, no dense weights are loaded: use {ways}')
 
 
-def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
-    """Experts made of a dense MLP: fc1.weight (F, D) becomes (E, H, D), fc2.weight (E, D, H)."""
+def upcycle(
+    mlp: StateDict, experts: Experts, how: Upcycling, name: str, summands: int = 1
+) -> StateDict:
+    """Experts made of a dense MLP: fc1.weight (P F, D) to (E, P H, D), fc2.weight to (E, D, H)."""
     _check_fit(mlp, experts, how, name)
-    dense = mlp['fc1.weight'].shape[0]
-    number, hidden, _ = experts.fc1.weight.shape
+    dense = mlp['fc2.weight'].shape[1]
+    number, _, hidden = experts.fc2.weight.shape
     units = torch.arange(dense).expand(number, -1)  # (E, H), all of them in order
     if hidden != dense:  # or dealt from shuffled copies
         shuffled = torch.cat([torch.randperm(dense) for _ in range(-(-number * hidden // dense))])
         units = shuffled[: number * hidden].view(number, hidden)
-    result = {
-        'fc1.weight': mlp['fc1.weight'][units],
-        'fc2.weight': mlp['fc2.weight'].t()[units].transpose(1, 2) * (dense / hidden),
-    }
-    if 'fc1.bias' in mlp:
-        result['fc1.bias'] = mlp['fc1.bias'][units]
-        result['fc2.bias'] = mlp['fc2.bias'].expand(number, -1).clone()
+    result: StateDict = {}
+    for part in experts.state_dict():
+        value = mlp[part]
+        if part == 'fc2.weight':
+            result[part] = value.t()[units].transpose(1, 2) * (dense / hidden)
+        elif part == 'fc2.bias':
+            result[part] = value.expand(number, -1).clone()
+        elif part.startswith(_BY_UNIT):  # (P F, ...) to (P, E, H, ...)
+            dealt = value.unflatten(0, (-1, dense))[:, units]
+            result[part] = dealt.transpose(0, 1).flatten(1, 2)
+        else:  # all experts have one activation, which may have learned
+            result[part] = value.clone()
+    if summands > 1:
+        result |= {k: v / summands for k, v in result.items() if k.startswith('fc2.')}
     if how.drop > 0:
         for expert in range(number):
-            _redraw({key: value[expert] for key, value in result.items()}, how.drop)
+            _redraw({k: v[expert] for k, v in result.items() if k.startswith('fc')}, how.drop)
     if how.noise > 0:
-        for key in ('fc1.weight', 'fc2.weight'):
-            weight = result[key]
-            result[key] = weight + how.noise * weight.std() * _normal(weight)
-    # all experts have one activation, which may have learned
-    return result | {part: value.clone() for part, value in mlp.items() if part not in _PARTS}
+        for key, weight in result.items():
+            if key.startswith('fc') and key.endswith('.weight'):
+                result[key] = weight + how.noise * weight.std() * _normal(weight)
+    return result
 
 
 def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> None:
     theirs = {part: tuple(value.shape) for part, value in mlp.items()}
-    width, hidden, number = experts.fc1.in_features, experts.fc1.out_features, experts.num_experts
-    dense = (theirs.get('fc1.weight') or (0,))[0]
-    ours = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
+    hidden, width, number = experts.fc2.in_features, experts.fc2.out_features, experts.num_experts
+    dense = (theirs.get('fc2.weight') or (0,))[-1]
+    ours: dict = {'fc2.weight': (width, dense), 'fc2.bias': (width,)}
+    for part, value in experts.state_dict().items():
+        if part.startswith(_BY_UNIT):
+            ours[part] = (value.shape[1] // hidden * dense, *value.shape[2:])
     # what an activation learns is one number, and all experts have it
     other = [k for k in theirs if (theirs[k] != ours[k] if k in ours else mlp[k].numel() != 1)]
     if mlp.keys() != experts.state_dict().keys() or other:
@@ -117,14 +131,16 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
 
 
 def _redraw(expert: StateDict, share: float) -> None:
-    hidden = expert['fc1.weight'].shape[0]
+    hidden = expert['fc2.weight'].shape[1]
     # the biases of one unit have no spread from which another could be drawn
     chosen = torch.randperm(hidden)[: max(round(share * hidden), 2)]
-    # what belongs to a hidden unit: a row of the first layer, its bias, a column of the second
-    for part in (expert['fc1.weight'], expert.get('fc1.bias'), expert['fc2.weight'].t()):
-        if part is not None:
-            old = part[chosen].float()
-            part[chosen] = (old.mean() + old.std(correction=0) * _normal(old)).to(part.dtype)
+    # what belongs to a hidden unit: a row of the first layer, its bias, a column of the second; and
+    # those of its gate
+    for key, part in expert.items():
+        if key != 'fc2.bias':
+            for rows in (part.t() if key == 'fc2.weight' else part).unflatten(0, (-1, hidden)):
+                old = rows[chosen].float()
+                rows[chosen] = (old.mean() + old.std(correction=0) * _normal(old)).to(rows.dtype)
 
 
 def _normal(like: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class MoeConfig:
         num_experts: E, the experts of a layer.
         expert_mlp_ratio: Hidden width of an expert over D; None takes the dense `mlp_ratio`.
         recompute: 'gelu' computes GELU again in the backward pass, to keep less until then; for
-            experts with GELU and without dropout.
+            experts with GELU, and without gate, norm and dropout.
 
     Raises:
         ValueError: A field holds an impossible value.
@@ -146,6 +146,11 @@ class MoeConfig:
         return found
 
     @property
+    def num_routed(self) -> int:
+        """Experts that a router chooses from, which come first."""
+        return self.num_experts
+
+    @property
     def learns_routing(self) -> bool:
         """Whether what sends tokens to experts is learned; a method that does not is a control."""
         return True
@@ -160,7 +165,7 @@ class TopKConfig(MoeConfig):
     """Options of methods that send a token to its best experts.
 
     Args:
-        top_k: Experts per token, from 1 to `num_experts`.
+        top_k: Experts that are chosen for a token, from 1 to `num_experts`.
     """
 
     PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {'top_k': 2}}
@@ -169,8 +174,9 @@ class TopKConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        possible = 1 <= self.top_k <= self.num_experts
-        self.require('top_k', possible, f'between 1 and num_experts={self.num_experts}')
+        possible, less = 1 <= self.top_k <= self.num_routed, self.num_experts - self.num_routed
+        allowed = f'between 1 and num_experts={self.num_experts}'
+        self.require('top_k', possible, allowed + (f' minus {less} shared' if less else ''))
 
 
 @dataclass(frozen=True, kw_only=True)

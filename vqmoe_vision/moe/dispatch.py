@@ -116,9 +116,7 @@ def _run_experts_exported(experts: Experts, x: Tensor, routing: Routing, chosen:
         assignments = (chosen == expert).nonzero().flatten()
         tokens = assignments // per_token if routing.tokens is None else routing.tokens[assignments]
         rows = x[assignments if own_inputs else tokens]
-        hidden = experts.drop1(experts.act(experts.fc1.one(expert, rows)))
-        answers = experts.drop2(experts.fc2.one(expert, hidden))
-        out = out.index_add(0, tokens, answers * weights[assignments])
+        out = out.index_add(0, tokens, experts.one(expert, rows) * weights[assignments])
     return out
 
 

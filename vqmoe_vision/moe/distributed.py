@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import check
-from .experts import Experts, StackedLinear
+from .experts import Experts, Stacked
 from .kernels import Groups, make_plan
 
 
@@ -63,12 +63,12 @@ def place_experts(model: nn.Module, mesh: Any) -> None:
         number, size = experts.num_experts, mesh.size()
         check(number % size == 0, f'experts of {name}', number, f'a multiple of {size} processes')
     for _, experts in layers:
-        for linear in experts.modules():
-            if isinstance(linear, StackedLinear):
-                for name, whole in list(linear.named_parameters()):
+        for part in experts.modules():
+            if isinstance(part, Stacked):
+                for name, whole in list(part.named_parameters()):
                     own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
-                    setattr(linear, name, nn.Parameter(own, whole.requires_grad))
-                linear.own = lambda whole: _MeanOverProcesses.apply(whole.to_local(), mesh.size())
+                    setattr(part, name, nn.Parameter(own, whole.requires_grad))
+                part.own = lambda whole: _MeanOverProcesses.apply(whole.to_local(), mesh.size())
         experts.exchange = Exchange(mesh.get_group(), mesh.size())
 
 

@@ -131,14 +131,14 @@ class MoeLayer(Switched):
     @contextmanager
     def switched(self, on: Tensor) -> Iterator[None]:
         """A block in which no token goes to experts that are off, False in `on` (E,) bool."""
-        parts = [part for part in self.modules() if isinstance(part, Switched)]
+        before = [(part, part.switches) for part in self.modules() if isinstance(part, Switched)]
         try:
-            for part in parts:
+            for part, _ in before:
                 part.switches = on
             yield
         finally:
-            for part in parts:
-                part.switches = None
+            for part, switches in before:
+                part.switches = switches
 
     # --- with state that learns without gradients
 
@@ -177,6 +177,8 @@ class MoeLayer(Switched):
         return None
 
     # --- rarely
+
+    summands: int = 1  # as a router's
 
     def run_valid(self, x: Tensor, valid: ValidTokens) -> Tensor:
         """`run` of a padded batch: all is as without the padding, whose answer is zero.
@@ -276,6 +278,7 @@ class RoutedMlp(MoeLayer):
         self.router, self.experts = router, experts
         self.needs_collecting = router.has_losses or self.moves_state()
         self.permutation_equivariant = router.permutation_equivariant
+        self.summands = router.summands
 
     def reads(self) -> RawPatches | None:
         """What its router does."""

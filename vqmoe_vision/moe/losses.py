@@ -201,7 +201,7 @@ class LossFreeRouter(ExactBuffers, TopKRouter):
         super().__init__()
         self.config, self.has_state = config, config.bias_update_rate > 0
         if self.has_state:
-            bias = torch.empty(config.num_experts, device=device).float()
+            bias = torch.empty(config.num_routed, device=device).float()
             self.register_buffer('choice_bias', bias)
 
     def init_weights(self) -> None:
@@ -215,7 +215,7 @@ class LossFreeRouter(ExactBuffers, TopKRouter):
         return top_k_experts(ranked, self.config.top_k)[1]
 
     def observe(self, routing: Routing) -> Tensor:
-        """Assignments of each expert, (E,) int64."""
+        """Assignments of each expert that can be chosen, (E,) int64."""
         experts = torch.arange(len(self.choice_bias), device=routing.indices.device)
         return (routing.indices.flatten()[:, None] == experts).sum(dim=0)
 

@@ -5,7 +5,7 @@ A assignments of a token to an expert (T * K where every token has K), C capacit
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Routing:
     kept: Tensor | None = None  # (T, K) bool, False if a capacity dropped it
     tokens: Tensor | None = None  # (A,) int64 in [0, T), where tokens have any number
     load: Tensor | None = None  # (E,) float32, share of assignments, if it is known already
+    shared: int = 0  # how many of K, the last, are the last experts of all, for every token
     even: bool = False  # whether experts have as many assignments each, one expert after the other
 
 
@@ -58,6 +59,8 @@ class Router(Switched):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D), or images (B, N, D) if `per_image`."""
         raise NotImplementedError
+
+    summands: int = 1  # answers of equal experts add up to as many, if chosen weights sum to 1
 
     @property
     def experts_per_token(self) -> float:
@@ -125,6 +128,24 @@ def probabilities(logits: Tensor) -> Tensor:
 def renormalized(weights: Tensor) -> Tensor:
     """Weights (T, K) that sum to 1 over K; equals softmax over the selected logits (GShard)."""
     return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def with_shared(routing: Routing, num_experts: int, shared: int) -> Routing:
+    """A routing (T, K) to the first experts, and with weight 1 to the last, `shared` by all."""
+    if shared == 0:
+        return routing
+    last = torch.arange(num_experts - shared, num_experts, device=routing.indices.device)
+    last = last.expand(routing.indices.shape[0], -1)
+    weights = routing.weights.new_ones(()).expand_as(last)
+    kept = routing.kept
+    return replace(
+        routing,
+        indices=torch.cat([routing.indices, last], dim=1),
+        weights=torch.cat([routing.weights, weights], dim=1),
+        kept=None if kept is None else torch.cat([kept, torch.ones_like(last).bool()], dim=1),
+        load=expert_load(routing.indices, num_experts - shared, kept),
+        shared=shared,
+    )
 
 
 def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:

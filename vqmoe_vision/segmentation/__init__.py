@@ -17,6 +17,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     import mmseg.datasets
     import mmseg.models  # noqa: F401
 
+import vqmoe_vision.analysis.validation_picture
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
 from . import datasets, mmseg_patches, transforms, visualization  # noqa: F401

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from mmcv.transforms import Compose
-from mmengine.config import ConfigDict
 from mmengine.model import ImgDataPreprocessor
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import DATASETS, MODELS
@@ -94,7 +93,7 @@ def follow(preprocessor: Any, weights: Normalization, stated: Collection[str]) -
 
 
 def survey_source(
-    dataset: ConfigDict, preprocessor: Any, crop_size: tuple[int, int], folder: str | None = None
+    dataset: Any, preprocessor: Any, crop_size: tuple[int, int], folder: str | None = None
 ) -> Source:
     """What a survey of a segmentor looks at: the middle of each image, in the trained size."""
     known: Any = normalization_of(preprocessor)
@@ -121,5 +120,5 @@ def survey_source(
     if folder is not None:
         steps = Compose([step for step in dataset.pipeline if step.type not in LOADING_LABELS])
         return Source(image_files(folder), lambda f: read(steps({'img_path': str(f)})), known)
-    built = DATASETS.build(dataset)
+    built = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
     return Source(built, read, known, list(built.metainfo['classes']))

@@ -205,8 +205,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     def _window(self) -> tuple[int, int]:
         return self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
 
-    def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
-        """Images of tests, or those of a folder without labels, as one window of a test sees."""
+    def source(self, dataset: Any, folder: str | None = None) -> Source:
+        """As the classifier's, what one window of a test sees."""
         return survey_source(dataset, self.data_preprocessor, self._window(), folder)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:

@@ -89,8 +89,8 @@ vqmoe_vision/models/fitting.py: models/test_transfer.py models/test_weight_files
 
 split-experts-answer-too-little [models] Experts that split an MLP answer a fraction of what the dense model does.
 vqmoe_vision/models/upcycle.py: models/test_upcycle.py
-- mlp['fc2.weight'].t()[units].transpose(1, 2) * (dense / hidden),
-+ mlp['fc2.weight'].t()[units].transpose(1, 2),
+- value.t()[units].transpose(1, 2) * (dense / hidden)
++ value.t()[units].transpose(1, 2)
 
 discrete-saved-as-full [models] A model built with form='full' and made discrete is saved as a full one.
 vqmoe_vision/models/convert.py: models/test_convert.py models/test_saved.py
@@ -104,8 +104,8 @@ vqmoe_vision/models/sharding.py: models/test_sharding.py
 
 experts-start-by-method [models] At one seed the experts of two rows start differently: seeds are no pairs.
 vqmoe_vision/models/create.py: models/test_create.py
--                         block.mlp.experts.get_submodule(part).init_weights()
-+                         pass
+-                             layer.init_weights()
++                             pass
 
 resume-takes-the-oldest [engine] A run that resumes goes on from the oldest checkpoint and loses what came after.
 vqmoe_vision/engine/checkpoint_files.py: engine/test_checkpoint_files.py engine/test_checkpoint_hook.py

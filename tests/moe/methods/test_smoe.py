@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from vqmoe_vision.analysis.record import record_layers
 from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.losses import values_of
 from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
@@ -31,6 +32,11 @@ SILENT = {'router_noise': 0.0, 'load_weight': 0.0}
     {'renormalize': True, **SILENT},
     {'preset': 'group'},
     {'renormalize': True, 'capacity_factor': 0.5, **SILENT},
+    {'score': 'sigmoid', **SILENT},
+    {'preset': 'sigmoid', 'num_shared_experts': 1},
+    {'preset': 'shared', **SILENT},
+    {'num_shared_experts': 2, 'capacity_factor': 0.5, **SILENT},
+    {'preset': 'fine', 'num_experts': 12, **SILENT},
     ids=str,
 )
 def test_output_and_every_gradient(make_layer, options):
@@ -38,20 +44,30 @@ def test_output_and_every_gradient(make_layer, options):
     router, places = net.layer.router, options.get('capacity_factor')
     if router.bias is not None:
         torch.nn.init.normal_(router.bias)
+    if router.has_state:
+        torch.nn.init.normal_(router.choice_bias, std=0.3)
+    experts, shared = net.layer.experts, options.get('num_shared_experts', 0)
+    shared += options.get('preset') == 'shared'
+    number = experts.num_experts - shared
 
     def naive(x):
-        """(1) and (2); with a capacity the queue of an expert has first choices first."""
+        """(1) and (2), of DeepSeek-V3 (12) to (16); a queue has first choices first."""
         tokens, k = x.flatten(0, 1), router.config.top_k
-        left = [math.ceil(k * len(tokens) * places / E) if places else len(tokens)] * E
-        out = [torch.zeros(D) for _ in tokens]
+        left = [math.ceil(k * len(tokens) * places / number) if places else len(tokens)] * number
+        last = range(number, experts.num_experts)
+        out = [sum((expert(experts, e, token) for e in last), torch.zeros(D)) for token in tokens]
         for choice in range(k):
             for t, token in enumerate(tokens):
                 logits = router.weight @ token + (0 if router.bias is None else router.bias)
-                gates, best = logits.softmax(dim=0), logits.argsort(descending=True)[:k]
+                gates = 1 / (1 + (-logits).exp())
+                if router.config.score == 'softmax':
+                    gates = logits.exp() / logits.exp().sum()
+                ranked = gates + (router.choice_bias if router.has_state else 0)
+                best = ranked.argsort(descending=True)[:k]
                 total = gates[best].sum() if router.config.renormalize else 1.0
                 e = int(best[choice])
                 if left[e] > 0:
-                    answer = expert(net.layer.experts, e, token)
+                    answer = expert(experts, e, token)
                     out[t] = out[t] + gates[e] / total * answer
                 left[e] -= 1
         return torch.stack(out).view_as(x)
@@ -93,6 +109,57 @@ def test_losses_are_the_weighted_functions():
         'z': 0.4 * losses.router_z(logits),
     }
     torch.testing.assert_close(values_of(routing.losses), expected)
+
+
+def test_losses_of_sigmoids_are_of_shares_of_their_sum():
+    # (19): sigmoids of (0, log 3, -log 3, 0) are (1/2, 3/4, 1/4, 1/2), which sum to 2: shares are
+    # (1/4, 3/8, 1/8, 1/4). E sum_i f_i P_i with the one choice, expert 1: 4 * 3/8 = 1.5; their
+    # mean is 1/4, and their variance (0 + 1/64 + 1/64 + 0) / 4 = 1/128: over 1/16 it is 1/8
+    weights = {'importance_weight': 1.0, 'balance_weight': 1.0}
+    router = make_router(score='sigmoid', top_k=1, **weights, **SILENT)
+    with torch.no_grad():
+        router.weight[:, 0] = torch.tensor([0.0, math.log(3), -math.log(3), 0.0])
+    routing = router(torch.eye(D)[:1])
+    assert routing.weights.item() == pytest.approx(0.75)
+    found = {name: loss.item() for name, loss in values_of(routing.losses).items()}
+    assert found == pytest.approx({'importance': 0.125, 'balance': 1.5})
+
+
+@pytest.mark.parametrize('score', ['softmax', 'sigmoid'])
+def test_the_load_loss_is_of_the_chance_to_be_chosen(score):
+    """(7) to (9) of logits, by which both scores are chosen: the same noise, the same loss."""
+    router = make_router(score=score, importance_weight=0.0, load_weight=1.0)
+    x = torch.randn(30, D)
+    torch.manual_seed(0)
+    found = values_of(router(x).losses)['load']
+    torch.manual_seed(0)
+    logits = x @ router.weight.t()
+    noisy = logits + torch.randn_like(logits) / E
+    bound = noisy.topk(2).values[:, -1:]
+    chances = 0.5 + 0.5 * torch.erf((logits - bound) * E / 2**0.5)
+    torch.testing.assert_close(found, losses.squared_variation(chances.sum(dim=0)))
+
+
+@torch.no_grad()
+def test_renormalized_sigmoids_that_round_to_zero_keep_their_ratio():
+    # sigmoid(-200) is 0 in float32; of -200 and -200 - log 3 the shares are 3/4 and 1/4
+    router = make_router(score='sigmoid', renormalize=True, **SILENT).eval()
+    router.weight[:, 0] = torch.tensor([-300.0, -200 - math.log(3), -400.0, -200.0])
+    routing = router(torch.eye(D)[:1])
+    assert routing.indices.tolist() == [[3, 1]]
+    torch.testing.assert_close(routing.weights, torch.tensor([[0.75, 0.25]]), rtol=1e-4, atol=0)
+
+
+def test_shared_experts_are_no_choice_and_no_load(make_layer):
+    net = make_layer('smoe', preset='shared')
+    with collect_losses(net) as collected, record_layers(net) as records:
+        net(torch.randn(4, 16, D))
+    record, load = records['layer'], collected.stats['layer/load']
+    assert record.num_experts == E and record.experts['router'][..., 1].eq(E - 1).all()
+    chosen, _ = record.chosen['router']
+    counted = chosen.flatten().bincount(minlength=E - 1) / 64
+    torch.testing.assert_close(load, counted)
+    assert net.layer.experts_per_token == 2
 
 
 def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):

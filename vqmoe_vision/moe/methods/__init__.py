@@ -65,4 +65,5 @@ METHODS = _Methods(
     ecmoe=Method(ecmoe.ExpertChoiceConfig, ecmoe.ExpertChoiceRouter),
     hashmoe=Method(hashmoe.HashConfig, hashmoe.HashRouter),
     mocle='vqmoe_vision.contrib.mocle:METHOD',
+    tgrmoe='vqmoe_vision.contrib.tgrmoe:METHOD',
 )
