@@ -44,7 +44,7 @@ def test_ours_equals_the_loop(name, backward, change, cell):
         (contender,) = OURS[name](cell, settings, inputs)
     except UnsuitableError as reason:
         pytest.skip(str(reason))
-    check_against_oracle(contender, inputs.batch(0), cell, settings)
+    check_against_oracle(contender, contender.given(inputs.batch(0)), cell, settings)
 
 
 def swapped(module, batch: Batch) -> list[Tensor]:
@@ -133,6 +133,7 @@ def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest):
 
 def test_a_round_repeats_and_the_next_differs(cell):
     first, again, second = (vars(Inputs(cell).batch(index)) for index in (0, 0, 1))
+    assert first.pop('decided') == {}
     assert (first['indices'][:, 0] != first['indices'][:, 1]).all()
     for name, value in first.items():
         assert torch.equal(value, again[name]) and not torch.equal(value, second[name])
@@ -147,8 +148,9 @@ EXPERT_MACS = 32 * 2 * 2 * 48 * 192
 def counted_macs(contender: Contender, use_oracle: bool = False) -> float:
     forward = contender.oracle if use_oracle else contender.forward
     assert forward is not None
+    batch = contender.given(Inputs(CELL).batch(0))
     with FlopCounterMode(display=False) as counter:
-        forward(contender.module, Inputs(CELL).batch(0))
+        forward(contender.module, batch)
     return counter.get_total_flops() / 2
 
 

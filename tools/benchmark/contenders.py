@@ -36,6 +36,7 @@ class Contender:
     note: str = ''
     drop_rate: float | None = None  # of assignments
     load: float | None = None  # fullest expert over mean load
+    given: Callable[[Batch], Batch] = lambda batch: batch  # beforehand, which is not timed
     _grad: Tensor | None = field(default=None, init=False)
 
     def step(self, batch: Batch, cell: Cell, settings: Settings) -> None:

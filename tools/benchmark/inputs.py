@@ -6,7 +6,7 @@ rows, a cost of real training that a fixed routing would hide.
 Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ class Batch:
     indices: Tensor
     weights: Tensor
     images: Tensor
+    decided: dict = field(default_factory=dict)  # what a layer did with it, where that is given
 
     def double(self) -> 'Batch':
         """The same in float64, new leaves."""
         x, weights = (t.detach().double().requires_grad_() for t in (self.x, self.weights))
-        return Batch(x, self.indices, weights, self.images)
+        return Batch(x, self.indices, weights, self.images, self.decided)
 
     def clear(self) -> None:
         self.x.grad = self.weights.grad = None

@@ -26,12 +26,18 @@ def _whole_layer(name: str, cell: Cell, settings: Settings, inputs: Inputs) -> l
     return [methods.whole_layer(name, methods.LAYERS[name], cell, settings, inputs)]
 
 
+def _experts_only(name: str, cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
+    (layer,) = _whole_layer(name, cell, settings, inputs)
+    return [methods.experts_only(layer, cell)]
+
+
 # the two that everything is compared with
 FLOORS: dict[str, Build] = {'dense': ours.dense, 'bound': ours.bound}
 OURS: dict[str, Build] = {
     'loop': ours.loop,
     'ours': ours.ours,
     **{name: partial(_whole_layer, name) for name in methods.LAYERS},
+    **{f'experts_only:{name}': partial(_experts_only, name) for name in methods.LAYERS},
 }
 # by the name of their package
 PEERS: dict[str, Build] = {
@@ -84,7 +90,8 @@ def measure_layer(
     contenders, skipped = build(cell, settings, names, inputs)
     for contender in contenders.values():
         if contender.oracle is not None:
-            check_against_oracle(contender, inputs.batch(CHECK_ROUND), cell, settings)
+            given = contender.given(inputs.batch(CHECK_ROUND))
+            check_against_oracle(contender, given, cell, settings)
             contender.clear(inputs.batch(CHECK_ROUND))
     tried = try_out(contenders, skipped, inputs, settings)
     times = interleave(_steps(contenders, inputs, settings), settings.repeats)
@@ -149,7 +156,7 @@ def try_out(
     """Run every contender alone, and read what it needs."""
     found = {}
     for name, contender in list(contenders.items()):
-        batch = inputs.batch(CHECK_ROUND)
+        batch = contender.given(inputs.batch(CHECK_ROUND))
 
         def step(contender: Contender = contender, batch: Batch = batch) -> None:
             contender.clear(batch)
@@ -173,7 +180,7 @@ def _steps(contenders: dict[str, Contender], inputs: Inputs, settings: Settings)
     clock = Clock(settings.clock, settings.device)
 
     def timed(contender: Contender, index: int) -> dict[str, float]:
-        batch = inputs.batch(index)
+        batch = contender.given(inputs.batch(index))
         clock.prepare()
         milliseconds = clock.time(lambda: contender.step(batch, inputs.cell, settings))
         contender.clear(batch)

@@ -7,6 +7,7 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts p
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,26 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
+from vqmoe_vision.moe.codebooks import Quantized
+from vqmoe_vision.moe.dispatch import run_experts, run_experts_evenly
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.kernels import compute_dtype
-from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.layer import Decisions, RoutedMlp
 from vqmoe_vision.moe.losses import values_of
 from vqmoe_vision.moe.raw_patches import Host, RawPatches
+from vqmoe_vision.moe.routing import Routing
 
 from .cells import Cell, Settings
 from .contenders import Contender, UnsuitableError, place
 from .inputs import PATCH, Batch, Inputs
-from .ours import PROBE_ROUNDS, make_experts, mean_load, run_experts_loop, with_loops
+from .ours import (
+    PROBE_ROUNDS,
+    ExpertsLoop,
+    make_experts,
+    mean_load,
+    run_experts_loop,
+    with_loops,
+)
 
 # methods by the name of their contender; SMoE's is 'layer', which limits and peers refer to
 LAYERS = {'layer' if method == 'smoe' else method: method for method in METHODS}
@@ -37,6 +48,7 @@ def matched_options(method: str, cell: Cell) -> dict[str, Any]:
         'top_k': cell.top_k,
         'slots_per_token': float(cell.top_k),
         'capacity_factor': float(cell.top_k),
+        'form': 'full' if cell.top_k > 1 else 'discrete',
     }
     # one of them: beside top_k a capacity drops tokens
     return next(({name: value} for name, value in values.items() if name in names), {})
@@ -125,6 +137,59 @@ def _show_images(module: nn.Module, images: Tensor) -> None:
         patches = getattr(part, 'raw_patches', None)
         if isinstance(patches, RawPatches):
             patches.show(images, (1, images.shape[-1] // PATCH))
+
+
+def experts_only(layer: Contender, cell: Cell) -> Contender:
+    """The products of such a layer, and its dispatch: what it decides is given."""
+    module = layer.module
+    assert isinstance(module, MoeLayer)
+
+    def given(batch: Batch) -> Batch:
+        kept: Decisions = {}
+        module.recorder.watcher = lambda decisions, *_: kept.update(decisions)
+        with torch.no_grad():
+            run_layer(module, batch)
+        module.recorder.watcher = None
+        return replace(batch, decided=_as_given(kept, module.experts.num_experts))
+
+    # a slot is a mixture of the tokens of its image, and a token's answer one of slots
+    mixed = cell.tokens if hasattr(module, 'slots_per_expert') else 0
+    macs = int(layer.rows * 2 * cell.width * (cell.hidden + mixed))
+    name, experts = f'experts_only:{layer.name}', module.experts
+    return Contender(name, experts, run_given, layer.rows, macs, given_oracle, given=given)
+
+
+def given_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+    assert isinstance(module, Experts)
+    return run_given(ExpertsLoop(module), batch)
+
+
+def _as_given(decisions: Decisions, num_experts: int) -> dict[str, Any]:
+    """Two mixtures, or one routing of those of all branches, with leaves in place of weights."""
+    mixtures = {k: v.requires_grad_() for k, v in decisions.items() if isinstance(v, Tensor)}
+    if 'dispatch' in mixtures:
+        return mixtures
+    parts = [part for part in decisions.values() if isinstance(part, Routing | Quantized)]
+    found = next((part for part in parts if isinstance(part, Routing)), None)
+    if found is None or len(parts) > 1:
+        chosen = [part.indices.view(len(part.indices), -1) for part in parts]
+        indices = torch.cat(chosen, dim=1) % num_experts
+        found = Routing(indices, torch.rand(indices.shape))
+    weights = found.weights.detach().requires_grad_()
+    return {'routing': replace(found, weights=weights, losses={}, stats={})}
+
+
+def run_given(module: Any, batch: Batch) -> Sequence[Tensor]:
+    """Experts alone, sparse or soft, on what a layer decided."""
+    if 'routing' in batch.decided:
+        return [run_experts(module, batch.x.flatten(0, 1), batch.decided['routing'])]
+    dtype = compute_dtype(batch.x)
+    dispatch, combine, x = (
+        t.to(dtype) for t in (batch.decided['dispatch'], batch.decided['combine'], batch.x)
+    )
+    slots = (dispatch.mT @ x).unflatten(1, (module.num_experts, -1)).transpose(0, 1)
+    answers = run_experts_evenly(module, slots.flatten(1, 2)).view(slots.shape)
+    return [combine @ answers.transpose(0, 1).flatten(1, 2)]
 
 
 def _for_router(module: RoutedMlp, x: Tensor) -> Tensor:

@@ -114,6 +114,30 @@ _TABLE_GATES = (
     elsewhere(1.10, where={'experts': 64}, versus={'experts': 8, 'batch': 8}),
 )
 
+# --- router: what a layer takes over its experts alone, of the same routing ---
+
+_KINDS = (('float32', False), ('bfloat16', False), ('bfloat16', True))
+_ROUTER_CELLS = tuple(
+    Cell(top_k=k, dtype=dtype, amp=amp) for k, (dtype, amp) in product((2, 1), _KINDS)
+)
+# below float32, in which all but the soft one have the last; VQMoE with one expert is discrete
+_DECIDING = {('layer', 2): 1.06, ('hashmoe', 2): 1.02, ('xmoe', 2): 1.10, ('stablemoe', 2): 1.12}
+_DECIDING |= {('ecmoe', 2): 1.08, ('vqmoe', 2): 1.15, ('vqmoe', 1): 1.08, ('softmoe', 2): 1.25}
+_DECIDING_FLOAT32 = 1.03
+_ROUTER_GATES = (
+    limit('ours', 'dense', 1.20, top_k=2),
+    *(
+        limit(
+            name,
+            f'experts_only:{name}',
+            most if dtype == 'bfloat16' or name == 'softmoe' else _DECIDING_FLOAT32,
+            top_k=k,
+            dtype=dtype,
+        )
+        for ((name, k), most), dtype in product(_DECIDING.items(), ('float32', 'bfloat16'))
+    ),
+)
+
 # --- gpu: of `benchmark.py gpu`, in bfloat16, held against what the card lets expect ---
 
 NUM_IMAGES = 128  # of 197 tokens: 25,216
@@ -139,6 +163,13 @@ LAYER_PRESETS = {
             *((cell, ('ours',)) for cell in _MANY),
         ),
         gates=_TABLE_GATES,
+    ),
+    'router': Preset(
+        runs=tuple(
+            (cell, ('ours', *LAYERS, *(f'experts_only:{name}' for name in LAYERS)))
+            for cell in _ROUTER_CELLS
+        ),
+        gates=_ROUTER_GATES,
     ),
     # what torch.compile may cost: nothing recompiles when the routing changes
     'compiled': Preset(

@@ -133,7 +133,7 @@ def test_statistics(make_layer):
         'code_usage': torch.bincount(q, minlength=3 * E) / 60,
         'nonfinite_tokens': torch.tensor(0.0),
         'quantization_error': error / tokens.square().mean(),
-        'gate_continuous': layer.gates(tokens)[:, 0].mean(),
+        'gate_continuous': layer._logits(tokens)[1].softmax(dim=-1)[:, 0].mean(),
         'agreement': (first == q % E).float().mean(),
     }
     actual = {name.removeprefix('layer/'): value for name, value in collected.stats.items()}

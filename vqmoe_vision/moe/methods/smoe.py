@@ -44,6 +44,7 @@ from ..routing import (
     Routing,
     full_precision,
     init_lecun_normal,
+    probabilities,
     renormalized,
     with_shared,
     within_capacity,
@@ -204,7 +205,7 @@ class SMoERouter(LossFreeRouter):
             if self.training and config.router_noise > 0:
                 noisy = logits.add(torch.randn_like(logits), alpha=self.noise_std())
             logs = self.log_scores(noisy)
-            probs = logs.softmax(dim=-1)
+            probs = probabilities(logs)
             scores = probs if config.score == 'softmax' else logs.exp()
             # by logit: small probabilities underflow to equals
             indices = self.choose(noisy, scores)
@@ -218,7 +219,7 @@ class SMoERouter(LossFreeRouter):
                 self,
                 importance=lambda: losses.importance(
                     # without noise the same
-                    probs if noisy is logits else self.log_scores(logits).softmax(dim=-1)
+                    probs if noisy is logits else probabilities(self.log_scores(logits))
                 ),
                 load=lambda: losses.load(logits, noisy, self.noise_std(), config.top_k),
                 balance=lambda: losses.load_balance(probs, indices),

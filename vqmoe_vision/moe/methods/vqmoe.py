@@ -45,7 +45,15 @@ from ..experts import Experts
 from ..layer import Decisions, MoeLayer
 from ..losses import BalanceLoss, Loss, token_mean
 from ..raw_patches import Host
-from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
+from ..routing import (
+    Router,
+    Routing,
+    expert_load,
+    full_precision,
+    init_lecun_normal,
+    probabilities,
+    top_k_experts,
+)
 from ..valid import ValidTokens
 
 FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
@@ -203,14 +211,19 @@ class ContinuousRouter(Router):
 
     reset_parameters = init_weights
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens (T, D) in float32."""
-        config = self.config
+    def used_weight(self) -> Tensor:
+        """(E, D) float32."""
         # detached: a fine-tuning may freeze and unfreeze a model as a whole
-        weight = self.weight if config.train_router else self.weight.detach()
+        return (self.weight if self.config.train_router else self.weight.detach()).float()
+
+    def forward(self, x: Tensor, logits: Tensor | None = None) -> Routing:
+        """Route tokens (T, D) in float32, maybe by logits (T, E) that are known."""
+        config = self.config
         with full_precision(x):
-            logits = self.among_on(F.linear(x.float(), weight.float()))
-            probs = logits.softmax(dim=-1)
+            if logits is None:
+                logits = F.linear(x.float(), self.used_weight())
+            logits = self.among_on(logits)
+            probs = probabilities(logits)
             # by logit: small probabilities underflow to equals
             indices = top_k_experts(logits, 1)[1]
             weights = probs.gather(1, indices)
@@ -272,7 +285,8 @@ class Quantizer(nn.Module):
 
     def observe(self, tokens: Tensor, quantized: Quantized, per_image: int) -> dict[str, Tensor]:
         """Statistics of tokens (T, D) float32; a codebook in training sees them."""
-        energy = token_mean(tokens.detach().square().flatten())
+        flat = tokens.detach().flatten()
+        energy = torch.dot(flat, flat) / max(flat.shape[0], 1)
         stats = {
             'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
             # of the tokens' energy
@@ -329,8 +343,9 @@ class VQMoEMlp(MoeLayer):
         terms: dict[str, Loss] = {}
         stats: dict[str, Tensor] = {}
         decisions: Decisions = {}
+        of_router, of_gate = self._logits(precise)
         if self.router is not None:
-            routing = decisions['router'] = self.router(precise)
+            routing = decisions['router'] = self.router(precise, of_router)
             branches.append(Branch(tokens, routing.indices[:, 0], routing.weights))
             terms |= routing.losses
         if self.quantizer is not None:
@@ -347,7 +362,7 @@ class VQMoEMlp(MoeLayer):
                     terms['diversity'] = config.diversity_weight * losses.diversity(probs)
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
-        gates = self.gates(precise)
+        gates = None if of_gate is None else probabilities(of_gate)
         out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
         if self.listens:
             stats = {'load': self._load(decisions, stats), **stats}
@@ -376,13 +391,18 @@ class VQMoEMlp(MoeLayer):
         """As `MoeLayer`."""
         return valid.one_by_one(self.run, x)
 
-    def gates(self, tokens: Tensor) -> Tensor | None:
-        """g(x), (T, 2) float32 of continuous and discrete; None in other forms."""
-        if self.gate is None:
-            return None
+    def _logits(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of router (T, E), and of g(x) (T, 2) for continuous and discrete: one product in float32.
+
+        None in other forms.
+        """
+        if self.gate is None or self.router is None:
+            return None, None
         with full_precision(tokens):
-            logits = F.linear(tokens.float(), self.gate.weight.float(), self.gate.bias.float())
-            return logits.softmax(dim=-1)
+            own = self.router.used_weight()
+            weight = torch.cat([own, self.gate.weight.float()])
+            of_router, of_gate = F.linear(tokens, weight).split([len(own), 2], dim=1)
+            return of_router, of_gate + self.gate.bias.float()
 
     @property
     def experts_per_token(self) -> float:

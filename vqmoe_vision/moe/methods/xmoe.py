@@ -33,6 +33,7 @@ from ..routing import (
     expert_load,
     full_precision,
     init_orthogonal,
+    probabilities,
     renormalized,
 )
 
@@ -128,7 +129,7 @@ class XMoERouter(LossFreeRouter):
     def _weights(self, scaled: Tensor, indices: Tensor) -> Tensor:
         """Gates of the chosen experts, (T, K), of cosines over the temperature (T, E)."""
         if self.config.gate == 'softmax':
-            weights = scaled.softmax(dim=-1).gather(1, indices)
+            weights = probabilities(scaled).gather(1, indices)
             return renormalized(weights) if self.config.renormalize else weights
         chosen = scaled.gather(1, indices)
         if self.config.renormalize:
@@ -156,9 +157,7 @@ class XMoERouter(LossFreeRouter):
             load = expert_load(indices, self.config.num_experts) if self.training else None
             terms = losses.weighted(
                 self,
-                balance=lambda: losses.load_balance(
-                    (scores / fixed).softmax(dim=-1), indices, load
-                ),
+                balance=lambda: losses.load_balance(probabilities(scores / fixed), indices, load),
             )
         return Routing(indices, weights, terms, load=load)
 
