@@ -237,6 +237,18 @@ def test_patch_takes_the_colour_of_its_expert():
             torch.testing.assert_close(tinted[0, :, row, column], expected)
 
 
+def test_a_dollar_in_the_name_of_a_class_is_a_letter():
+    # as mathematics the second is an error
+    names = ('$a_b', r'$\frac$', 'tree')
+    labels, palette = {'labels': torch.zeros(1, 2, 2, dtype=torch.long)}, torch.eye(3)
+    figure = plot_segmentation(torch.rand(1, 3, 2, 2), labels, names, palette, 't')
+    (picture, _) = figures.class_maps(dataclasses.replace(survey(), classes=list(names)))
+    ticks = picture.figure.axes[0].get_yticklabels()
+    for drawn, texts in ((figure, figure.legends[0].get_texts()), (picture.figure, ticks)):
+        drawn.canvas.draw()
+        assert {text.get_text() for text in texts} == set(names)
+
+
 def test_label_maps_are_drawn_in_the_colours_of_the_legend():
     palette = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     labels = torch.tensor([[[0, 1], [2, 0]], [[1, 1], [1, 1]]])

@@ -180,7 +180,7 @@ def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure
 
 def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
     """Adds a legend below a figure."""
-    figure.legend(
+    legend = figure.legend(
         handles=[
             Patch(color=tuple(colour), label=name)
             for name, colour in zip(names, colours.tolist(), strict=True)
@@ -191,3 +191,5 @@ def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
         frameon=False,
         fontsize='large',
     )
+    for text in legend.get_texts():
+        text.set_parse_math(STYLE['text.parse_math'])

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_vision.models.layers import Transformer
@@ -128,6 +129,11 @@ class Grid(NamedTuple):
         height, width = images.shape[-2:]
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return cls(model.num_prefix_tokens, rows, columns, tuple(model.patch_embed.patch_size))
+
+    def filled(self, pixels: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the end of their last patches; what is missing is black."""
+        height, width = self.rows * self.patch[0], self.columns * self.patch[1]
+        return F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
 
     def of(self, of_tokens: Tensor) -> Tensor:
         """What is known of every token (B, N, ...) at its patch (B, rows, columns, ...)."""

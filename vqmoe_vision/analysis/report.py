@@ -120,7 +120,7 @@ def number_tables(surveys: Sequence[Survey]) -> list[Table]:
     for survey in surveys:
         for layer, seen in survey.layers.items():
             for name, value in seen.numbers.items():
-                layers[layer][name][survey.title] = value
+                layers[layer][name][survey.title] = round(value, 9) + 0.0  # no -0, no 4e-16
     return [_table(layer, 'number', rows, '.4g') for layer, rows in layers.items()]
 
 

@@ -129,7 +129,7 @@ def survey(
                 tallies[name] = LayerTally(name, layer, len(classes or ()))
             tokens = record.inputs.shape[1]
             grid = grids[name] = grid_of(model, images, tokens) if record.placed else None
-            patches = image_patches(pixels, grid.patch) if grid and pixels is not None else None
+            patches = image_patches(pixels, grid) if grid and pixels is not None else None
             seconds = {n: e.flip(0) for n, e in again[name].firsts.items()} if again else {}
             of_tokens = classes_of_tokens(labels, grid, tokens)
             seen = Seen(len(images), count, of_tokens, grid, patches, seconds)
@@ -137,6 +137,8 @@ def survey(
         for i, own in enumerate(() if pixels is None else pixels[: max(num_examples - count, 0)]):
             called = names[count + i] if count + i < len(names) else f'image {count + i}'
             maps = {n: _maps(record, grids[n], i) for n, record in records.items()}
+            if isinstance(model, Transformer):  # others have no patches that an image does not fill
+                own = Grid.of_timm(model, own).filled(own)
             examples.append(Example(called, own.clone(), maps))
         if shifted is not None:
             shifted.add(images[: max(shifted_images - count, 0)])

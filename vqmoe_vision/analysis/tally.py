@@ -295,12 +295,11 @@ class LayerTally:
         )
 
 
-def image_patches(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+def image_patches(pixels: Tensor, grid: Grid) -> Tensor:
     """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
-    (height, width), (h, w) = pixels.shape[-2:], patch
-    padded = F.pad(pixels, (0, -width % w, 0, -height % h))
     # (B, C, rows, h, columns, w)
-    return padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h)).permute(0, 2, 4, 1, 3, 5)
+    of_rows = grid.filled(pixels).unflatten(-1, (grid.columns, -1)).unflatten(-3, (grid.rows, -1))
+    return of_rows.permute(0, 2, 4, 1, 3, 5)
 
 
 def checked_labels(
@@ -333,6 +332,6 @@ def classes_of_tokens(labels: Tensor | None, grid: Grid | None, num_tokens: int)
         )
     ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
     # padding is shifted so that what it adds, zeros, is the class of pixels that have none
-    of_patch = image_patches(ignored + 1, grid.patch).flatten(3).mode(dim=-1).values - 1
+    of_patch = image_patches(ignored + 1, grid).flatten(3).mode(dim=-1).values - 1
     prefix = of_patch.new_full((len(labels), grid.prefix), -1)
     return torch.cat([prefix, of_patch.flatten(1)], dim=1)

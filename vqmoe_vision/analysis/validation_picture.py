@@ -65,10 +65,10 @@ def picture(model: Transformer, batches: list[Tensor], normalization: Normalizat
 
     rows = defaultdict[str, list[Tensor]](list)
     for images in batches:
-        pixels, records = normalization.pixels(images), recorded(model, images)
+        grid, records = Grid.of_timm(model, images), recorded(model, images)
+        pixels = grid.filled(normalization.pixels(images))
         number = max(record.num_experts for record in records.values())
         rows[''] += pixels
-        grid = Grid.of_timm(model, images)
         for layer, record in records.items():
             for decider, first in record.firsts.items():
                 rows[f'{layer}.{decider}'] += tint_patches(pixels, grid.of(first), number)
