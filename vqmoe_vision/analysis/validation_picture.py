@@ -64,15 +64,16 @@ def picture(model: nn.Module, batches: list[Tensor], normalization: Normalizatio
 
     rows = defaultdict[str, list[Tensor]](list)
     for images in batches:
-        grid, records = Grid.of_timm(model, images), recorded(model, images)
-        pixels = grid.filled(normalization.pixels(images))
+        pixels, records = normalization.pixels(images), recorded(model, images)
         number = max(record.num_experts for record in records.values())
+        found = {n: grid_of(model, images, each.inputs.shape[1]) for n, each in records.items()}
+        grids = {layer: grid for layer, grid in found.items() if grid is not None}
+        for grid in grids.values():
+            pixels = grid.filled(pixels)
         rows[''] += pixels
-        for layer, record in records.items():
-            grid = grid_of(model, images, record.inputs.shape[1])
-            if grid is not None:
-                for decider, first in record.firsts.items():
-                    rows[f'{layer}.{decider}'] += tint_patches(pixels, grid.of(first), number)
+        for layer, grid in grids.items():
+            for decider, first in records[layer].firsts.items():
+                rows[f'{layer}.{decider}'] += tint_patches(pixels, grid.of(first), number)
     colours = expert_colours(number).t()[:, None]  # (3, 1, E)
     named = [[label(name) if name else colours, *drawn] for name, drawn in rows.items()]
     return (255 * as_canvas(named)).round().byte().movedim(0, -1).contiguous().numpy()
