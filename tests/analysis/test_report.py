@@ -245,7 +245,7 @@ def test_a_dollar_in_the_name_of_a_class_is_a_letter():
     (picture, _) = figures.class_maps(dataclasses.replace(survey(), classes=list(names)))
     ticks = picture.figure.axes[0].get_yticklabels()
     for drawn, texts in ((figure, figure.legends[0].get_texts()), (picture.figure, ticks)):
-        drawn.canvas.draw()
+        drawn.draw_without_rendering()
         assert {text.get_text() for text in texts} == set(names)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from vqmoe_vision.comparison import control
-from vqmoe_vision.comparison.control import Source, all_rows, find_rows
-from vqmoe_vision.comparison.scenes import SCENES, Scenes
+from vqmoe_vision.comparison.control import Row, Source, all_rows, find_rows
+from vqmoe_vision.comparison.scenes import SCENES, Network, Scenes
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.routing import Router
 
@@ -94,6 +94,24 @@ def test_every_row_is_trained_and_tells_what_chooses(monkeypatch, of):
         if name == 'oracle':
             assert information == pytest.approx(math.log(of.source.clusters), abs=0.05)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Turned(Network):
+    """In whose last layer all clusters have other experts than before."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        router = self.vit.blocks[1].mlp.router
+        router.register_forward_hook(lambda _, x, told: replace(told, indices=31 - told.indices))
+
+
+def test_layers_that_choose_otherwise_tell_no_less_of_clusters(monkeypatch):
+    # each has log(32) nats; as one, expert e is that of the clusters e and 31 - e: log(16)
+    monkeypatch.setattr(control, 'TESTED', 1)
+    (oracle,) = find_rows(['oracle'])
+    found = control.score(oracle, 3.0, 1, steps=1, of=replace(SCENES, bed=Turned))
+    assert found['information'] == pytest.approx(math.log(32), abs=0.05)
+    assert found['deciders'] == {'router': found['information']}
 
 
 def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_path):

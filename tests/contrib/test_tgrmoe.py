@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from vqmoe_vision.models import complexity
 from vqmoe_vision.moe.raw_patches import Host, RawPatches, image_reader
 
 from .. import cases
-from ..models.conftest import make
+from ..models.conftest import DENSE, TINY, make
 
 B, N, D, E = 2, 3, 4, 3
 
@@ -127,3 +128,18 @@ def test_a_teacher_of_another_grid_is_resized(images):
     torch.testing.assert_close(found[:, :, 3], own[:, 1:].expand(-1, 2, -1))
     assert teacher.features(torch.zeros(B, D, 1, N)).shape == (B * 2, D)
     assert CLUSTERED == 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('pooling', ['avg', 'token'])
+def test_features_are_tokens_after_the_last_norm(pooling, images):
+    """Where features are averaged, timm has it behind the average."""
+    model: Any = make('tgrmoe', class_token=True, global_pool=pooling)
+    network = image_reader(model).network
+    dense = timm.create_model(DENSE, **TINY, global_pool=pooling).eval()
+    dense.load_state_dict(network.state_dict(), strict=False)
+    norm = dense.fc_norm if pooling == 'avg' else nn.Identity()
+    tokens = norm(dense.forward_features(images))[:, ::3]  # of 17
+    found = image_reader(model).features(images)
+    torch.testing.assert_close(found, tokens.flatten(0, 1))
+    torch.testing.assert_close(found.std(dim=-1), torch.ones(len(found)), rtol=0.1, atol=0)

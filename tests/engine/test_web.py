@@ -82,6 +82,17 @@ def test_a_graph_with_switches_answers_as_pytorch(method, tmp_path):
         torch.testing.assert_close(found, expected(model, image, switches), **CLOSE)
 
 
+@torch.no_grad()
+def test_no_picture_is_of_experts_that_all_tokens_share():
+    model = shaken(make('smoe', num_experts=3, preset='shared', **SMALL))
+    image = torch.randn(1, 3, 16, 16)
+    found = SwitchedGraph(model)(image, SWITCHES[0])[1]
+    records = recorded(model, image).values()
+    assert found.tolist() == [record.firsts['router'][0].tolist() for record in records]
+    # without chosen ones nobody takes a token
+    assert SwitchedGraph(model)(image, torch.tensor([[0, 0, 1]] * 2).bool())[1].eq(-1).all()
+
+
 def test_what_makes_no_page_is_one_line(tmp_path, monkeypatch):
     out = str(tmp_path / 'out')
     pairs = [

@@ -12,12 +12,11 @@ from mmengine.visualization import LocalVisBackend
 from torch import Tensor, nn
 
 from vqmoe_vision.engine.model import unwrapped
-from vqmoe_vision.models.layers import Transformer
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 
-from .record import Grid, recorded
+from .record import grid_of, recorded
 from .source import images_of
 
 
@@ -59,18 +58,21 @@ class RoutingPictureHook(Hook):
             runner.visualizer.add_image('experts', picture(network, *self._shown), runner.iter)
 
 
-def picture(model: Transformer, batches: list[Tensor], normalization: Normalization) -> np.ndarray:
+def picture(model: nn.Module, batches: list[Tensor], normalization: Normalization) -> np.ndarray:
     """Normalised images, and who takes their patches, as a picture (H, W, 3) uint8."""
     from .pictures import as_canvas, expert_colours, label, tint_patches  # matplotlib is slow
 
     rows = defaultdict[str, list[Tensor]](list)
     for images in batches:
-        grid, records = Grid.of_timm(model, images), recorded(model, images)
-        pixels = grid.filled(normalization.pixels(images))
+        pixels, records = normalization.pixels(images), recorded(model, images)
         number = max(record.num_experts for record in records.values())
+        found = {n: grid_of(model, images, each.inputs.shape[1]) for n, each in records.items()}
+        grids = {layer: grid for layer, grid in found.items() if grid is not None}
+        for grid in grids.values():
+            pixels = grid.filled(pixels)
         rows[''] += pixels
-        for layer, record in records.items():
-            for decider, first in record.firsts.items():
+        for layer, grid in grids.items():
+            for decider, first in records[layer].firsts.items():
                 rows[f'{layer}.{decider}'] += tint_patches(pixels, grid.of(first), number)
     colours = expert_colours(number).t()[:, None]  # (3, 1, E)
     named = [[label(name) if name else colours, *drawn] for name, drawn in rows.items()]

@@ -276,9 +276,10 @@ def score(
     """Trains a row, and tests it on tokens that it has not seen.
 
     Accuracy is in percent. Deciders have the mutual information of first expert and cluster in
-    nats, by who chose; the information is the largest, None where nothing chooses for a token.
+    nats, by who chose, and of several layers the largest; the information is the largest of all,
+    None where nothing chooses for a token.
     """
-    right, counts = 0.0, dict[str, Tensor]()
+    right, counts, deciders = 0.0, dict[tuple[str, str], Tensor](), dict[str, float]()
     with torch.random.fork_rng(devices=[]):
         source, model = trained(row, separation, seed, steps, of)
         for _ in range(TESTED):
@@ -286,14 +287,14 @@ def score(
             recording: Any = record_layers(model) if moe_layers(model) else nullcontext({})
             with evaluating(model), recording as records:
                 right += (model((tokens, clusters)).argmax(-1) == labels).float().mean().item()
-            for record in records.values():
-                for name, experts in record.experts.items():
+            for layer, record in records.items():
+                for name, (experts, _) in record.chosen.items():
                     # -1, of no expert, is the last row, which does not count
-                    met = counts.setdefault(
-                        name, torch.zeros(record.num_experts + 1, source.clusters)
-                    )
+                    met = torch.zeros(record.num_experts + 1, source.clusters)
+                    met = counts.setdefault((layer, name), met)
                     met.index_put_((experts[..., 0], clusters), torch.ones(()), True)
-    deciders = {name: mutual_information(met[:-1]) for name, met in counts.items()}
+    for (_, name), met in counts.items():
+        deciders[name] = max(deciders.get(name, 0.0), mutual_information(met[:-1]))
     return {
         'row': row.name,
         'separation': separation,

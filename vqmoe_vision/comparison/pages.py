@@ -124,17 +124,17 @@ def _control(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd
 
 def _scenes(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.DataFrame:
     """The same of the control with images, and the way from frozen to oracle that is gone."""
-    means = _means(folder / 'scenes.json')
+    means, spread = (_means(folder / 'scenes.json', kind).loc[[*rows]] for kind in ('mean', 'std'))
     frozen, oracle = means.loc['frozen'], means.loc['oracle']
     way = (100 * (means - frozen) / (oracle - frozen)).map('{:.0f} %'.format)
-    means = means.map('{:.1f}'.format).rename(columns='pattern {:g}'.format)
-    both = means.join(way.rename(columns='of the way, {:g}'.format))
-    return _shown(both.loc[[*rows]])
+    scores = means.map('{:.1f} ± '.format) + spread.map('{:.1f}'.format)
+    scores = scores.rename(columns='pattern {:g}'.format)
+    return _shown(scores.join(way.rename(columns='of the way, {:g}'.format)))
 
 
-def _means(path: Path) -> pd.DataFrame:
+def _means(path: Path, kind: str = 'mean') -> pd.DataFrame:
     frame = pd.DataFrame(json.loads(path.read_text())['rows'])
-    return frame.pivot_table(index='row', columns='separation', values='accuracy')
+    return frame.pivot_table(index='row', columns='separation', values='accuracy', aggfunc=kind)
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:

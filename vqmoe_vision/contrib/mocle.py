@@ -55,9 +55,12 @@ class FeatureViT(VisionTransformer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Features of images, (B, D)."""
-        return self.fc_norm(
-            self.forward_features(x, *args, **kwargs)[:, self.num_prefix_tokens :].mean(dim=1)
-        )
+        tokens = super().forward_features(x, *args, **kwargs)
+        return self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens after the last norm, which timm leaves to a head that averages: (B, N, D)."""
+        return self.fc_norm(super().forward_features(x, *args, **kwargs))
 
     def no_weight_decay(self) -> set[str]:
         """Nothing: it has buffers alone."""

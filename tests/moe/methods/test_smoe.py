@@ -162,6 +162,16 @@ def test_shared_experts_are_no_choice_and_no_load(make_layer):
     assert net.layer.experts_per_token == 2
 
 
+def test_a_token_without_a_chosen_expert_counts_whatever_it_shares(make_layer):
+    net = make_layer('smoe', preset='shared', capacity_factor=0.25)
+    with collect_losses(net) as collected, record_layers(net) as records:
+        net(torch.randn(4, 16, D))
+    chosen, _ = records['layer'].chosen['router']
+    assert chosen.shape == (4, 16, 1) and (chosen < 0).float().mean() >= 0.5
+    share = (chosen < 0).float().mean().item()
+    assert collected.stats['layer/unrouted'].item() == pytest.approx(share)
+
+
 def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
     net = make_layer('smoe', preset='frozen', router_bias=True).requires_grad_(True)
     net(torch.randn(2, 5, D)).sum().backward()
