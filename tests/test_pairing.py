@@ -136,7 +136,8 @@ def test_rows_at_one_seed_are_a_pair(keep, kind, row):
 
 @TASKS
 def test_experts_start_alike_whatever_routes_to_them(keep, task):
-    rows = [keep(task, row) for row in ALL_ROWS if not row.startswith('dense')]
+    # fine-grained experts have other shapes
+    rows = [keep(task, row) for row in ALL_ROWS if not row.startswith(('dense', 'smoe_fine'))]
     for row in rows[1:]:
         experts = [name for name in shared(rows[0], row) if '.experts.' in name]
         assert len(experts) == 8  # two layers with weight and bias in two blocks

@@ -31,7 +31,7 @@ def _possible(config: type[MoeConfig], options: dict[str, Any]) -> bool:
     return True
 
 
-_OF_TESTS = {'top_k': 2, 'expert_mlp_ratio': None}  # few, that are made of dense MLPs
+_OF_TESTS = {'top_k': 2, 'expert_mlp_ratio': 4.0}  # few, that are made of dense MLPs
 
 
 def presets(config: type[MoeConfig]) -> dict[str, dict[str, Any]]:

@@ -107,7 +107,7 @@ def test_pictures_of_validation_and_of_browse_dataset(trained, run_tool, tmp_pat
     validated = ['val_dev_00000_2.png', 'val_dev_00002_3.png']
     for pictures, names, shape in (
         (tmp_path.glob('*.png'), crops, (48, 48, 3)),
-        (trained[2].glob('*/vis_data/vis_image/*.png'), validated, (96, 192, 3)),
+        (trained[2].glob('*/vis_data/vis_image/val_*.png'), validated, (96, 192, 3)),
     ):
         found = sorted(pictures)
         assert [path.name for path in found] == names
