@@ -74,13 +74,12 @@ def _keep_weights(
         elif isinstance(decided, Quantized):  # code j is of expert j mod E
             table = F.one_hot(decided.indices % num_experts, num_experts).float()
         else:
-            weights, tokens, indices = decided.weights, decided.tokens, decided.indices
-            weights = weights if decided.kept is None else weights * decided.kept
+            chosen = decided.chosen()
+            weights, tokens = chosen.weights, chosen.tokens
+            weights = weights if chosen.kept is None else weights * chosen.kept
             if tokens is None:  # else of assignments, where a token has any number
                 tokens = torch.arange(num_tokens)[:, None]
-                chosen = indices.shape[1] - decided.shared  # none chooses what all share
-                weights, indices = weights[:, :chosen], indices[:, :chosen]
-            places = (tokens * num_experts + indices).flatten()
+            places = (tokens * num_experts + chosen.indices).flatten()
             table = weights.new_zeros(num_tokens * num_experts)
             table = table.index_add(0, places, weights.flatten()).view(num_tokens, num_experts)
         kept[part] = table * on

@@ -332,9 +332,8 @@ class RoutedMlp(MoeLayer):
         if load is None:
             load = expert_load(routing.indices, self.experts.num_experts, routing.kept)
         stats = {'load': load}
-        if routing.kept is not None:
-            chosen = routing.kept[:, : routing.kept.shape[1] - routing.shared]
-            stats['unrouted'] = 1 - token_mean(chosen.any(dim=-1).float())
+        if (kept := routing.chosen().kept) is not None:
+            stats['unrouted'] = 1 - token_mean(kept.any(dim=-1).float())
         if routing.tokens is not None:
             served = routing.tokens.new_zeros(num_tokens, dtype=torch.float32)
             served[routing.tokens] = 1

@@ -30,6 +30,14 @@ class Routing:
     shared: int = 0  # how many of K, the last, are the last experts of all, for every token
     even: bool = False  # whether experts have as many assignments each, one expert after the other
 
+    def chosen(self) -> 'Routing':
+        """Without the experts that all tokens share, which nothing chooses."""
+        if self.shared == 0:
+            return self
+        indices, weights = (part[:, : -self.shared] for part in (self.indices, self.weights))
+        kept = None if self.kept is None else self.kept[:, : -self.shared]
+        return replace(self, indices=indices, weights=weights, kept=kept, shared=0)
+
 
 class Switched(nn.Module):
     """Base of what experts may be switched off in, by `MoeLayer.switched`."""

@@ -1,8 +1,7 @@
 """VQMoE: a router branch and a vector-quantized branch over the same experts.
 
 "On the Role of Discrete Representation in Sparse Mixture of Experts" (Do et al., TMLR 2025,
-arXiv 2411.19402).
-For one token x with experts f_1 .. f_E and codes v_1 .. v_M:
+arXiv 2411.19402). For one token x with experts f_1 .. f_E and codes v_1 .. v_M:
 
     (1)  f_SMoE(x) = sum_i r(x)_i f_i(x)
     (2)  r(x) = TopK(softmax(W_e x)), K = 1             continuous branch
@@ -62,6 +61,9 @@ _OF_FULL = {'router.weight', 'gate.weight', 'gate.bias'}
 # Where options of the branches have no effect.
 _NO_CODES = {'form': 'continuous'}
 _NO_ROUTER = {'form': 'discrete'}
+_PLAIN = {'codebook': 'plain', 'balance_weight': 0.0}
+# An expert has to be fed the token alone, as the dense MLP was, and not its norm.
+_AS_DENSE = {'expert_input': 'token', 'input_norm': False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,31 +96,19 @@ class VQMoEConfig(BalancedConfig):
 
     PRESETS: ClassVar[Named] = {
         # weights of (6) are those of the released code, as the text does not give them
-        'paper': {
-            'codebook': 'plain',
-            'expert_input': 'ste',
-            'input_norm': False,
-            'balance_weight': 0.0,
-        },
+        'paper': {**_PLAIN, 'expert_input': 'ste', 'input_norm': False},
         'matched': {},
         'official': {
-            'codebook': 'plain',
+            **_PLAIN,
             'expert_input': 'official',
             'output_norm': True,
-            'balance_weight': 0.0,
             'train_router': False,
         },
     }
-    # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
-    # the continuous branch is a probability, below 1, unless its router is frozen.
+    # The weight of the continuous branch is a probability, below 1, unless its router is frozen.
     EXACT_UPCYCLING: ClassVar[Named] = {
-        'discrete': {'form': 'discrete', 'expert_input': 'token', 'input_norm': False},
-        'full': {
-            'expert_input': 'token',
-            'input_norm': False,
-            'train_router': False,
-            'balance_weight': 0.0,
-        },
+        'discrete': {'form': 'discrete', **_AS_DENSE},
+        'full': {**_AS_DENSE, 'train_router': False, 'balance_weight': 0.0},
     }
 
     form: Literal['full', 'discrete', 'continuous'] = option(
@@ -392,10 +382,7 @@ class VQMoEMlp(MoeLayer):
         return valid.one_by_one(self.run, x)
 
     def _logits(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of router (T, E), and of g(x) (T, 2) for continuous and discrete: one product in float32.
-
-        None in other forms.
-        """
+        """Of router (T, E) and of g(x) (T, 2) by one product in float32; None in other forms."""
         if self.gate is None or self.router is None:
             return None, None
         with full_precision(tokens):
