@@ -1,11 +1,9 @@
 # Six epochs of CIFAR-100, as cifar10_budget: whether what it says holds for other classes. Rows of
-# parts of VQMoE were added once the others had shown it below SMoE: what of it costs that. The last
-# ones are token choice as of 2026, named before their first run: each against smoe.
+# parts of VQMoE were added once the others had shown it below SMoE: what of it costs that.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
 reference = 'dense_2x'
-start = 'configs/comparisons/cifar100_budget.py dense_1x epoch_6.pth'
 seeds = [1, 2, 3, 4, 5]
 # named when the runs were there
 contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
@@ -20,9 +18,6 @@ rows = dict(
     vqmoe_token='vqmoe model.moe.expert_input=token',
     vqmoe_discrete='vqmoe model.moe.form=discrete',
     vqmoe_continuous='vqmoe model.moe.form=continuous',
-    smoe_sigmoid='smoe_sigmoid',
-    smoe_shared='smoe_shared',
-    tgrmoe='tgrmoe model.features={start}',
 )
 options = [
     'model.num_classes=100',

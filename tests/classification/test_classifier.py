@@ -138,6 +138,19 @@ def start(way: str, path: str) -> dict[str, Any]:
     return {way: path}
 
 
+@pytest.mark.parametrize('name, gate', [('GluMlp', 'last'), ('SwiGLU', 'separate')])
+def test_a_config_names_gated_experts(name, gate):
+    models = [build('vit_tiny_smoe', mlp_layer=name), build('vit_tiny_patch16_224', mlp_layer=name)]
+    assert models[0].model.blocks[1].mlp.experts.gate == gate
+    # fresh values of what is shared are those of the dense model of the seed, gates too
+    dense = type(models[1].model.blocks[0].mlp)
+    assert type(models[0].model.blocks[0].mlp) is dense and dense.__name__ == name
+    for model in models:
+        model.init_weights()
+    fc2 = [model.model.blocks[0].mlp.fc2.weight for model in models]
+    torch.testing.assert_close(*fc2, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('host, method', PAIRS)
 def test_a_host_with_experts_by_name_trains(host, method, tmp_path):
     given: dict[str, Any] = {}

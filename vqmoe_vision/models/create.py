@@ -13,6 +13,7 @@ from torch import nn
 from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
 from .layers import (
+    MLPS,
     MODULES,
     MOE_HOST,
     Transformer,
@@ -56,7 +57,7 @@ def create_model(
     if not timm.is_model(model_name):
         hint = did_you_mean(model_name, timm.list_models()) or '; timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model{hint}')
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
+    kwargs = {n: v for n, v in _with_classes(kwargs).items() if v is not None}  # as timm does
     check(moe is None or isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
     check_one_source(kwargs)
     if isinstance(stated := kwargs.get('pretrained_cfg'), dict):
@@ -91,6 +92,12 @@ def create_model(
         model = _create(model_name, kwargs)
     check_patches(model, kwargs)
     return model
+
+
+def _with_classes(kwargs: dict) -> dict:
+    """A config names the class of `mlp_layer`."""
+    named = kwargs.get('mlp_layer')
+    return {**kwargs, 'mlp_layer': MLPS[named]} if named in MLPS else kwargs
 
 
 def _create(model_name: str, kwargs: dict) -> nn.Module:
@@ -236,7 +243,7 @@ def share_start(model: Any, model_name: str, seed: int, **kwargs: Any) -> None:
             model_name = DENSE if stem == 'test_vit' else f'{stem}_patch16_224'
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = timm.create_model(model_name, **kwargs)
+        dense = timm.create_model(model_name, **_with_classes(kwargs))
     state = model.state_dict()
     theirs = dense.state_dict().items()
     shared = {k: v for k, v in theirs if k in state and state[k].shape == v.shape}

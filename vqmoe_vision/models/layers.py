@@ -45,6 +45,8 @@ MODULES = (*VIT_MODULES, 'eva')
 MOE_HOST = 'moe_host'
 # Which blocks hold an MoE layer unless a model is told otherwise.
 MOE_LAYERS = 'every2'
+# What experts can be made of, by what a config calls it.
+MLPS: dict[str, Any] = {kind.__name__: kind for kind in (Mlp, GluMlp, SwiGLU)}
 # Parts of an MLP that experts have, and what each may be: a class of its own may compute otherwise.
 _PARTS = {
     'fc1': (nn.Linear,),
@@ -185,7 +187,7 @@ def _mlp_of(block: nn.Module, name: str) -> Any:
     """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
     allowed = "timm's Mlp, GluMlp or SwiGLU, whose layouts experts have"
-    check(type(mlp) in (Mlp, GluMlp, SwiGLU), name, type(mlp).__name__, allowed)
+    check(type(mlp) in MLPS.values(), name, type(mlp).__name__, allowed)
     for part, kinds in _PARTS.items():
         found = type(getattr(mlp, part, None))
         allowed = f'{" or ".join(kind.__name__ for kind in kinds)} itself, as experts have'
