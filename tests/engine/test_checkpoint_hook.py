@@ -24,7 +24,7 @@ TINY = f"""
 _base_ = {str(DIGITS)!r}
 experiment_name = NAME  # mmengine keeps one logger per name in a process
 model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
-train_dataloader = dict(batch_size=600)
+train_dataloader = dict(batch_size=150, dataset=dict(imbalance=100))  # 309 images
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
 """
