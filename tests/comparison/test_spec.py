@@ -20,8 +20,6 @@ from vqmoe_vision.comparison.spec import (
     read_comparison,
 )
 from vqmoe_vision.comparison.store import Run, Store
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.model import without_sources
 from vqmoe_vision.models.moe_vit import complexity
 from vqmoe_vision.moe import METHODS
@@ -47,7 +45,7 @@ def test_every_row_of_every_comparison_can_be_built(path, root):
     comparison = read_comparison(str(path))
     for row in comparison.rows:
         run = Run(comparison, row, comparison.seeds[0], Path('work_dirs'))
-        config = load_config(comparison.config, parse_options(run.options))
+        config = run.merged()
         own = [option for option in run.options if any(gone in option for gone in GONE)]
         refused = pytest.raises((TypeError, ValueError)) if own else nullcontext()
         model = config.model.get('backbone', config.model)
