@@ -172,12 +172,13 @@ def test_rows_follow_the_table_of_methods(spec):
     assert not any('num_experts' in option for option in rows['smoe_fine'])
 
 
-def test_a_row_may_start_from_one_of_its_own_comparison(root, tmp_path):
-    store = Store(tmp_path / 'rows/cifar100_budget')
-    comparison = read_comparison('configs/comparisons/cifar100_budget.py')
-    found = Run(comparison, 'tgrmoe', 3, tmp_path)
-    (source, checkpoint), own = found.sources[START], Run(comparison, 'dense_1x', 3, tmp_path)
-    assert source.key == own.key and checkpoint == own.folder / 'epoch_6.pth'
+def test_a_row_may_start_from_one_of_its_own_comparison(spec):
+    given = "start = 'spec.py dense iter_2.pth'"
+    comparison = read_comparison(spec(given, own='tgrmoe model.features={start}'))
+    store = Store(Path('rows/spec'))
+    own, found = (Run(comparison, row, 2, Path('work')) for row in ('dense', 'own'))
+    source, checkpoint = found.sources[START]
+    assert source.key == own.key and checkpoint == own.folder / 'iter_2.pth'
     assert found.resolved['model']['features'] == str(checkpoint)
     (alone,) = tasks_of([own], store)
     first, second = tasks_of([own, found], store)

@@ -80,6 +80,7 @@ def test_a_copied_work_dir_leaves_the_original_alone(trained, tmp_path, monkeypa
 def crafted(trained: Path, work: Path, **info: Any) -> None:
     work.mkdir()
     content = torch.load(trained / 'epoch_2.pth', weights_only=True)
+    info['validated_iter'] = content['meta']['iter']  # whether or not its score was the best
     content['message_hub']['runtime_info'] |= info
     content['message_hub']['resumed_keys'] |= dict.fromkeys(info, True)
     content['meta']['saved_at'] += 60  # newer than what lies beside it
