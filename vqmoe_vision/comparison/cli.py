@@ -231,7 +231,8 @@ def _control(args: argparse.Namespace) -> None:
     apart = all(0 < s < math.inf for s in separations)
     check(apart, '--separation', separations, 'above 0 and finite')
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
-    rows, out = control.find_rows(args.methods), args.out or Path('work_dirs/control/control.json')
+    name = 'images' if args.images else 'control'
+    rows, out = control.find_rows(args.methods), args.out or Path(f'work_dirs/control/{name}.json')
     make_folder(out.parent)  # before the work
     torch.set_num_threads(1)  # more would wait for one another in layers of this size
     runs = list(product(rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
