@@ -35,7 +35,7 @@ help:
 demo: $(VENV)/.seg,analyze ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and show what its experts do
 	$(BIN)/python tools/demo.py
 
-test: $(VENV)/.dev ## run all tests but the long ones
+test: $(VENV)/.dev ## run all tests but the long ones and those of pages
 	$(ALL_CORES) $(BIN)/python -m pytest $(IN_PARALLEL) --durations=10 $(PYTEST_ARGS)
 
 long: $(VENV)/.dev,frameworks ## run the tests that take minutes each
@@ -96,9 +96,10 @@ timm-scripts: $(VENV)/.dev ## put timm's train.py and its other scripts where th
 reference: $(VENV)/.docs ## write the pages of docs/reference that are made from code
 	$(BIN)/python docs/generate.py
 
-docs: $(VENV)/.docs ## build docs/ into docs/_build; a broken link fails
+docs: $(VENV)/.docs $(VENV)/.dev ## build docs/ into docs/_build and hold its pages to code and results; a broken link fails
 	$(BIN)/sphinx-build --builder $(DOCS_BUILDER) --quiet --fresh-env --fail-on-warning --keep-going \
 	    docs docs/_build
+	$(BIN)/python -m pytest -m pages $(PYTEST_ARGS)
 	@echo "Open docs/_build/index.html"
 
 picture: ## draw the picture of the architecture from its text; needs Graphviz

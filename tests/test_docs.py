@@ -92,6 +92,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), (file, anchor)
 
 
+@pytest.mark.pages
 def test_pages_that_are_made_from_code_are_current():
     for path, text in runpy.run_path(str(ROOT / 'docs/generate.py'))['pages']():
         assert path.read_text() == text, 'run make reference'

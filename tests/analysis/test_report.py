@@ -74,6 +74,7 @@ def test_names_are_text_and_no_markup(tmp_path):
     assert '<h3>&lt;b&gt;x&lt;/b&gt; &amp; &#34;y&#34;</h3>' in page and '<b>' not in page
 
 
+@pytest.mark.usefixtures('unpainted')
 def test_models_as_they_are(tmp_path):
     """Of every method, untrained: whatever a survey holds has a place, and numbers a meaning."""
     normalization = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)

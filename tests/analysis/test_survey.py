@@ -12,12 +12,15 @@ from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import Survey, survey
 from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe import METHODS, moe_layers
 
 from .. import cases, refused
+from ..variants import VARIANTS
 from .conftest import make
 
 E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']
+# the long suite has presets and trials, which test_record.py has too
+EACH = [pytest.param(v, marks=[pytest.mark.long] * (v not in METHODS)) for v in VARIANTS]
 AS_IT_IS = Normalization((0.0,) * 3, (1.0,) * 3)
 
 
@@ -91,6 +94,7 @@ def test_each_measure_tells_a_collapsed_model_from_a_sound_one():
     assert sound.keys() == collapsed.keys() == COLLAPSE.keys() | others
 
 
+@pytest.mark.parametrize('tiny_variant', EACH, indirect=True)
 def test_every_method_can_be_looked_at(tiny_variant):
     batches = [(torch.rand(n, 3, 32, 32), torch.arange(n) % 3) for n in (3, 2)]
     seen = look(tiny_variant, *batches, classes=CLASSES, num_examples=4, shifts=[flip()])

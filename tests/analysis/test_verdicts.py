@@ -79,8 +79,10 @@ def test_load_by_hand():
     assert 90 < bits_of_load(torch.ones(100) * 0.1, 10)['dead_by_chance'] < 100
 
 
-@pytest.mark.parametrize(
-    'defect, strength', [('collapse', 0), ('dead codes', 0), *product(DEFECTS, (2, 3))]
+@cases(
+    'defect, strength',
+    *(('collapse', 0), ('dead codes', 0), *product(DEFECTS, [2])),
+    *(pytest.param(defect, 3, marks=pytest.mark.long) for defect in DEFECTS),
 )
 def test_a_planted_defect_is_named(defect, strength):
     (words,) = planted(defect, strength, seed=0).verdicts.values()

@@ -11,12 +11,12 @@ import torch
 from benchmark import cli
 from benchmark.cells import Cell
 from benchmark.cli import main
-from benchmark.environment import MALLOC
 from benchmark.gates import Gate, elsewhere, judge, limit
 from benchmark.layers import FLOORS, OURS
 from benchmark.methods import LAYERS
 from benchmark.networks import parse_model
 from benchmark.presets import LAYER_PRESETS, NETWORK_PRESETS, Preset, ci_preset
+from benchmark.restart import MALLOC
 from benchmark.timing import WARM_UP, interleave, median, peak_memory, ratio
 from vqmoe_vision.moe import METHODS
 
@@ -138,7 +138,7 @@ def test_peak_counts_what_is_alive_together():
 
 PROGRAM = """
 import os
-from benchmark.environment import MALLOC, restart_prepared
+from benchmark.restart import MALLOC, restart_prepared
 restart_prepared(3)
 print(os.environ['OMP_NUM_THREADS'], *(os.environ.get(name) for name in MALLOC))
 """

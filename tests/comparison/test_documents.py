@@ -22,6 +22,7 @@ from vqmoe_vision.comparison.statistics import (
 
 from ..rows import CONFIGS
 
+pytestmark = pytest.mark.pages
 ROOT = CONFIGS.parent
 ROWS = ROOT / 'docs/results/rows'
 # '-0.71 (-1.62 to +0.19' and '-0.71, -1.62 to +0.19'; in prose, 'by 0.71 (-1.62 to +0.19'

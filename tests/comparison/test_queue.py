@@ -4,26 +4,26 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from shutil import rmtree
 
 import pytest
 
+from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.queue import lock_of, visible_gpus
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run
 
 from .. import cases
+from ..forked import METHOD
 from .conftest import SPEC
 
 WORK = Path('work_dirs/comparisons')
 ROWS = Path('docs/results/rows')
-QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
 LONG = pytest.mark.long
 needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
 
@@ -34,6 +34,12 @@ def calls() -> list[str]:
 
 def collected(name: str = 'spec') -> set[str]:
     return {path.stem for path in (ROWS / name).glob('*.json')}
+
+
+def work_through(path: str, folder: Path) -> None:
+    os.chdir(folder)
+    os.dup2(os.open('said', os.O_WRONLY | os.O_CREAT), 2)
+    compare(['run', path])
 
 
 def until(happens: Callable[[], bool]) -> None:
@@ -98,12 +104,13 @@ def test_jobs_run_at_the_same_time(spec, says):
 @pytest.mark.parametrize('signal_', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=LONG)])
 def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_):
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
-    queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)
+    queue = get_context(METHOD).Process(target=work_through, args=(path, Path.cwd()))
+    queue.start()
     until(Path('pid').exists)
     run = Run(read_comparison(path), 'slow', 1, WORK)
-    queue.send_signal(signal_)
-    said = queue.communicate()[1].splitlines()
-    assert queue.returncode != 0
+    os.kill(queue.pid, signal_)
+    queue.join()
+    assert queue.exitcode != 0
     lock = lock_of(run.folder / 'lock')
     if signal_ == signal.SIGKILL:  # its run lives, and nobody else may begin it
         assert lock is None
@@ -111,6 +118,7 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_):
     else:
         assert lock is not None
         lock.close()
+        said = Path('said').read_text().splitlines()
         assert said[-1].startswith('error: stopped; the same command goes on')
     says('run', path)
     assert collected() == {'dense-seed1', 'slow-seed1'}

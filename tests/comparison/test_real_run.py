@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from imagecorruptions import get_corruption_names
 
+from vqmoe_vision.analysis import shifts as changes
 from vqmoe_vision.comparison import measured
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.measured import expanded, routing_numbers
@@ -69,6 +70,7 @@ def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     # a third of a digit is no digit
     assert shifts['zoomed'].popitem()[1] < row['test']['accuracy/top1'] - 5
     monkeypatch.setattr(measured, 'NUM_IMAGES', 20)
+    monkeypatch.setattr(changes, 'CORRUPTIONS', ('fog', 'contrast'))  # some are compiled
     compare(['routing', str(tmp_path / 'digits.py'), *folders])
     routed = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())['routing']
     assert routed['images'] == 20 and routed['layers'].keys() == {'blocks.1.mlp'}

@@ -29,6 +29,7 @@ RESULTS = CONFIGS.parent / 'docs/results'
 CHECKED_IN = sorted(rows.name for rows in (RESULTS / 'rows').glob('*/'))
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize('table', CHECKED_IN)
 def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
@@ -41,6 +42,7 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_pat
 IMAGES = [p for p in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in p.read_text()]
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
 def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from tests.forked import LATER
 from tests.formatting import format_once
 from vqmoe_vision.engine import cli
 
@@ -78,7 +79,8 @@ def end(processes: set[int], number: int) -> None:
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    import_module('vqmoe_vision.classification')
+    for name in ('vqmoe_vision.classification', *LATER):
+        import_module(name)
     format_once()
     root = Path(sys.argv[1])
     runs = json.loads((root / 'runs.json').read_text())

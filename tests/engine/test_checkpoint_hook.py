@@ -24,7 +24,7 @@ TINY = f"""
 _base_ = {str(DIGITS)!r}
 experiment_name = NAME  # mmengine keeps one logger per name in a process
 model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
-train_dataloader = dict(batch_size=600)
+train_dataloader = dict(batch_size=150, dataset=dict(imbalance=100))  # 309 images
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
 """
@@ -80,6 +80,7 @@ def test_a_copied_work_dir_leaves_the_original_alone(trained, tmp_path, monkeypa
 def crafted(trained: Path, work: Path, **info: Any) -> None:
     work.mkdir()
     content = torch.load(trained / 'epoch_2.pth', weights_only=True)
+    info['validated_iter'] = content['meta']['iter']  # whether or not its score was the best
     content['message_hub']['runtime_info'] |= info
     content['message_hub']['resumed_keys'] |= dict.fromkeys(info, True)
     content['meta']['saved_at'] += 60  # newer than what lies beside it

@@ -34,7 +34,7 @@ experiment_name = NAME  # mmengine keeps one logger per name in a process
 model = dict(
     patch_size=16, embed_dim=12, depth=2, num_heads=3, drop_path_rate=0.2, moe=dict(num_experts=2)
 )
-train_dataloader = dict(batch_size=240)
+train_dataloader = dict(batch_size=60, dataset=dict(imbalance=100))  # 309 images
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
 """
@@ -288,7 +288,8 @@ def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length, tmp_path)
 
 
 SHORT = 'model.depth=2 model.embed_dim=12 model.patch_size=16 train_cfg.max_epochs=1 '
-SHORT += 'train_cfg.val_interval=1 train_dataloader.batch_size=600'
+SHORT += 'train_cfg.val_interval=1 train_dataloader.batch_size=150 '
+SHORT += 'train_dataloader.dataset.imbalance=100'
 
 
 @pytest.mark.filterwarnings('ignore:Detected call of .scheduler:UserWarning')
@@ -300,8 +301,8 @@ def test_a_terminal_shows_a_bar_and_a_file_every_line(choice, tmp_path, capsys):
     run = tmp_path / 'run'
     cli.train([str(DIGITS), '--work-dir', str(run), *asked, *options])
     shown = capsys.readouterr().out
-    assert ' 1200 images: 1 processes x 600 images x 2 batches' in shown
-    assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
+    assert ' 300 images: 1 processes x 150 images x 2 batches' in shown
+    assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (309 images): 1 epochs' in shown
     assert f'last {run}/epoch_1.pth' in shown and 'Trained, accuracy/top1 ' in shown
     bar = choice == 'bar'
     assert ('| 2/2 [' in shown and ', loss ' in shown) == bar

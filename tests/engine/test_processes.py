@@ -28,7 +28,8 @@ CLASSIFICATION = f"""
 _base_ = {str(DIGITS)!r}
 custom_imports = dict(imports=['vqmoe_vision.classification', 'dies'])
 model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
-total_batch_size = 400
+total_batch_size = 100
+train_dataloader = dict(dataset=dict(imbalance=100))
 test_dataloader = dict(batch_size=77)
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
@@ -142,9 +143,9 @@ def test_the_run_goes_on_from_its_last_checkpoint(run):
     assert 'resumed epoch: 1, iter: 3' in (folder / 'resumed/0/out').read_text()
     content = read_content(str(folder / 'w/epoch_2.pth'))
     assert (content['meta']['epoch'], content['meta']['iter']) == (2, 6)
-    # of 1,257 images each of two processes took 200 a step, three times
+    # of 309 images each of two processes took 50 a step, three times
     kept = Config.fromfile(folder / 'w/c.py', import_custom_modules=False)
-    assert (kept.total_batch_size, kept.train_dataloader.batch_size) == (400, 200)
+    assert (kept.total_batch_size, kept.train_dataloader.batch_size) == (100, 50)
 
 
 def test_only_the_first_rank_says_and_writes_something(run):
@@ -233,7 +234,7 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path):
     assert read_content(f'{work}t/iter_4.pth')['meta']['iter'] == 4
     for name, message in {
         'late': 'another process has not answered within env_cfg.dist_cfg.timeout',
-        'data': 'the ranks have different data sets: len(train_dataloader.dataset) is 1257',
+        'data': 'the ranks have different data sets: len(train_dataloader.dataset) is 309',
         'batch': 'the number of training images for each of 2 processes',
         'shown': "--show-dir='",
     }.items():

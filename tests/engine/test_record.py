@@ -285,7 +285,7 @@ def test_losses_and_weights_are_those_of_a_run_without(method, options, tmp_path
         **options,
         'train_cfg.max_epochs': 1,
         'train_cfg.val_interval': 2,
-        'train_dataloader.batch_size': 240,
+        'train_dataloader.batch_size': 60,
     }
     plain = trained(config_of(tmp_path / 'plain', **short))
     recorded = trained(config_of(tmp_path / 'recorded', **short, **HISTORY))

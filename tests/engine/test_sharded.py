@@ -1,8 +1,6 @@
 """What a config may say of spreading a model, and gradients whose layouts differ."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -199,24 +197,22 @@ def test_a_rank_is_named_in_its_error(monkeypatch, capsys):
     assert capsys.readouterr().out == ''
 
 
-ORPHAN = """
-import os, sys, time
-from vqmoe_vision.engine import processes
-os.environ.update(TORCHELASTIC_RUN_ID='none', RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
-if child := os.fork():
-    print(child, flush=True)
-    time.sleep(0.5)
-    os._exit(0)
-with processes.together('pytorch'):
-    time.sleep(60)
-"""
+def orphan(_rank: int, file: Path) -> None:
+    os.environ.update(TORCHELASTIC_RUN_ID='none', RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+    if child := os.fork():
+        file.write_text(str(child))
+        time.sleep(0.5)
+        os._exit(0)
+    with processes.together('pytorch'):
+        time.sleep(60)
 
 
-def test_a_process_ends_with_the_torchrun_that_started_it():
-    done = subprocess.run([sys.executable, '-c', ORPHAN], stdout=subprocess.PIPE, text=True)
+def test_a_process_ends_with_the_torchrun_that_started_it(tmp_path):
+    spawn(orphan, (tmp_path / 'pid',), nprocs=1)
+    child = int((tmp_path / 'pid').read_text())
     for _ in range(100):
         try:
-            os.kill(int(done.stdout), 0)
+            os.kill(child, 0)
         except ProcessLookupError:
             return
         time.sleep(0.1)

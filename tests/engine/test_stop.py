@@ -32,7 +32,7 @@ TINY = f"""
 _base_ = {str(DIGITS)!r}
 custom_imports = dict(imports=['vqmoe_vision.classification', 'told_to_stop'])
 model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
-train_dataloader = dict(batch_size=300, WORKERS)
+train_dataloader = dict(batch_size=75, dataset=dict(imbalance=100), WORKERS)  # 309 images
 val_dataloader = dict(batch_size=120)
 train_cfg = dict(max_epochs=3, val_interval=1)
 default_hooks = dict(

@@ -146,7 +146,7 @@ def test_checkpointing_changes_no_loss_gradient_or_state(make_model, method, opt
     checkpointed = copy.deepcopy(plain)
     checkpointed.checkpointing = True
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, checkpointed)]
-    for i in range(3):  # learned state of one step is used in the next
+    for i in range(1 + training):  # learned state of one step is used in the next
         results = []
         for model, optimizer in zip((plain, checkpointed), optimizers, strict=True):
             torch.manual_seed(i)

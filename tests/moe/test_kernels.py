@@ -64,12 +64,12 @@ def test_outputs_and_every_gradient(kernel, dtype, tokens, num_experts, k, bias,
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @cases('widths, bias', ((72, 136), True), ((150, 35), False))
 def test_groups_of_several_tiles(kernel, dtype, widths, bias):
-    case = make_case(300, 5, 2, *widths, bias)
-    case[2][:150] = torch.tensor([3, 1])  # skewed, and experts 0 and 4 have none
+    case = make_case(200, 5, 2, *widths, bias)
+    case[2][:100] = torch.tensor([3, 1])  # skewed, and experts 0 and 4 have none
     case[2][case[2] % 4 == 0] = 3
-    kept = torch.rand(300, 2, generator=torch.Generator().manual_seed(0)) < 0.8
+    kept = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) < 0.8
     if KERNELS[kernel].fits(torch.device('cpu'), dtype, (5, *widths)):
-        compare(case, dtype, kernel, kept, looser=6)  # sums of up to 240
+        compare(case, dtype, kernel, kept, looser=6)  # sums of up to 180
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -201,8 +201,9 @@ def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('kernel', RUN_HERE)
-@pytest.mark.parametrize('drop', [False, True])
-@pytest.mark.parametrize('shape', [(12, 4, 1, 8, 16), (12, 4, 2, 8, 16), (12, 4, 2, 5, 11)])
+@cases(
+    'shape, drop', ((12, 4, 1, 8, 16), False), ((12, 4, 2, 8, 16), True), ((12, 4, 2, 5, 11), True)
+)
 def test_autocast_computes_low_and_returns_gradients_in_float32(shape, drop, kernel, dtype):
     experts, x, indices, weights = make_case(*shape, bias=True)
     experts, x, weights = experts.float(), x.float(), weights.float()

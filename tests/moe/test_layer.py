@@ -157,7 +157,7 @@ def test_state_dict_round_trip_in_the_middle_of_training(make_layer, method, opt
 
 
 @every_case
-@settings(max_examples=15)
+@settings(max_examples=5)
 @given(
     batch=st.integers(1, 4),
     num_tokens=st.integers(1, 7),

@@ -15,6 +15,7 @@ from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS, dispatch, use_kernel
 from vqmoe_vision.moe.experts import Experts
 
+from .. import on_meta
 from .naive_experts import assert_same, make_case, naive, run_and_backward
 
 E, D, H, T, K = 4, 8, 32, 24, 2
@@ -25,7 +26,8 @@ def kept_by_layer(method, **options):
     """MiB that a layer of ViT-B keeps beside its parameters: 128 images, bfloat16, on a card."""
     name = f'vit_base_{method}' if method in METHODS else 'vit_base_patch16_224'
     options |= {'moe_layers': [0]} if method in METHODS else {}
-    model = timm.create_model(name, depth=1, **options).to('meta', torch.bfloat16)
+    with on_meta():
+        model = timm.create_model(name, depth=1, **options).bfloat16()
     own, kept, mlp = (
         {p.untyped_storage()._cdata for p in model.parameters()},
         {},

@@ -39,18 +39,20 @@ TARGETS = {
 }
 
 
-def test_every_case_of_every_kernel_in_its_interpreter():
+# of 16 bits one dtype
+@cases('kept', 'not torch.float16', pytest.param('torch.float16', marks=pytest.mark.long))
+def test_every_case_of_every_kernel_in_its_interpreter(kept):
     told = {'TRITON_INTERPRET': '1', 'PYTEST_ADDOPTS': ''}
-    call = [sys.executable, '-m', 'pytest', '-q', '-x', '-k', 'triton', '-p', 'tests.moe.bfloat16']
+    call = [sys.executable, '-m', 'pytest', '-q', '-x', '-k', f'triton and {kept}']
     run = subprocess.run(
-        [*call, '-p', 'no:cacheprovider', REFERENCE],
+        [*call, '-p', 'tests.moe.bfloat16', '-p', 'no:cacheprovider', REFERENCE],
         env=os.environ | told,
         cwd=Path(__file__).parents[2],
         text=True,
         capture_output=True,
     )
     assert run.returncode == 0, run.stdout
-    assert int(re.search(r'(\d+) passed', run.stdout)[1]) > 20
+    assert int(re.search(r'(\d+) passed', run.stdout)[1]) > 5
 
 
 class Launches:

@@ -12,13 +12,14 @@ import torch
 from vqmoe_vision.moe.config import check
 
 from .cells import DTYPES, Cell, Settings
-from .environment import describe_machine, restart_prepared
+from .environment import describe_machine
 from .gates import judge
 from .gpu import run_gpu
 from .layers import CONTENDERS, choose, run_layers
 from .networks import MODES, Comparison, run_networks
 from .presets import LAYER_PRESETS, NETWORK_PRESETS, Preset
 from .report import LIMIT_COLUMNS, table, write
+from .restart import restart_prepared
 from .timing import use_device
 
 # options that a preset decides, with their values in a run without one

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,12 @@ import torch
 
 from vqmoe_vision.provenance import commit, installed, processor
 
-# Fresh weight gradients of 20 to 80 MB are otherwise mapped and faulted in anew at every step: that
-# costs every contender 10 to 25 %, some more than others.
-MALLOC = {
-    'MALLOC_MMAP_THRESHOLD_': '4000000000',
-    'MALLOC_TRIM_THRESHOLD_': '8000000000',
-    'MALLOC_TOP_PAD_': '268435456',
-}
+from .restart import MALLOC
+
 # what drives cards, NVIDIA's and AMD's
 DRIVERS = '/sys/module/nvidia/version', '/sys/module/amdgpu/version'
 PACKAGES = ['torch', 'timm', 'vqmoe-vision', 'transformers']
 PACKAGES += ['soft-moe', 'soft-moe-pytorch', 'st-moe-pytorch', 'mixture-of-experts']
-_RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
-
-
-def restart_prepared(threads: int) -> None:
-    """Replace this process by itself with glibc's allocator and OpenMP set up, once."""
-    wanted = {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
-    wanted['KINETO_LOG_LEVEL'] = '99'  # the profiler, which reads memory, says nothing of itself
-    if platform.libc_ver()[0] == 'glibc':
-        wanted.update(MALLOC)
-    missing = {k: v for k, v in wanted.items() if os.environ.get(k) != v}
-    if not missing or _RESTARTED in os.environ:
-        return
-    print('restarting with', ' '.join(f'{k}={v}' for k, v in missing.items()), flush=True)
-    environment = {**os.environ, **missing, _RESTARTED: '1'}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def computes(dtype: str) -> bool:
