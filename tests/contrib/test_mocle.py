@@ -232,7 +232,6 @@ def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> An
     return again
 
 
-@pytest.mark.parametrize('how', ['folder', 'path', 'assigned', 'cast', 'fitted'])
 @cases(
     'before, after',
     ({}, {'img_size': 48}),
@@ -240,19 +239,20 @@ def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> An
     ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
     ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
 )
-def test_a_network_keeps_the_size_that_clusters_were_fitted_at(before, after, how, tmp_path):
+def test_a_network_keeps_the_size_that_clusters_were_fitted_at(before, after, tmp_path):
     model, images = make(METHOD, **before), torch.randn(8, 3, 32, 64)
     fit_reader(model, [images.repeat(8, 1, 1, 1) + torch.randn(64, 3, 32, 64)])
     network, expected = image_reader(model).network, features(model, images)
     model.set_input_size(**after)
     assert torch.equal(features(model, images), expected)
-    again = moved(how, model, {**before, **after}, tmp_path / 'model')
-    reader = image_reader(again)
-    assert reader.network.sizes == tuple(reader.sizes.tolist()) == network.sizes
-    assert list(reader.parameters()) == [] and reader.sizes.dtype == torch.int64
-    assert torch.equal(features(again, images), expected)
-    small = torch.randn(2, 3, *model.patch_embed.img_size)
-    assert torch.equal(again.eval()(small), model.eval()(small))
+    for how in ('folder', 'path', 'assigned', 'cast', 'fitted'):
+        again = moved(how, model, {**before, **after}, tmp_path / 'model')
+        reader = image_reader(again)
+        assert reader.network.sizes == tuple(reader.sizes.tolist()) == network.sizes, how
+        assert list(reader.parameters()) == [] and reader.sizes.dtype == torch.int64
+        assert torch.equal(features(again, images), expected), how
+        small = torch.randn(2, 3, *model.patch_embed.img_size)
+        assert torch.equal(again.eval()(small), model.eval()(small)), how
 
 
 @cases(

@@ -1,5 +1,6 @@
 """Tiny models of every method, of every preset that runs other code, and dense ones beside them."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,18 @@ EXACT = [
 
 
 def pairs(*hosts: str) -> list[tuple[str, str]]:
-    """Hosts with each method that they can have: raw patches are of `VisionTransformer` alone."""
+    """The first two with each method that they can have, as raw patches are of
+    `VisionTransformer` alone; the others, which are hosts as the second is, with one in turn."""
     anywhere = [name for name, method in METHODS.items() if method.read_patches is None]
-    return [(h, name) for h in hosts for name in (METHODS if h == DENSE else anywhere)]
+    first, second, *others = hosts
+    turns = zip(others, itertools.cycle(anywhere), strict=False)
+    return [*((first, m) for m in METHODS), *((second, m) for m in anywhere), *turns]
+
+
+def shortly(*methods: str) -> list[Any]:
+    """All methods, of which the long suite alone has those that are not named."""
+    long = {name: [] if name in methods else [pytest.mark.long] for name in METHODS}
+    return [pytest.param(name, marks=marks) for name, marks in long.items()]
 
 
 def make(method: str, **kwargs: Any) -> nn.Module:

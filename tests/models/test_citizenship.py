@@ -9,8 +9,14 @@ import torch
 from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
+from vqmoe_vision.moe import METHODS
+
+from .. import cases
+from .conftest import make, shortly
+
 # Two orders of summation of the same float32 numbers differ by a few 1e-7 per layer.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
+SHALLOW: dict[str, Any] = {'depth': 1, 'moe_layers': [0]}
 
 
 def test_a_size_that_would_lose_pixels_is_refused_before_anything_changes(tiny):
@@ -55,10 +61,14 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, fullgraph=True, backend='eager')
 
 
-@pytest.mark.parametrize('wrap', [lambda model: model, compiled], ids=['eager', 'compiled'])
-def test_training_uncollected_is_said_once(tiny, images, monkeypatch, wrap):
+@cases(
+    'method, wrap',
+    *((method, lambda model: model) for method in METHODS),
+    *(pytest.param(*each.values, compiled, marks=each.marks) for each in shortly('vqmoe')),
+)
+def test_training_uncollected_is_said_once(method, images, monkeypatch, wrap):
     monkeypatch.setattr('vqmoe_vision.moe.layer._said', set())
-    model = tiny().train()
+    model = make(method, depth=2).train()
     needed, model = model.blocks[1].mlp.needs_collecting, wrap(model)
     if not needed:  # and a warning would be an error here
         model(images)
@@ -71,7 +81,7 @@ def test_training_uncollected_is_said_once(tiny, images, monkeypatch, wrap):
 
 
 def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images):
-    model = tiny_variant(device='meta')
+    model = tiny_variant(device='meta', **SHALLOW)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert {tensor.device.type for tensor in tensors.values()} == {'meta'}
     model.to_empty(device='cpu')
@@ -81,7 +91,7 @@ def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images):
             # what to_empty leaves behind is arbitrary; make it the worst
             tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
     model.init_weights()
-    fresh = tiny_variant()
+    fresh = tiny_variant(**SHALLOW)
     for name, expected in fresh.state_dict().items():
         value = tensors[name]
         assert value.isfinite().all(), name
@@ -95,7 +105,7 @@ def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images):
 
 
 def test_bfloat16(tiny_variant, train_step, images):
-    model = tiny_variant(dtype=torch.bfloat16)
+    model = tiny_variant(dtype=torch.bfloat16, **SHALLOW)
     floats = [t for t in model.parameters() if t.is_floating_point()]
     assert {t.dtype for t in floats} == {torch.bfloat16}
     assert model.eval()(images.bfloat16()).dtype == torch.bfloat16
@@ -103,24 +113,23 @@ def test_bfloat16(tiny_variant, train_step, images):
     assert all(p.grad.isfinite().all() for p in floats if p.requires_grad)
 
 
-@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_computes_the_same_and_shares_nothing(tiny_variant, train_step, images, duplicate):
-    model = tiny_variant()
+def test_a_copy_computes_the_same_and_shares_nothing(tiny_variant, train_step, images):
+    model = tiny_variant(**SHALLOW)
     train_step(model, None, images, torch.arange(4))  # what a step leaves behind
     model.zero_grad()
     expected = model.eval()(images)
-    twin = duplicate(model)
     other = torch.randn(2, 3, 32, 32)
-    twin_out = twin(other)  # looks at other images than the model does
-    torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
-    torch.testing.assert_close(twin(images), expected, rtol=0, atol=0)
-    torch.testing.assert_close(model(other), twin_out, rtol=0, atol=0)
-    own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    assert own.isdisjoint(t.data_ptr() for t in [*twin.parameters(), *twin.buffers()])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin_out = twin(other)  # looks at other images than the model does
+        torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+        torch.testing.assert_close(twin(images), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model(other), twin_out, rtol=0, atol=0)
+        own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        assert own.isdisjoint(t.data_ptr() for t in [*twin.parameters(), *twin.buffers()])
 
 
 def test_fx_feature_extraction(tiny, images):
-    model = tiny().eval()
+    model = tiny(depth=2).eval()
     extractor = create_feature_extractor(model, {'blocks.1.mlp': 'moe', 'head': 'out'})
     seen: list[Tensor] = []
     model.blocks[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -142,7 +151,7 @@ def test_an_image_does_not_depend_on_its_batch(tiny):
 
 
 def test_every_parameter_gets_a_gradient_from_the_loss(tiny_variant, train_step, images):
-    model = tiny_variant()
+    model = tiny_variant(**SHALLOW)
     train_step(model, None, images, torch.arange(4))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in learned.items() if p.grad is None] == []

@@ -16,7 +16,7 @@ both_modes = pytest.mark.parametrize('training', [True, False], ids=['train', 'e
 
 @both_modes
 def test_an_empty_batch_has_an_empty_answer_and_teaches_nothing(tiny_variant, training):
-    model = tiny_variant().train(training)
+    model = tiny_variant(depth=2).train(training)
     before = deepcopy(model.state_dict())
     with collect_losses(model) as collected:
         output = model(torch.empty(0, 3, 32, 32))
@@ -41,7 +41,7 @@ def test_a_broken_pixel_breaks_no_other_image(name, training, images):
     limit = 'capacity_factor' if training else 'eval_capacity_factor'
     if 'eval_capacity_factor' in METHODS[method].config.option_names() and options.get(limit):
         pytest.skip('the images of a batch share the places of an expert')
-    model = make(method, **options).train(training)
+    model = make(method, depth=2, **options).train(training)
     broken = images.clone()
     broken[1, 0, 9, 9] = torch.nan
     outputs = []

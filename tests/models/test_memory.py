@@ -17,6 +17,7 @@ from torch import nn
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS
 
+from .. import cases
 from .conftest import make
 
 PROCESS_BYTES = 8 * 2**20
@@ -65,13 +66,19 @@ def _new_objects_only() -> None:
 
 pytestmark = [
     pytest.mark.filterwarnings('ignore:training without collect_losses:UserWarning'),
-    pytest.mark.parametrize('collects', [True, False], ids=['collector', 'alone']),
-    pytest.mark.parametrize('training', [True, False], ids=['train', 'eval']),
     pytest.mark.parametrize('method', METHODS),
 ]
+long = pytest.mark.long
 
 
-@pytest.mark.parametrize('num_steps', [24, pytest.param(1000, marks=pytest.mark.long)])
+@cases(
+    'training, collects',
+    (True, True),
+    pytest.param(True, False, marks=long),
+    pytest.param(False, True, marks=long),
+    (False, False),
+)
+@pytest.mark.parametrize('num_steps', [24, pytest.param(1000, marks=long)])
 def test_memory_is_flat(method, training, collects, num_steps):
     model = make(method, depth=1, moe_layers='every1')
     objects, process = growth(stepper(model, training, collects), num_steps)

@@ -22,7 +22,8 @@ from vqmoe_vision.models.timm_tasks import MoeClassificationTask, TrainsExperts,
 from vqmoe_vision.moe import METHODS, start_training
 
 from .. import cases, refused
-from .conftest import make
+from ..variants import VARIANTS
+from .conftest import make, shortly
 
 TARGETS = torch.arange(4)
 # Checkpointing repeats the very same operations, so nothing may differ but the order in which
@@ -46,24 +47,27 @@ def accumulated(model: nn.Module, batches: list[Tensor]) -> dict[str, object]:
     return seen | {'gradients': gradients(model), 'state': dict(model.named_buffers())}
 
 
+# dropout has nothing to compute again
+TWO_PASSES = {'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1, 'recompute': None}
+ONE_PASS = [name for name, (_, given) in VARIANTS.items() if not given or 'recompute' in given]
+
+
 @cases(
-    'kwargs, passes',
-    ({}, 1),
-    # dropout has nothing to compute again
-    ({'init_values': 0.1, 'drop_path_rate': 0.3, 'proj_drop_rate': 0.1, 'recompute': None}, 2),
-    ids=['one pass', 'LayerScale, DropPath, two passes'],
+    'variant, kwargs, passes, steps',
+    *((variant, TWO_PASSES, 2, 1) for variant in VARIANTS),
+    *((variant, {}, 1, 2) for variant in ONE_PASS),
 )
-def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs, passes):
+def test_gradient_checkpointing_changes_nothing(variant, kwargs, passes, steps):
     batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
-    plain = tiny_variant(depth=2, **kwargs)
+    method, options = VARIANTS[variant]
+    plain = make(method, **{'depth': 2, **options, **kwargs})
     repeated = copy.deepcopy(plain)
     repeated.set_grad_checkpointing()
-    expected = accumulated(plain, batches)
-    torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
-    plain.zero_grad()
-    repeated.zero_grad()
-    expected = accumulated(plain, batches)
-    torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
+    for _ in range(steps):
+        expected = accumulated(plain, batches)
+        torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
+        plain.zero_grad()
+        repeated.zero_grad()
 
 
 @cases(
@@ -136,21 +140,21 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, step, steps: range
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_variant, train_step):
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = tiny_variant()
-        start_training(model, 30)  # StableMoE freezes its router after three: in the second part
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model = tiny_variant(depth=2)
+        start_training(model, 20)  # StableMoE freezes its router after two: in the second part
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
 
     model, optimizer = start()
-    train(model, optimizer, train_step, range(2))
+    train(model, optimizer, train_step, range(1))
     file = io.BytesIO()
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, file)
-    train(model, optimizer, train_step, range(2, 5))
+    train(model, optimizer, train_step, range(1, 3))
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed, optimizer = start()
     resumed.load_state_dict(saved['model'])
     optimizer.load_state_dict(saved['optimizer'])
-    train(resumed, optimizer, train_step, range(2, 5))
+    train(resumed, optimizer, train_step, range(1, 3))
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
@@ -243,8 +247,9 @@ def run(model: nn.Module, steps: int, wrap: Callable = lambda model: model) -> l
     return found
 
 
-def test_compiled_training_equals_eager_and_compiles_once(tiny):
-    model = tiny(depth=2, init_values=0.1)
+@pytest.mark.parametrize('method', shortly('vqmoe', 'ecmoe'))
+def test_compiled_training_equals_eager_and_compiles_once(method):
+    model = make(method, depth=2, init_values=0.1)
     counter = CompileCounterWithBackend('aot_eager')
     expected = run(model, 4)
     found = run(model, 4, lambda m: torch.compile(m, fullgraph=True, backend=counter))

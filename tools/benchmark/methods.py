@@ -216,7 +216,7 @@ def run_layer(
 ) -> Sequence[Tensor]:
     """A layer, perhaps compiled, inside its collector, as a training step runs it."""
     assert isinstance(module, MoeLayer)
-    call = call or module
+    call = module if call is None else call  # one that is compiled has a length, and no truth
     _show_images(module, batch.images)
     if not module.training or not module.needs_collecting:
         return [call(batch.x)]

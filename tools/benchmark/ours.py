@@ -36,7 +36,7 @@ def dense(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
 def on_tokens(
     module: nn.Module, batch: Batch, call: Callable[[Tensor], Tensor] | None = None
 ) -> Sequence[Tensor]:
-    return [(call or module)(batch.x)]
+    return [(module if call is None else call)(batch.x)]
 
 
 class BatchedLinear(torch.autograd.Function):
