@@ -1,8 +1,6 @@
 """Runs of several processes, each forked from one that has imported everything.
 
-    python tests/engine/ranks.py FOLDER
-
-The folder holds `runs.json`: by name, the tool, the variables and the arguments of each rank.
+A folder holds `runs.json`: by name, the tool, the variables and the arguments of each rank.
 Each rank writes what it prints beside it, and `ended.json` says how it ended.
 """
 
@@ -12,15 +10,15 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from tests.forked import LATER
-from tests.formatting import format_once
 from vqmoe_vision.engine import cli
+
+from ..formatting import format_once
 
 # Seconds from SIGTERM to SIGKILL, of which torchrun has 30.
 GRACE = 10.0
@@ -77,12 +75,13 @@ def end(processes: set[int], number: int) -> None:
         os.kill(process, number)
 
 
-if __name__ == '__main__':
+def run_all(_rank: int, folder: Path) -> None:
+    """In a process of `tests.forked`."""
     torch.set_num_threads(1)
-    for name in ('vqmoe_vision.classification', *LATER):
-        import_module(name)
+    warnings.simplefilter('ignore')
     format_once()
-    root = Path(sys.argv[1])
-    runs = json.loads((root / 'runs.json').read_text())
-    ended = {name: run(root / name, one['tool'], one['ranks']) for name, one in runs.items()}
-    (root / 'ended.json').write_text(json.dumps(ended))
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    runs = json.loads((folder / 'runs.json').read_text())
+    ended = {name: run(folder / name, one['tool'], one['ranks']) for name, one in runs.items()}
+    (folder / 'ended.json').write_text(json.dumps(ended))

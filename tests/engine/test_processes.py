@@ -1,11 +1,8 @@
 """Several processes through the tools, on a CPU: what they train, count, write and say."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,10 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.record import read_history
 
+from ..forked import ROOT, spawn
 from ..soak.kinds import FOUR_SCENES, SCENES, same
+from .ranks import run_all
 
-ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # 360 images of validation and test are no multiple of 2 times 77
 CLASSIFICATION = f"""
@@ -94,11 +92,7 @@ def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:
     (folder / 's.py').write_text(SEGMENTATION)
     (folder / 'dies.py').write_text(DIES)
     (folder / 'runs.json').write_text(json.dumps(runs))
-    path = os.pathsep.join([str(ROOT), str(folder)])
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/engine/ranks.py'), str(folder)]
-    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert (folder / 'ended.json').is_file(), done.stderr
+    spawn(run_all, (folder,), nprocs=1)
     return json.loads((folder / 'ended.json').read_text())
 
 

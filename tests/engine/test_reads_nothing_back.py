@@ -147,7 +147,10 @@ def train(runner: Runner) -> None:
         runner.train()
 
 
-@pytest.mark.parametrize('task', TASKS)
+# the long suite has the rest
+@pytest.mark.parametrize(
+    'task', [pytest.param(name, marks=[pytest.mark.long] * (name == 'cutmix')) for name in TASKS]
+)
 @pytest.mark.parametrize(
     'method', [pytest.param(name, marks=[pytest.mark.long] * (name != 'vqmoe')) for name in METHODS]
 )

@@ -120,7 +120,7 @@ def served(tmp_path) -> Iterator[tuple[Any, str]]:
     needs_onnx()
     if shutil.which('npm') is None:
         pytest.skip('needs npm: apt-get install npm')
-    model = tiny('vqmoe')
+    model = tiny('smoe')  # of the graph alone the other
     (tmp_path / 'model').mkdir()
     save(copy.deepcopy(model), tmp_path / 'model', preprocessing_of(PREPARED), 'abcdefghij')
     try:

@@ -28,9 +28,7 @@ DATA = Path(__file__).parent / 'data'
 ROWS = ROOT / 'docs/results/rows'
 CAMVID = 'segmentation/segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py'
 COMPARISONS = [ROOT / f'configs/comparisons/{rows.name}.py' for rows in sorted(ROWS.iterdir())]
-
-# with numbers of dev, and with all methods; `make docs` has the others
-SHORT = ('cifar100_budget', 'cifar10_methods')
+SHORT = 'cifar100_budget', 'cifar10_methods'  # with numbers of dev; with all methods
 
 # Of a line of `docs/results/tables/*.csv`, which `tools/compare.py table` writes.
 FIELDS = ('seeds', 'score', 'std', 'pairs', 'difference', 'low', 'high', 'p', 'p_holm')
@@ -106,11 +104,10 @@ def test_every_program_has_the_flags_it_had():
     assert not list(differences(probe.flags(ROOT), read('flags')))
 
 
-@cases(
-    'spec',
-    *(pytest.param(s, marks=[pytest.mark.pages] * (s.stem not in SHORT)) for s in COMPARISONS),
-    ids=lambda spec: spec.stem,
-)
+PARAMS = (pytest.param(s, marks=[pytest.mark.pages] * (s.stem not in SHORT)) for s in COMPARISONS)
+
+
+@cases('spec', *PARAMS, ids=lambda spec: spec.stem)
 def test_numbers_of_tables_are_those_of_the_rows(spec):
     recorded = {n: row for n, row in read('tables').items() if n.startswith(f'{spec.stem}/')}
     assert not list(differences(table(spec), recorded))

@@ -1,6 +1,5 @@
 """Tiny models of every method, of every preset that runs other code, and dense ones beside them."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..variants import VARIANTS
 
 # 16 patches and a class token per image; blocks 1 and 3 are MoE
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
+SHALLOW: dict[str, Any] = {'depth': 1, 'moe_layers': [0]}
 Make = Callable[..., nn.Module]
 DENSE = 'vit_tiny_patch16_224'
 DINOV3 = 'vit_small_patch16_dinov3'  # an `Eva`: rotary positions, registers, LayerScale
@@ -45,12 +45,9 @@ EXACT = [
 
 
 def pairs(*hosts: str) -> list[tuple[str, str]]:
-    """The first two with each method that they can have, as raw patches are of
-    `VisionTransformer` alone; the others, which are hosts as the second is, with one in turn."""
+    """Hosts with each method that they can have: raw patches are of `VisionTransformer` alone."""
     anywhere = [name for name, method in METHODS.items() if method.read_patches is None]
-    first, second, *others = hosts
-    turns = zip(others, itertools.cycle(anywhere), strict=False)
-    return [*((first, m) for m in METHODS), *((second, m) for m in anywhere), *turns]
+    return [(h, name) for h in hosts for name in (METHODS if h == DENSE else anywhere)]
 
 
 def shortly(*methods: str) -> list[Any]:

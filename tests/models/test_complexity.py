@@ -16,7 +16,7 @@ from vqmoe_vision.moe.experts import StackedLinear
 from vqmoe_vision.moe.kernels import Groups
 
 from .. import cases, on_meta
-from .conftest import make
+from .conftest import SHALLOW, make
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def plain_loops(monkeypatch) -> None:
 
 
 def test_macs_are_what_torch_counts(tiny_variant, request):
-    model = tiny_variant(depth=1, moe_layers=[0])
+    model = tiny_variant(**SHALLOW)
     if getattr(model.moe_config, 'eval_capacity_factor', None) is not None:
         pytest.skip('what a capacity drops depends on the images, and is counted')
     counts = complexity(model)

@@ -7,6 +7,7 @@ the long one; malloc's own keeping comes to one or two.
 import contextlib
 import gc
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from resource import getpagesize
 
@@ -68,17 +69,11 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:training without collect_losses:UserWarning'),
     pytest.mark.parametrize('method', METHODS),
 ]
-long = pytest.mark.long
+LONG = product((True, False), (True, False), (1000,))
+LONG = [pytest.param(*case, marks=pytest.mark.long) for case in LONG]
 
 
-@cases(
-    'training, collects',
-    (True, True),
-    pytest.param(True, False, marks=long),
-    pytest.param(False, True, marks=long),
-    (False, False),
-)
-@pytest.mark.parametrize('num_steps', [24, pytest.param(1000, marks=long)])
+@cases('training, collects, num_steps', (True, True, 24), (False, False, 24), *LONG)
 def test_memory_is_flat(method, training, collects, num_steps):
     model = make(method, depth=1, moe_layers='every1')
     objects, process = growth(stepper(model, training, collects), num_steps)

@@ -27,6 +27,7 @@ from .conftest import (
     DENSE,
     DINOV3,
     GATED,
+    SHALLOW,
     TINY,
     dense,
     distance,
@@ -217,7 +218,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     **{f'vqmoe-{form}': ('vqmoe', {'form': form}) for form in ('discrete', 'continuous')},
 }
-SHALLOW: dict[str, Any] = {'depth': 1, 'moe_layers': [0]}
 OPTIONS = {
     f'{name}-{option}={value!r}': (name, {option: value})
     for name, method in METHODS.items()
@@ -245,7 +245,6 @@ def test_experts_of_another_method_are_refused(ours, folders):
     for form, name in others.items():
         message = f"saved with method='{name}', the model has method='{method}'"
         refused(message, start_from, model, f'{folders[form]}/model.safetensors')
-    # the last of them also where a model is built
     refused(message, make, method, upcycle=f'local-dir:{folders[form]}', **SHALLOW, **options)
 
 

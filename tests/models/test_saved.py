@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from vqmoe_vision.moe import METHODS
 
 from .. import cases, refused
 from ..variants import VARIANTS
-from .conftest import DENSE, DINOV3, MORE, TINY, check_complete, dense, make, pairs
+from .conftest import DENSE, DINOV3, MORE, SHALLOW, TINY, check_complete, dense, make, pairs
 
 PREPROCESSING: dict[str, Any] = {
     'input_size': (3, 32, 32),
@@ -38,14 +39,10 @@ def same(model: nn.Module, again: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(again.eval()(images), model.eval()(images), rtol=0, atol=0)
 
 
-@cases(
-    'variant, recorded',
-    *((variant, True) for variant in VARIANTS),
-    *((method, False) for method in METHODS),
-)
+@cases('variant, recorded', *((v, True) for v in VARIANTS), *((m, False) for m in METHODS))
 def test_every_method_with_all_its_options(variant, recorded, tmp_path, images, train_step):
     method, options = VARIANTS[variant]
-    sizes = {'depth': 1, 'moe_layers': [0], **options}
+    sizes = {**SHALLOW, **options}
     model: Any = make(method, **sizes)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):  # codebooks start, stages count
@@ -66,13 +63,14 @@ def test_every_method_with_all_its_options(variant, recorded, tmp_path, images, 
     torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
 
 
-# of options those of the slots alone follow the size
-OF_SIZES = [name for name in VARIANTS if name in METHODS or name.startswith('softmoe')]
-
-
 @cases(
     'variant, before, after',
-    *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in OF_SIZES),
+    # of options those of slots alone follow the size
+    *(
+        (v, {'img_size': (32, 64)}, {'img_size': 32})
+        for v in VARIANTS
+        if v in METHODS or v[:4] == 'soft'
+    ),
     *((method, {}, {'img_size': 48}) for method in METHODS),
     *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
 )
@@ -191,7 +189,10 @@ def test_weights_by_name_are_not_half_loaded(message, moe, classes):
     refused(message, by_name, state, moe, num_classes=classes)
 
 
-@pytest.mark.parametrize('host, method', pairs(*HOSTS, *MORE))
+IN_TURN = zip(MORE, cycle(method for _, method in pairs(DINOV3)), strict=False)
+
+
+@cases('host, method', *pairs(*HOSTS), *IN_TURN)
 def test_a_converted_model_is_saved_as_it_is(host, method, tmp_path, images):
     model = dense(host)
     options = {'num_experts': 4, 'moe_layers': (0, 3), 'expert_mlp_ratio': 2.0}

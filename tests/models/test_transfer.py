@@ -24,21 +24,6 @@ def state_of(method: str = 'vqmoe', **kwargs: Any) -> dict[str, torch.Tensor]:
     return model_of(method, **{'num_classes': 3, **kwargs}).state_dict()
 
 
-def test_every_method_and_preset_goes_through_whole(tiny_variant):
-    state = {
-        name: torch.randn_like(value) if value.is_floating_point() else value
-        for name, value in tiny_variant(depth=2).state_dict().items()
-    }
-    model = tiny_variant(depth=2)
-    fitted, notes = fit_state(model, {f'model.{n}': v for n, v in state.items()}, 'a')
-    torch.testing.assert_close(fitted, state, rtol=0, atol=0)
-    number = len(state)
-    assert notes == [
-        'a: the head is the one of the checkpoint',
-        f'a: loaded {number} of the {number} tensors of the model',
-    ]
-
-
 def test_position_embeddings_of_an_oblong_image_are_resized():
     # 16 positions of (16, 64) pixels are no 4 x 4 grid, though there are as many
     state = state_of(img_size=(16, 64))

@@ -1,6 +1,5 @@
 """Names, sizes, options and their mistakes."""
 
-import functools
 from dataclasses import fields
 from typing import Any
 
@@ -18,18 +17,12 @@ from ..variants import trials
 NAMES = timm.list_models('vit_*', module='vit_moe')
 
 
-@functools.cache
-def dense_of(size: str) -> Any:
-    with on_meta():
-        return timm.create_model(f'vit_{size}_patch16_224')
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_default_size_and_placement(name):
     _, size, method = name.split('_')
-    dense = dense_of(size)
     with on_meta():
         model: Any = timm.create_model(name)
+        dense: Any = timm.create_model(f'vit_{size}_patch16_224')
     assert isinstance(model, MoeVisionTransformer)
     assert (model.method, model.num_classes) == (method, 1000)
     assert model.patch_embed.img_size == (224, 224)

@@ -212,7 +212,7 @@ def test_the_checkpoint_of_a_run_is_read_without_mmengine(tmp_path):
     state = {f'model.{name}': value for name, value in dense().state_dict().items()}
     state['normalization'] = torch.tensor([[0.25] * 3, [0.5] * 3])
     log = {'log_scalars': {'loss': history}, 'runtime_info': {'top1': np.float32(1)}}
-    file, other = str(tmp_path / 'epoch_1.pth'), str(tmp_path / 'epoch_2.pth')
+    file, other = (str(tmp_path / f'epoch_{i}.pth') for i in (1, 2))
     torch.save({'state_dict': state, 'message_hub': log, 'optimizer': {}, 'meta': {}}, file)
     harm = {'log': history, 'code': Call(print, 'harm')}
     torch.save({'state_dict': state, 'message_hub': harm}, other)
