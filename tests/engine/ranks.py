@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tests.formatting import format_once
+from tests.quicker import quicken
 from vqmoe_vision.engine import cli
 
 # Seconds from SIGTERM to SIGKILL, of which torchrun has 30.
@@ -79,7 +79,7 @@ def end(processes: set[int], number: int) -> None:
 if __name__ == '__main__':
     torch.set_num_threads(1)
     import_module('vqmoe_vision.classification')
-    format_once()
+    quicken()
     root = Path(sys.argv[1])
     runs = json.loads((root / 'runs.json').read_text())
     ended = {name: run(root / name, one['tool'], one['ranks']) for name, one in runs.items()}
