@@ -17,6 +17,9 @@ TIMM_REPOSITORY ?= https://github.com/huggingface/pytorch-image-models
 # slower as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Tests start many processes: none compiles what another has compiled. `make clean` removes it.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 OLDEST := $(VENV)/oldest

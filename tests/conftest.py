@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from .formatting import format_once
+from .quicker import quicken
+
+# Looking for garbage takes a quarter of the time of all imports.
+gc.disable()
 
 # Derandomized: a red run can be repeated. No deadline: the first example pays for warm-up.
 hypothesis.settings.register_profile('repository', derandomize=True, deadline=None)
 hypothesis.settings.load_profile('repository')
-
-format_once()
 
 # The tensors of the tests are so small that more threads only wait for each other.
 torch.set_num_threads(1)
@@ -55,6 +56,11 @@ def _collected() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

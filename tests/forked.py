@@ -18,7 +18,7 @@ from runpy import run_path
 
 import torch.multiprocessing as mp
 
-from .formatting import format_once
+from .quicker import quicken
 
 ROOT = Path(__file__).parents[1]
 METHOD = 'forkserver'
@@ -77,5 +77,5 @@ def _run(tool, arguments, folder, files, environment, new_session, file_size) ->
     sys.path[:0] = [str(folder), str(ROOT)]
     sys.argv = [script, *arguments]
     sys.orig_argv = [sys.executable, *sys.argv]
-    format_once()
+    quicken()
     run_path(script, run_name='__main__')

@@ -18,7 +18,7 @@ import torch
 
 from vqmoe_vision.engine import cli
 
-from ..formatting import format_once
+from ..quicker import quicken
 
 # Seconds from SIGTERM to SIGKILL, of which torchrun has 30.
 GRACE = 10.0
@@ -79,7 +79,7 @@ def run_all(_rank: int, folder: Path) -> None:
     """In a process of `tests.forked`."""
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    format_once()
+    quicken()
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     runs = json.loads((folder / 'runs.json').read_text())

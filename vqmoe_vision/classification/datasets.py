@@ -37,7 +37,7 @@ def split_indices(targets: Any, split: str, dev_size: int, imbalance: float = 1)
     """Which of the training images belong to a split; always the same, classes in proportion."""
     train = np.arange(len(targets))
     if split != 'trainval' and (split, dev_size) != ('train', 0):
-        from sklearn.model_selection import train_test_split  # here for the reason of `digit_scans`
+        from sklearn.model_selection import train_test_split  # here for the reason of `_all_digits`
 
         try:
             train, dev = train_test_split(

@@ -7,6 +7,7 @@ one of both. Legend: H, W height and width, N scans.
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -97,6 +98,13 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Scans (N, 8, 8) uint8, bright on black, and digits (N,); every digit in proportion."""
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
+    scans, targets, parts = _all_digits()
+    return scans[parts[split]], targets[parts[split]]
+
+
+@cache
+def _all_digits() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Scans, digits and the indices of each split, read once for all data sets of a run."""
     # here, because every tool reads this file, few the scans: a second of the eight to its start
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -107,8 +115,8 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     images, targets = load_digits(return_X_y=True)
     rest, test = parted(np.arange(len(targets)), 360)
     train, dev = parted(rest, 180)
-    chosen = {'train': train, 'dev': dev, 'test': test}[split]
-    return np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), targets[chosen]
+    scans = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return scans, targets, {'train': train, 'dev': dev, 'test': test}
 
 
 # Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
@@ -119,7 +127,7 @@ def digit_scene(
     scans: np.ndarray, digits: np.ndarray, size: int, seeds: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) uint8 BGR, and labels (H, W) uint8: 0, and d + 1 for strokes of d."""
-    import cv2  # here for the reason of `digit_scans`
+    import cv2  # here for the reason of `_all_digits`
 
     rng = np.random.default_rng(seeds)
     coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)  # smooth dark colours
