@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from runpy import run_path
+from runpy import run_module, run_path
 
 import torch.multiprocessing as mp
 
@@ -43,7 +43,7 @@ def run_tool(
     file_size: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Runs a program of `tools/` as a shell would, in a folder from which it may import modules.
+    """Runs a program of `tools/`, or a module, as a shell would, in a folder of its own modules.
 
     It may lead a group of processes of its own, write `file_size` bytes into a file at most, and
     have variables beside those of this process.
@@ -73,9 +73,9 @@ def _run(tool, arguments, folder, files, environment, new_session, file_size) ->
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    script = str(ROOT / 'tools' / tool)
+    script, is_file = str(ROOT / 'tools' / tool), tool.endswith('.py')
     sys.path[:0] = [str(folder), str(ROOT)]
     sys.argv = [script, *arguments]
     sys.orig_argv = [sys.executable, *sys.argv]
     quicken()
-    run_path(script, run_name='__main__')
+    run_path(script, run_name='__main__') if is_file else run_module(tool, run_name='__main__')

@@ -22,7 +22,7 @@ def quicken() -> None:
 
     def as_it_is(text: str, **_: Any) -> tuple[str, bool]:
         compile(text, 'config', 'exec')
-        return text, False
+        return f'{text}\n', False
 
     yapf_api.FormatCode = as_it_is  # of the config in each checkpoint
 

@@ -34,6 +34,8 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.moe import METHODS, MoeConfig, MoeLayer
 from vqmoe_vision.provenance import commit, processor
 
+from .forked import run_tool
+
 ROOT = Path(__file__).parents[1]
 PACKAGE, TOOLS = ROOT / 'vqmoe_vision', ROOT / 'tools'
 # A part may import itself and the parts of a lower layer.
@@ -78,24 +80,6 @@ def test_imports_point_down():
     assert not wrong
 
 
-def test_base_import_needs_only_torch_and_timm_and_contrib_is_imported_when_asked_for():
-    listing = "print(*{name.partition('.')[0] for name in sys.modules})"
-    loaded = "print('vqmoe_vision.contrib' in sys.modules)"
-    program = f"""import sys, torch, timm
-{listing}
-import vqmoe_vision
-{listing}
-from vqmoe_vision.moe import METHODS
-names = [*METHODS], 'mocle' in METHODS
-{loaded}
-METHODS['mocle']
-{loaded}"""
-    printed = subprocess.check_output([sys.executable, '-c', program], text=True).splitlines()
-    before, after = (set(line.split()) for line in printed[:2])
-    assert after - before - sys.stdlib_module_names <= {'vqmoe_vision'}
-    assert printed[2:] == ['False', 'True']
-
-
 def test_version_and_changelog_agree():
     changelog = (ROOT / 'CHANGELOG.md').read_text()
     newest = re.search('^## (.*)$', changelog, re.MULTILINE)
@@ -118,7 +102,33 @@ def names(folder: Path) -> set[str]:
     return {path.as_posix() for path in files if '__pycache__' not in path.parts}
 
 
-def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path):
+# in the place of the wheel, as `vqmoe` begins, without mmengine and with it
+PROGRAM = """import gc, sys
+given = sys.argv
+gc.disable()
+import torch, timm
+def imported():
+    print(*{name.partition('.')[0] for name in sys.modules}, 'vqmoe_vision.contrib' in sys.modules)
+imported()
+import vqmoe, vqmoe_vision
+from vqmoe_vision.moe import METHODS
+names = [*METHODS], 'mocle' in METHODS
+imported()
+METHODS['mocle']
+imported()
+print(vqmoe_vision.config_path('classification/cifar10.py'))
+sys.modules['mmengine'] = None
+for _ in range(2):
+    sys.argv = [*given]
+    try:
+        vqmoe.main()
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+    sys.modules.pop('mmengine', None)
+"""
+
+
+def test_a_wheel_holds_all_that_it_needs_and_nothing_else(tmp_path):
     dist, wheel = str(tmp_path / 'dist'), tmp_path / 'site'
     (built,) = WheelBuilder(str(ROOT)).build(directory=dist, versions=['standard'])
     assert Path(built).stat().st_size < 4e6  # weights of two small models are in it
@@ -135,19 +145,22 @@ def test_it_holds_the_package_configs_and_tools_and_nothing_else(tmp_path):
     (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision', 'vqmoe.py'}
     assert info.endswith('.dist-info')
     assert 'vqmoe = vqmoe:main' in (wheel / info / 'entry_points.txt').read_text()
-    name = 'classification/cifar10.py'
-    program = f'import vqmoe_vision; print(vqmoe_vision.config_path({name!r}))'
-    environment = {**os.environ, 'PYTHONPATH': str(wheel)}
-    command = [sys.executable, '-c', program]
-    path = Path(subprocess.check_output(command, text=True, env=environment, cwd=wheel).strip())
-    assert path == wheel / 'vqmoe_vision/.mim/configs' / name
-    assert path.read_text() == (ROOT / 'configs' / name).read_text()
-    command = [sys.executable, '-m', 'vqmoe', 'publish', 'none', 'out']
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=wheel)
-    assert done.returncode == 1 and done.stderr.startswith("error: source='none'")
-    (wheel / 'mmengine.py').write_text('raise ModuleNotFoundError(__name__)')
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=wheel)
-    assert done.stderr.endswith("need: pip install 'vqmoe-vision[train]'\n")  # as .ci/try-wheel
+    scenes = 'vqmoe_vision::segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
+    command = ['predict', scenes, 'none.pth', str(tmp_path / 'dist')]
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM, *command],
+        capture_output=True, text=True, cwd=wheel, env={**os.environ, 'PYTHONPATH': str(wheel)},
+    )  # fmt: skip
+    *listed, path = done.stdout.splitlines()
+    before, after, last = (set(line.split()) for line in listed)
+    assert after - before - sys.stdlib_module_names <= {'vqmoe', 'vqmoe_vision'}
+    assert 'False' in before & after and 'True' in last
+    assert Path(path) == wheel / 'vqmoe_vision/.mim/configs/classification/cifar10.py'
+    assert Path(path).read_text() == (ROOT / 'configs/classification/cifar10.py').read_text()
+    # what comes first is about the run: nothing that is printed where mmseg is imported
+    needs, error = done.stderr.splitlines()
+    assert "needs: pip install 'vqmoe-vision[train]', or" in needs
+    assert error.startswith(f'error: {tmp_path}/dist holds no image')
 
 
 # commands, and with which status they end
@@ -331,11 +344,6 @@ MODEL = '--img-size 32 --num-classes 2 --model-kwargs img_size=32 patch_size=8 e
 READ = '--device cpu --batch-size 4 --workers 0'
 
 
-def run_script(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', 'vqmoe_vision.script', *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
 def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path):
     folder = tmp_path / 'scripts'
     folder.mkdir()
@@ -347,13 +355,14 @@ def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path):
         'print(json.dumps([sys.argv, neighbour.names, ClassificationTask.__name__]))\n'
         'sys.exit(3)\n'
     )
-    done = run_script('scripts/script.py', '-h', '--model', 'x', cwd=tmp_path)
+    script, given = 'vqmoe_vision.script', ('scripts/script.py', '-h', '--model', 'x')
+    done = run_tool(script, *given, folder=tmp_path)
     argv, names, task = json.loads(done.stdout)
-    assert argv == ['scripts/script.py', '-h', '--model', 'x']
+    assert argv == [*given]
     assert {f'vit_tiny_{method}' for method in METHODS} <= set(names)
     assert task == 'MoeClassificationTask'
     assert (done.returncode, done.stderr) == (3, '')
-    done = run_script('validate.py', cwd=tmp_path)
+    done = run_tool(script, 'validate.py', folder=tmp_path)
     assert done.stderr == 'script=validate.py is not possible: there is no such file\n'
     assert (done.returncode, done.stdout) == (2, '')
 
@@ -373,7 +382,10 @@ def test_train_py_trains_experts_over_a_resume(method, tmp_path):
 
     def train(name: str, *arguments: str) -> None:
         named = [*options.split(), '--experiment', name, *arguments]
-        done = run_script(SCRIPTS / 'train.py', *named, *model, cwd=tmp_path)
+        script = ['-m', 'vqmoe_vision.script', SCRIPTS / 'train.py', *named, *model]
+        done = subprocess.run(
+            [sys.executable, *script], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert 'MoeClassificationTask: criterion=' in done.stderr
         assert 'training without collect_losses' not in done.stderr

@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,13 +77,6 @@ def test_training_logs_losses_statistics_and_metrics(trained):
     loads = [f'{part}/{layer}/load_max' for part in ('train_epoch', 'val')]
     (train,), (held_out,) = ([r[name] for r in records if name in r] for name in loads)
     assert train != held_out
-
-
-def test_what_comes_first_is_about_the_run(config, tmp_path):
-    command = [sys.executable, ROOT / 'tools/predict.py', config, 'none.pth', tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout == ''
-    assert done.stderr.startswith(f'error: {tmp_path} holds no image')
 
 
 @pytest.mark.parametrize('options', [[], ['--tta']])
