@@ -24,10 +24,12 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 OLDEST := $(VENV)/oldest
 
-# a process of the tests per core, each with one thread; who is done takes what others have left.
-# Threads of tests that want two sleep until there is work for them.
+# A process of the tests per core and one more, as some wait for what they have started, each with one
+# thread; who is done takes what others have left. Threads of tests that want two sleep until there is
+# work for them.
 ALL_CORES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
+PROCESSES := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && expr $$n + 1 || echo 4)
+IN_PARALLEL := --numprocesses=$(PROCESSES) --dist=worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test long soak oldest lint format types timm-suite timm-scripts reference docs picture bench bench-ci gpu-check release clean

@@ -19,7 +19,8 @@ from .rows import CONFIGS
 from .runs import messages
 
 PROGRAM = """
-import importlib.util, pkgutil, sys, warnings
+import gc, importlib.util, pkgutil, sys, warnings
+gc.disable()
 warnings.simplefilter('ignore')
 import mmengine, mmcv.transforms, mmseg.apis, mmseg.datasets, mmseg.models, mmseg.evaluation
 import mmengine.dataset, mmengine.runner, mmseg.engine, mmseg.visualization, timm, timm.task

@@ -48,10 +48,20 @@ def dataset(config: Config, split: str = 'train') -> Any:
     return config[f'{split}_dataloader'].dataset
 
 
+def some_rows(leaf: str) -> list[str]:
+    """All for the first leaf; every third for another, and the one whose slots it has to fit."""
+    number = [*DATA_SETS, *SMALL].index(leaf)
+    return [r for i, r in enumerate(ROWS) if not number or (number + i) % 3 == 0 or r == 'softmoe']
+
+
 @cases(
     'leaf, size, row',
     *((DATA_SETS[0], size, 'vqmoe') for size in SIZES if size != 'tiny'),
-    *((leaf, SMALL.get(leaf, 'tiny'), row) for leaf in (*DATA_SETS, *SMALL) for row in ROWS),
+    *(
+        (leaf, SMALL.get(leaf, 'tiny'), row)
+        for leaf in (*DATA_SETS, *SMALL)
+        for row in some_rows(leaf)
+    ),
 )
 def test_every_config_takes_every_row(leaf, size, row, monkeypatch):
     config = load(leaf, row, size)
