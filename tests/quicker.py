@@ -2,6 +2,7 @@
 
 import sys
 from copy import deepcopy
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ def quicken() -> None:
     # it looks for garbage at each data set, through all that the tests import
     base_dataset.gc = SimpleNamespace(collect=lambda: 0)
 
+    @wraps(yapf_api.FormatCode)
     def as_it_is(text: str, **_: Any) -> tuple[str, bool]:
         compile(text, 'config', 'exec')
         return f'{text}\n', False

@@ -1,13 +1,16 @@
 """Every config: each row and size can be built, and its pipelines run on generated images."""
 
 import re
+from inspect import unwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from PIL import Image
+from yapf.yapflib import yapf_api
 
 import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register types
@@ -138,6 +141,16 @@ def test_rows_are_matched_in_active_compute(leaf, softmoe):
         # routers and codebooks come on top of the experts
         tolerance = softmoe if row == 'softmoe' else 0.04
         assert value == pytest.approx(macs['dense_2x'], rel=tolerance), row
+
+
+@pytest.mark.parametrize('leaf', [DEMO, f'segmentation/segmenter_vit-{SEGMENTERS[-1]}.py'])
+def test_what_checkpoints_keep_is_the_config(leaf, monkeypatch):
+    config = load_config(str(CONFIGS / leaf))
+    unformatted = config.pretty_text  # as in all tests but this one
+    monkeypatch.setattr(yapf_api, 'FormatCode', unwrap(yapf_api.FormatCode))
+    assert config.pretty_text != unformatted
+    for text in (config.pretty_text, unformatted):
+        assert Config.fromstring(text, '.py').to_dict() == config.to_dict()
 
 
 def test_docs_name_configs_that_are_there():
