@@ -26,14 +26,8 @@ METHOD = 'forkserver'
 _CONTEXT = multiprocessing.get_context(METHOD)
 _TASKS = 'vqmoe_vision.classification vqmoe_vision.segmentation vqmoe_vision.engine.cli'
 # what mmengine and data sets import when a training begins: as long as a tiny one takes
-_LATER = [
-    'matplotlib.pyplot',
-    'setuptools',
-    'sklearn.datasets',
-    'sklearn.model_selection',
-    'torch.utils.tensorboard',
-]
-_CONTEXT.set_forkserver_preload(['pytest', 'hypothesis', *_TASKS.split(), *_LATER])
+_LATER = 'matplotlib.pyplot setuptools sklearn.model_selection torch.utils.tensorboard'
+_CONTEXT.set_forkserver_preload(['pytest', 'hypothesis', *_TASKS.split(), *_LATER.split()])
 
 
 def spawn(function: Callable[..., None], args: tuple, nprocs: int) -> None:
