@@ -28,7 +28,7 @@ OLDEST := $(VENV)/oldest
 # thread; who is done takes what others have left. Threads of tests that want two sleep until there is
 # work for them.
 ALL_CORES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-PROCESSES := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); [ $$n -lt 4 ] && expr $$n + 1 || echo 4)
+PROCESSES := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
 IN_PARALLEL := --numprocesses=$(PROCESSES) --dist=worksteal
 
 .DEFAULT_GOAL := help

@@ -4,7 +4,6 @@ The scenes are those of configs/segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64
 and so are crops, batch, rates and the windows of a test. mmsegmentation is not needed.
 """
 
-from functools import cache
 from itertools import product
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from vqmoe_vision import collect_losses
 from vqmoe_vision.engine.images import digit_scans, digit_scene
 
-scans_of = cache(digit_scans)
 CLASSES, SIZE, CROP = 11, 96, 48
 ENCODER = dict(img_size=CROP, patch_size=8, depth=4, embed_dim=96, num_heads=3, preset='matched')
 
@@ -22,7 +20,7 @@ ENCODER = dict(img_size=CROP, patch_size=8, depth=4, embed_dim=96, num_heads=3, 
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Image (96, 96, 3) uint8 and labels (96, 96) uint8: 0, and d + 1 for strokes of digit d."""
     seeds = 0, ('train', 'test', 'dev').index(split), index
-    return digit_scene(*scans_of(split), SIZE, seeds)
+    return digit_scene(*digit_scans(split), SIZE, seeds)
 
 
 def tensors(scenes: list) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """A package, or processes that tests spawn would import the `tests` that soft-moe installs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,11 @@ from torch.overrides import TorchFunctionMode
 def cases(names: str, *rows: Any, ids: Any = None) -> pytest.MarkDecorator:
     """`pytest.mark.parametrize`, with a row for each argument."""
     return pytest.mark.parametrize(names, rows, ids=ids)
+
+
+def mostly_long(values: Iterable[str], *short: str) -> list[Any]:
+    """Parameters of which the long suite alone has those that are not named."""
+    return [pytest.param(v, marks=[pytest.mark.long] * (v not in short)) for v in values]
 
 
 def refused(message: str, call: Callable, *args: Any, error: Any = ValueError, **more: Any) -> str:

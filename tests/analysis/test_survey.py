@@ -14,13 +14,13 @@ from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS, moe_layers
 
-from .. import cases, refused
+from .. import cases, mostly_long, refused
 from ..variants import VARIANTS
 from .conftest import make
 
 E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']
 # the long suite has presets and trials, which test_record.py has too
-EACH = [pytest.param(v, marks=[pytest.mark.long] * (v not in METHODS)) for v in VARIANTS]
+EACH = mostly_long(VARIANTS, *METHODS)
 AS_IT_IS = Normalization((0.0,) * 3, (1.0,) * 3)
 
 

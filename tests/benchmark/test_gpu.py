@@ -21,6 +21,8 @@ from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.kernels import KERNELS, Groups, grouped_linear, use_kernel
 from vqmoe_vision.moe.routing import perplexity
 
+from .. import mostly_long
+
 VITS = {'small': 384, 'base': 768, 'large': 1024}
 EXPECTED = 2.0  # of an MoE over dense
 FAST, WRONG = 10.0, {'kernel': 'batched', 'result': 'off', 'ok': False}
@@ -150,9 +152,7 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
 SIZES = dict(depth=2, embed_dim=16, num_heads=2, num_experts=4)
 
 
-@pytest.mark.parametrize(
-    'method', [pytest.param(name, marks=[pytest.mark.long] * (name != 'vqmoe')) for name in METHODS]
-)
+@pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_trainings_in_every_way(monkeypatch, method):
     monkeypatch.setattr(gpu_results, 'METHODS', {method: METHODS[method]})
     known = gpu_results.learned

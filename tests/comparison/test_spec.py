@@ -29,8 +29,8 @@ from .. import cases, on_meta
 from ..rows import CONFIGS
 
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
+BUILT: set[str] = set()  # models that a row was seen to be
 # Options that rows of finished comparisons had: they can be read, and not be trained again.
-BUILT: set[str] = set()
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
 
 

@@ -19,6 +19,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model import unwrapped
 from vqmoe_vision.moe import METHODS, use_kernel
 
+from .. import mostly_long
 from ..rows import CONFIGS
 from ..runs import leave_dense
 from ..watch import Watch
@@ -147,13 +148,8 @@ def train(runner: Runner) -> None:
         runner.train()
 
 
-# the long suite has the rest
-@pytest.mark.parametrize(
-    'task', [pytest.param(name, marks=[pytest.mark.long] * (name == 'cutmix')) for name in TASKS]
-)
-@pytest.mark.parametrize(
-    'method', [pytest.param(name, marks=[pytest.mark.long] * (name != 'vqmoe')) for name in METHODS]
-)
+@pytest.mark.parametrize('task', mostly_long(TASKS, *(name for name in TASKS if name != 'cutmix')))
+@pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_a_training_step_reads_nothing_back(tmp_path, task, method):
     with pytest.raises(Done):
         train(runner_of(tmp_path, task, method))

@@ -27,7 +27,7 @@ from vqmoe_vision.models.export import (
 )
 from vqmoe_vision.moe import METHODS, moe_layers
 
-from .. import needs_onnx, refused
+from .. import mostly_long, needs_onnx, refused
 from ..models.conftest import make, shaken
 
 SMALL = {'img_size': 16, 'patch_size': 4, 'depth': 2, 'moe_layers': [0, 1], 'embed_dim': 16}
@@ -64,7 +64,7 @@ def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
 
 
 # the long suite has all others
-FIRST = [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
+FIRST = mostly_long(METHODS, 'vqmoe')
 
 
 @pytest.mark.parametrize('method', FIRST)

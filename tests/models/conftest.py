@@ -50,12 +50,6 @@ def pairs(*hosts: str) -> list[tuple[str, str]]:
     return [(h, name) for h in hosts for name in (METHODS if h == DENSE else anywhere)]
 
 
-def shortly(*methods: str) -> list[Any]:
-    """All methods, of which the long suite alone has those that are not named."""
-    long = {name: [] if name in methods else [pytest.mark.long] for name in METHODS}
-    return [pytest.param(name, marks=marks) for name, marks in long.items()]
-
-
 def make(method: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(f'vit_tiny_{method}', **{**TINY, **kwargs})
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vqmoe_vision.moe import METHODS
 
-from .. import cases
-from .conftest import SHALLOW, make, shortly
+from .. import cases, mostly_long
+from .conftest import SHALLOW, make
 
 # Two orders of summation of the same float32 numbers differ by a few 1e-7 per layer.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
@@ -63,7 +63,7 @@ def compiled(model: nn.Module) -> Any:
 @cases(
     'method, wrap',
     *((method, lambda model: model) for method in METHODS),
-    *(pytest.param(*each.values, compiled, marks=each.marks) for each in shortly('vqmoe')),
+    *(pytest.param(*p.values, compiled, marks=p.marks) for p in mostly_long(METHODS, 'vqmoe')),
 )
 def test_training_uncollected_is_said_once(method, images, monkeypatch, wrap):
     monkeypatch.setattr('vqmoe_vision.moe.layer._said', set())

@@ -17,12 +17,12 @@ from vqmoe_vision.models.export import (
     load_exported,
     save_program,
 )
-from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
-from .. import needs_onnx
+from .. import mostly_long, needs_onnx
 from ..variants import VARIANTS
-from .conftest import WITH_GATE, make, shaken, shortly
+from .conftest import WITH_GATE, make, shaken
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -47,7 +47,7 @@ def spoil_an_expert(model: nn.Module, images: Tensor) -> Tensor | None:
     return left[:8]
 
 
-@pytest.mark.parametrize('method', shortly('vqmoe'))
+@pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(method, tmp_path):
     needs_onnx()
     model = make(method, **SMALL).eval()
@@ -113,7 +113,7 @@ def state_of(model: nn.Module) -> list[tuple]:
     return [*switches, *((name, tensor.data_ptr()) for name, tensor in tensors)]
 
 
-@pytest.mark.parametrize('method', shortly('vqmoe', 'softmoe'))
+@pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe', 'softmoe'))
 def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(method, tmp_path):
     """As it is loaded again: torch checks it then, and what it wrote itself need not pass."""
     model = make(method, **SMALL).train()

@@ -59,6 +59,7 @@ SMALL: dict[str, Any] = dict(TINY, depth=2)
     (DENSE, None, {'num_heads': 0}, 'num_heads=0'),
     (DENSE, None, {'mlp_ratio': math.inf}, 'mlp_ratio=inf'),
     (DENSE, None, {'reg_tokens': -1}, 'reg_tokens=-1'),
+    (DENSE, None, {'mlp_layer': ['SwiGLU']}, 'mlp_layer='),
     ('deit_tiny_patch16_224', None, {'img_size': 33}, 'img_size=33'),
     (DENSE, None, {'mlp_ratio': 0.001}, r'mlp_ratio=0\.001'),
     (DENSE, None, {'upcycle': 'a.pth'}, "'upcycle'"),

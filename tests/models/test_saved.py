@@ -69,7 +69,7 @@ def test_every_method_with_all_its_options(variant, recorded, tmp_path, images, 
     *(
         (v, {'img_size': (32, 64)}, {'img_size': 32})
         for v in VARIANTS
-        if v in METHODS or v[:4] == 'soft'
+        if v in METHODS or VARIANTS[v][0] == 'softmoe'
     ),
     *((method, {}, {'img_size': 48}) for method in METHODS),
     *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),

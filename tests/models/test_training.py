@@ -21,9 +21,9 @@ from vqmoe_vision import collect_losses
 from vqmoe_vision.models.timm_tasks import MoeClassificationTask, TrainsExperts, install
 from vqmoe_vision.moe import METHODS, start_training
 
-from .. import cases, refused
+from .. import cases, mostly_long, refused
 from ..variants import VARIANTS
-from .conftest import make, shortly
+from .conftest import make
 
 TARGETS = torch.arange(4)
 # Checkpointing repeats the very same operations, so nothing may differ but the order in which
@@ -239,7 +239,7 @@ def run(model: nn.Module, steps: int, wrap: Callable = lambda model: model) -> l
     return found
 
 
-@pytest.mark.parametrize('method', shortly('vqmoe', 'ecmoe'))
+@pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe', 'ecmoe'))
 def test_compiled_training_equals_eager_and_compiles_once(method):
     model = make(method, depth=2, init_values=0.1)
     counter = CompileCounterWithBackend('aot_eager')

@@ -39,8 +39,11 @@ from .conftest import (
 @pytest.mark.parametrize('method, options', EXACT)
 def test_a_model_begins_with_the_answers_of_the_dense_one(method, options, saved, images):
     source, path = saved
-    model = make(method, upcycle=path, **options).eval()
+    model: Any = make(method, upcycle=path, **options).eval()
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+    report = model.weights_report
+    check_complete(report, model, source.state_dict())
+    assert 'head.weight' in report.loaded and report.outside == report.unused == ()
 
 
 def test_a_head_of_other_classes_starts_anew_and_nothing_else_may(saved, tmp_path):

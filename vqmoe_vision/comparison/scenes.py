@@ -11,7 +11,7 @@ the training split, and scored on those of the test split.
 Legend: B images, N tokens per image, D pixels of a patch, C domains, L labels.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +63,6 @@ class Scenes(Source):
         return patches + self.separation * self.patterns[domains], domains, labels
 
 
-@cache  # scikit-learn parses and splits them each time
 def _scans(split: str) -> tuple[Tensor, Tensor]:
     scans, digits = map(torch.from_numpy, digit_scans(split))
     return scans.flatten(1).float(), digits

@@ -96,8 +96,9 @@ def create_model(
 
 def _with_classes(kwargs: dict) -> dict:
     """A config names the class of `mlp_layer`."""
-    named = kwargs.get('mlp_layer')
-    return {**kwargs, 'mlp_layer': MLPS[named]} if named in MLPS else kwargs
+    if isinstance(named := kwargs.get('mlp_layer'), str) and named in MLPS:
+        return {**kwargs, 'mlp_layer': MLPS[named]}
+    return kwargs
 
 
 def _create(model_name: str, kwargs: dict) -> nn.Module:
