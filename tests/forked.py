@@ -39,19 +39,18 @@ def run_tool(
     tool: str,
     *arguments: str,
     folder: Path,
-    new_session: bool = False,
     file_size: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Runs a program of `tools/`, or a module, as a shell would, in a folder of its own modules.
 
-    It may lead a group of processes of its own, write `file_size` bytes into a file at most, and
-    have variables beside those of this process.
+    It may write `file_size` bytes into a file at most, and have variables beside those of this
+    process.
     """
     with tempfile.TemporaryDirectory() as place:
         files = [str(Path(place) / name) for name in ('out', 'err')]
         environment = {**os.environ, **(variables or {})}
-        options = (tool, arguments, folder, files, environment, new_session, file_size)
+        options = (tool, arguments, folder, files, environment, file_size)
         process = _CONTEXT.Process(target=_run, args=options)
         process.start()
         process.join()
@@ -60,9 +59,7 @@ def run_tool(
     return subprocess.CompletedProcess([tool, *arguments], process.exitcode, out, err)
 
 
-def _run(tool, arguments, folder, files, environment, new_session, file_size) -> None:
-    if new_session:
-        os.setsid()
+def _run(tool, arguments, folder, files, environment, file_size) -> None:
     if file_size is not None:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, most))

@@ -8,6 +8,8 @@ from vqmoe_vision.comparison.spec import row_options as named_row_options
 from vqmoe_vision.engine.config import parse_options as parse
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
+DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 
 
 def leaves(part: str) -> list[str]:

@@ -79,9 +79,8 @@ def test_prose_is_plain(page):
     text = ' '.join(lines)
     assert not [(f[0], word) for word, p in WORDS.items() for f in re.finditer(p, text)]
     assert not [line for line in lines if len(line) > 100 and line.lstrip()[0] not in '|![']
-    titles = [line for line in lines if re.match('#+ ', line)]
-    assert [each for each in titles if each.startswith('# ')] == lines[:1]
-    assert len({*anchors(page)}) == len(titles)
+    assert [line for line in lines if line.startswith('# ')] == lines[:1]
+    assert len({*anchors(page)}) == len(anchors(page))
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
@@ -108,10 +107,8 @@ def test_the_key_answers_thirty_questions():  # their headings are links like ot
 def python_blocks() -> Iterator:
     for page in PAGES:
         for match in FENCE.finditer(text := page.read_text()):
-            before = text.count('\n', 0, match.start(1))
-            # Padded, so that a traceback names the line of the page.
-            padded = '\n' * before + match[1]
-            yield pytest.param(page, padded, id=f'{page.name} line {before + 1}')
+            before = '\n' * text.count('\n', 0, match.start(1))  # a traceback names the line
+            yield pytest.param(page, before + match[1], id=f'{page.name} line {len(before) + 1}')
 
 
 @cases('page, block', *python_blocks())
@@ -138,13 +135,11 @@ LABELS = re.findall(r'label="([^"]+)"', read('images/architecture.dot'))
 DRAWN = [line for label in LABELS for line in label.split(r'\n')]
 # [`module.name`](../path.py), or [`Name`](../path.py)
 LINKED = r'\[`([\w.]+)`\]\(\.\./\.\./vqmoe_vision/([\w/]+\.py)\)'
+ARCHITECTURE = read('explanation/architecture.md')
 PLACES = [
     *((above, file) for above, file in pairwise(DRAWN) if file.endswith('.py')),
     *(link for link in re.findall(LINKED, read('explanation/methods.md')) if '.py' not in link[0]),
-    *(
-        (n, f)
-        for f, n in re.findall(r'`([\w/]+\.py)::([\w.]+)`', read('explanation/architecture.md'))
-    ),
+    *((n, f) for f, n in re.findall(r'`([\w/]+\.py)::([\w.]+)`', ARCHITECTURE)),
 ]
 
 

@@ -6,17 +6,15 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.config import take_ours
 
-from . import cases
 from .forked import run_tool
-from .rows import CONFIGS
+from .rows import CONFIGS, leaves
 from .runs import messages
+from .soak.kinds import same
 
 PROGRAM = """
 import gc, importlib.util, pkgutil, sys, warnings
@@ -81,37 +79,11 @@ def test_every_stock_name_is_stock_and_no_function_is_patched():
     assert done.returncode == 0, done.stderr
 
 
-SMALL = {'depth': 2, 'embed_dim': 12, 'num_heads': 3}
-
-
-@cases(
-    'leaf',
-    'classification/digits/demo/vit_tiny_vqmoe_demo.py',
-    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
-)
-def test_our_configs_name_our_types_and_train_under_mmengines_runner(leaf, tmp_path):
+@pytest.mark.parametrize('leaf', leaves('classification') + leaves('segmentation'))
+def test_our_configs_name_our_types(leaf):
     config = Config.fromfile(CONFIGS / leaf)
     known = config.copy()
-    assert take_ours(known) == ''
-    assert known.to_dict() == config.to_dict()
-    config.work_dir, config.experiment_name = str(tmp_path), tmp_path.name
-    config.train_dataloader.update(batch_size=100, num_workers=0, persistent_workers=False)
-    model = config.model.get('backbone', config.model)
-    model.update(SMALL)
-    if model is config.model:
-        config.train_cfg.update(max_epochs=1, val_interval=1)
-    else:
-        config.train_cfg.update(max_iters=2, val_interval=2)
-        config.train_dataloader.dataset.num_scenes = 200
-        config.val_dataloader.dataset.num_scenes = 2
-    for scheduler in config.param_scheduler:
-        scheduler.update(begin=0, end=1)
-    runner = Runner.from_cfg(config)
-    runner.train()
-    assert type(runner.train_loop).__name__ in ('ResumableEpochLoop', 'IterBasedTrainLoop')
-    hooks = {type(hook).__name__ for hook in runner.hooks}
-    assert {'AtomicCheckpointHook', 'StepValuesHook', 'MoeStateHook', 'ReseedHook'} <= hooks
-    assert (tmp_path / 'last_checkpoint').is_file()
+    assert take_ours(known) == '' and known.to_dict() == config.to_dict()
 
 
 # as mmseg's own configs are written: nothing of ours in it
@@ -163,17 +135,14 @@ def test_a_stock_config_of_mmseg_resumes_to_the_bit_under_our_train(workers, tmp
             pixels = random.integers(0, high, (40, 48, *channels), np.uint8)
             cv2.imwrite(str(tmp_path / kind / f'{i}.png'), pixels)
     config = tmp_path / f'stock{workers}.py'
-    text = STOCK.replace('ROOT', repr(str(tmp_path))).replace('WORKERS', str(workers))
-    config.write_text(text)
+    config.write_text(STOCK.replace('ROOT', repr(str(tmp_path))).replace('WORKERS', str(workers)))
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     short = ('--cfg-options', 'train_cfg.max_iters=2')
     for work, more in ((whole, ()), (parts, short), (parts, ('--resume',))):
         # by processes of their own: who goes on in one with workers waits for them to end
         done = run_tool('train.py', config.name, '--work-dir', str(work), *more, folder=tmp_path)
         assert done.returncode == 0, done.stderr
-    expected, found = (read_state(str(folder / 'iter_4.pth')) for folder in (whole, parts))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert same(*(read_state(str(folder / 'iter_4.pth')) for folder in (whole, parts)))
     (told,) = (line for line in messages(whole) if 'so that this run goes on' in line)
     for name in ('AtomicCheckpointHook', 'LoadImage', 'SeededInfiniteSampler', 'ReseedHook'):
         assert name in told

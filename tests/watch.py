@@ -92,18 +92,14 @@ def _(x: Tensor) -> Tensor:
 
 READS: dict[str, Callable[[Tensor], Any]] = {
     'item': lambda x: x.sum().item(),
-    'bool': lambda x: bool(x.any()),
-    'int': lambda x: int(x.argmax()),
     'cpu': lambda x: x.cpu(),
     'mask': lambda x: x[x > 0],
     'nonzero': lambda x: x.nonzero(),
-    'unique': lambda x: x.unique(),
     'split': lambda x: x.split(x.long().flatten().tolist()),
     'opaque': lambda x: opaque(x),
     'number': lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
     'copy': lambda x: torch.tensor([1.0]).to(x.device),
     'made of a list': lambda x: torch.tensor([1.0], device=x.device),
-    'made of a number': lambda x: torch.as_tensor(1.0, device=x.device),
     'made of an array': lambda x: torch.asarray(np.ones(2), device=x.device),
     'made alike': lambda x: x.new_tensor([1.0]),
     'made as of old': lambda x: x.new([1.0]),
@@ -114,7 +110,6 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     'histogram': lambda x: x.histc(3),
     'renorm': lambda x: F.embedding(x.flatten()[:1].long(), x.new_empty(3, 3), max_norm=1.0),
     'inverse': lambda x: torch.linalg.inv(x.new_empty(3, 3)),
-    'eigenvalues': lambda x: torch.linalg.eigh(x.new_empty(3, 3)),
     'singular values': lambda x: torch.linalg.svd(x.new_empty(3, 3)),
     'generator': lambda x: torch.rand(3, generator=torch.Generator()).to(x.device),
 }

@@ -41,15 +41,11 @@ def rank(folder: Path, tool: str, variables: dict[str, str], arguments: list[str
     os._exit(status)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(('127.0.0.1', 0))
-        return one.getsockname()[1]
-
-
 def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
     """Statuses of all ranks of a run; as torchrun does, ends all as soon as one has failed."""
-    where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    with socket.socket() as one:
+        one.bind(('127.0.0.1', 0))
+        where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(one.getsockname()[1])}
     processes = []
     for number, one in enumerate(ranks):
         (folder / str(number)).mkdir(parents=True)
@@ -61,18 +57,14 @@ def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
         process, status = os.waitpid(-1, os.WNOHANG)
         if process:
             ended[process] = os.waitstatus_to_exitcode(status)
-        if any(ended.values()) and told is None:
-            told = time.monotonic()
-            end(set(processes) - ended.keys(), signal.SIGTERM)
-        if told is not None and time.monotonic() > told + GRACE:
-            end(set(processes) - ended.keys(), signal.SIGKILL)
+        if any(ended.values()):
+            late = told is not None and time.monotonic() > told + GRACE
+            for left in processes if told is None or late else ():
+                if left not in ended:
+                    os.kill(left, signal.SIGKILL if late else signal.SIGTERM)
+            told = told or time.monotonic()
         time.sleep(0.1)
     return [ended[process] for process in processes]
-
-
-def end(processes: set[int], number: int) -> None:
-    for process in processes:
-        os.kill(process, number)
 
 
 def run_all(_rank: int, folder: Path) -> None:

@@ -11,18 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from vqmoe_vision.engine import checkpoint_files
-from vqmoe_vision.engine.checkpoint_files import (
-    RUN,
-    candidates,
-    delete,
-    in_use,
-    last_checkpoint,
-    newest_before,
-    newest_checkpoint,
-    remove_partial,
-    write_atomically,
-)
+from vqmoe_vision.engine import checkpoint_files as files
 from vqmoe_vision.engine.cli import train
 
 from ..damaged import flip
@@ -31,11 +20,9 @@ from ..forked import METHOD, ROOT, spawn
 OWN = 'a run'
 
 
-def write(path: Path, iteration: int, saved_at: float | None, size: int = 1000) -> None:
-    meta = {'epoch': 0, 'iter': iteration}
-    if saved_at is not None:
-        meta['saved_at'] = saved_at
-    hub = {'runtime_info': {RUN: OWN}}
+def write(path: Path, iteration: int, saved_at: float, size: int = 1000) -> None:
+    meta = {'epoch': 0, 'iter': iteration, 'saved_at': saved_at}
+    hub = {'runtime_info': {files.RUN: OWN}}
     content = {'meta': meta, 'state_dict': {'w': torch.ones(size)}, 'message_hub': hub}
     torch.save(content, path)
 
@@ -48,7 +35,7 @@ def write_limited(_rank: int, path: Path, killed: bool) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        write_atomically(path, b'new' * 1000)
+        files.write_atomically(path, b'new' * 1000)
     finally:  # the error is told by a file
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -70,7 +57,7 @@ def test_bytes_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', watched_fsync)
     monkeypatch.setattr(os, 'replace', watched_replace)
-    write_atomically(tmp_path / 'a.pth', b'12345')
+    files.write_atomically(tmp_path / 'a.pth', b'12345')
     assert steps == ['sync .a.pth.part 5', 'rename', f'sync {tmp_path.name}']
 
 
@@ -85,7 +72,7 @@ def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed, tmp_path):
         assert getattr(ended.value, 'signal_name', None) == 'SIGXFSZ'
         partial = tmp_path / '.a.pth.part'
         assert partial.stat().st_size == 1000
-        remove_partial(tmp_path, OWN)
+        files.remove_partial(tmp_path, OWN)
     else:
         said = f'{path} could not be written (File too large); what was saved before is intact'
         assert str(ended.value).strip().endswith(f'SaveError: {said}')
@@ -100,23 +87,22 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path):
     write(tmp_path / 'best_mIoU_iter_9.pth', 9, 900.0)  # has no optimizer
     torch.save({'w': torch.ones(2)}, tmp_path / 'weights.pth')
     said: list[str] = []
-    assert newest_checkpoint(tmp_path, said.append).name == 'iter_4.pth'
+    assert files.newest_checkpoint(tmp_path, said.append).name == 'iter_4.pth'
     (reason,) = said
     assert "weights.pth' is no checkpoint of a run" in reason
     flip(tmp_path / 'iter_4.pth', (tmp_path / 'iter_4.pth').stat().st_size // 2)
-    cut_off = (tmp_path / 'iter_3.pth').read_bytes()[:2000]
-    (tmp_path / 'iter_3.pth').write_bytes(cut_off)
+    (tmp_path / 'iter_3.pth').write_bytes(b'')
     said.clear()
-    assert newest_checkpoint(tmp_path, said.append).name == 'iter_2.pth'
+    assert files.newest_checkpoint(tmp_path, said.append).name == 'iter_2.pth'
     assert any("iter_4.pth' is damaged" in line and 'checksum' in line for line in said)
     assert any("iter_3.pth' is damaged" in line for line in said)
     # a run that is started again does not go on from what was there before it
     with pytest.raises(FileNotFoundError, match=r"iter_4\.pth' is damaged"):
-        newest_checkpoint(tmp_path, said.append, after=102.0)
-    for path in candidates(tmp_path):
+        files.newest_checkpoint(tmp_path, said.append, after=102.0)
+    for path in files.candidates(tmp_path):
         path.write_bytes(b'')
     with pytest.raises(FileNotFoundError, match=r'finds no checkpoint in .* reads completely: '):
-        newest_checkpoint(tmp_path, said.append)
+        files.newest_checkpoint(tmp_path, said.append)
 
 
 def test_a_file_that_is_cut_off_anywhere_is_passed_over(tmp_path):
@@ -127,11 +113,11 @@ def test_a_file_that_is_cut_off_anywhere_is_passed_over(tmp_path):
     assert len(content) > 4096 + 2 * 32_768
     for length in [*range(0, len(content), 331), 4096, 4097, len(content) - 1]:
         (tmp_path / 'iter_2.pth').write_bytes(content[:length])
-        assert newest_checkpoint(tmp_path, lambda _: None).name == 'iter_1.pth', length
+        assert files.newest_checkpoint(tmp_path, lambda _: None).name == 'iter_1.pth', length
 
 
 def hold(folder: Path) -> None:
-    with in_use(folder):
+    with files.in_use(folder):
         (folder / 'held').touch()
         time.sleep(600)
 
@@ -147,7 +133,7 @@ def test_a_work_dir_is_for_one_training_at_a_time(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'.lock', 'held'}  # nothing was touched
     process.kill()
     process.join()
-    with in_use(tmp_path):  # what a kill has left is in nobody's way
+    with files.in_use(tmp_path):  # what a kill has left is in nobody's way
         pass
 
 
@@ -158,11 +144,11 @@ def test_names_reach_nothing_outside_the_folder(tmp_path):
         write(path, 1, 5.0)
     (work / 'folder.pth').mkdir()
     names = [str(other), '../thesis.pth', 'notes.txt', 'folder.pth', 'iter_1.pth', 'gone.pth']
-    delete(work, names, OWN)
+    files.delete(work, names, OWN)
     assert other.is_file()
     assert sorted(path.name for path in work.iterdir()) == ['folder.pth', 'notes.txt']
     (work / 'last_checkpoint').write_text(str(other))
-    assert last_checkpoint(work) == work / 'thesis.pth'
+    assert files.last_checkpoint(work) == work / 'thesis.pth'
 
 
 def test_a_restart_knows_which_checkpoints_are_older(tmp_path, monkeypatch):
@@ -170,8 +156,8 @@ def test_a_restart_knows_which_checkpoints_are_older(tmp_path, monkeypatch):
 
     def attempt(number: int, saved_at: float) -> None:
         monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(number))
-        monkeypatch.setattr(checkpoint_files, 'newest_time', lambda _: saved_at)
-        known.append(newest_before(tmp_path))
+        monkeypatch.setattr(files, 'newest_time', lambda _: saved_at)
+        known.append(files.newest_before(tmp_path))
 
     attempt(0, 5.0)  # of a process that nobody starts again
     assert not [*tmp_path.iterdir()]

@@ -76,20 +76,14 @@ def test_pixels_without_a_meaning(pixels, message, tmp_path):
     refused(rf'a\.tif {message}', read, tmp_path / 'a.tif')
 
 
-def bomb(path: Path) -> Path:
-    """A file of 100 bytes that claims 40,000 x 40,000 pixels, 4.8 GB."""
-    content = io.BytesIO()
-    Image.new('RGB', (1, 1)).save(content, 'PNG')
-    data = bytearray(content.getvalue())
-    data[16:24] = (40_000).to_bytes(4, 'big') * 2
-    checksum = PngImagePlugin._crc32(data[12:29])
-    data[29:33] = checksum.to_bytes(4, 'big')
-    path.write_bytes(bytes(data))
-    return path
-
-
 def test_a_bomb_is_named_before_it_goes_off(tmp_path):
-    path = bomb(tmp_path / 'a.png')
+    """A file of 100 bytes that claims 40,000 x 40,000 pixels, 4.8 GB."""
+    path = tmp_path / 'a.png'
+    Image.new('RGB', (1, 1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (40_000).to_bytes(4, 'big') * 2
+    data[29:33] = PngImagePlugin._crc32(data[12:29]).to_bytes(4, 'big')
+    path.write_bytes(data)
     message = r'a\.png is too large .*1600000000 pixels.*MAX_IMAGE_PIXELS'
     with pytest.raises(ValueError, match=message), opened(path, str(path)):
         pytest.fail('the header alone says how large it is')

@@ -16,21 +16,16 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.record import read_history
 
-from ..forked import ROOT, spawn
+from ..forked import spawn
 from ..soak.kinds import FOUR_SCENES, SCENES, same
 from .ranks import run_all
+from .tiny import TINY
 
-DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # 360 images of validation and test are no multiple of 2 times 77
-CLASSIFICATION = f"""
-_base_ = {str(DIGITS)!r}
+CLASSIFICATION = f"""{TINY}
 custom_imports = dict(imports=['vqmoe_vision.classification', 'dies'])
-model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
 total_batch_size = 100
-train_dataloader = dict(dataset=dict(imbalance=100))
 test_dataloader = dict(batch_size=77)
-train_cfg = dict(max_epochs=2, val_interval=1)
-default_hooks = dict(checkpoint=dict(interval=1))
 """
 SEGMENTATION = f"""
 _base_ = {str(SCENES)!r}
@@ -88,17 +83,15 @@ def ranks(tool: str, *arguments: str, launcher='pytorch', more: Any = ((), ())) 
 
 
 def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:
-    (folder / 'c.py').write_text(CLASSIFICATION)
-    (folder / 's.py').write_text(SEGMENTATION)
-    (folder / 'dies.py').write_text(DIES)
-    (folder / 'runs.json').write_text(json.dumps(runs))
+    files = {'c.py': CLASSIFICATION, 's.py': SEGMENTATION, 'dies.py': DIES}
+    for name, text in (files | {'runs.json': json.dumps(runs)}).items():
+        (folder / name).write_text(text)
     spawn(run_all, (folder,), nprocs=1)
     return json.loads((folder / 'ended.json').read_text())
 
 
 def said(folder: Path, run: str) -> list[str]:
-    folders = sorted((folder / run).iterdir())
-    return [(rank / 'err').read_text() for rank in folders]
+    return [(rank / 'err').read_text() for rank in sorted((folder / run).iterdir())]
 
 
 @pytest.fixture(scope='module')
@@ -107,16 +100,14 @@ def run(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     config, work = str(folder / 'c.py'), str(folder / 'w')
     out = ('--out', f'{folder}/2.json')
     kill = ('--cfg-options', 'default_hooks.dies.type=Dies', 'default_hooks.dies.how="9"')
+    faster = ('--cfg-options', 'optim_wrapper.optimizer.lr=0.5')
     runs = {
         'killed': ranks('train', config, '--work-dir', work, *kill),
         'resumed': ranks('train', config, '--work-dir', work, '--resume'),
         'tested': ranks('test', config, f'{work}/epoch_2.pth', '--work-dir', work, *out),
-        'different': ranks(
-            'train', config, '--work-dir', work,
-            more=((), ('--cfg-options', 'optim_wrapper.optimizer.lr=0.5')),
-        ),
+        'different': ranks('train', config, '--work-dir', work, more=((), faster)),
         'sharded': ranks('train', config, '--work-dir', f'{work}p', '--cfg-options', EXPERTS),
-    }  # fmt: skip
+    }
     return folder, start(folder, runs)
 
 
@@ -159,9 +150,9 @@ def test_scores_are_those_of_one_process(run, monkeypatch):
     arguments = [str(folder / 'c.py'), str(folder / 'w/epoch_2.pth'), '--out', str(one)]
     cli.test([*arguments, '--work-dir', str(folder / 'one')])
     expected, found = (json.loads((folder / f'{n}.json').read_text()) for n in (1, 2))
-    assert expected.keys() == found.keys()
-    for name in ('accuracy/top1', 'accuracy/top5'):
-        assert found[name] == expected[name]
+    accuracies = {name: value for name, value in expected.items() if 'accuracy' in name}
+    assert len(accuracies) > 1 and expected.keys() == found.keys()
+    assert {name: found[name] for name in accuracies} == accuracies
 
 
 def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run):
@@ -169,10 +160,8 @@ def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run):
     assert ended['sharded'] == [0, 0]
     expected, found = (read_content(str(folder / w / 'epoch_2.pth')) for w in ('w', 'wp'))
     for part in ('state_dict', 'optimizer'):
-        theirs, ours = (
-            [leaf for leaf in tree_leaves(content[part]) if isinstance(leaf, Tensor)]
-            for content in (expected, found)
-        )
+        leaves = (tree_leaves(content[part]) for content in (expected, found))
+        theirs, ours = ([leaf for leaf in one if isinstance(leaf, Tensor)] for one in leaves)
         assert len(ours) > 40
         # float32: experts sum the tokens of both ranks at once, and Adam, after six steps, makes
         # as much of a rounding error of a tiny gradient as of another
@@ -248,21 +237,16 @@ def test_a_run_that_saves_in_parts(tmp_path):
     config, whole, parts = str(tmp_path / 'c.py'), tmp_path / 'w', tmp_path / 'wp'
     spread = ('train', config, '--cfg-options', EXPERTS)
     told = ('default_hooks.dies.type=Dies', 'default_hooks.dies.how="15"', 'train_cfg.max_epochs=9')
+    out = ('--work-dir', str(parts), '--out', str(tmp_path / 'scores.json'))
     runs = {
         'whole': ranks(*spread, '--work-dir', str(whole)),
         'parts': ranks(*spread, PARTS, '--work-dir', str(parts)),
         'told': ranks(*spread, PARTS, *told, '--work-dir', str(tmp_path / 'stopped')),
-        'tested': ranks(
-            'test', config, f'{parts}/epoch_2.pth', '--work-dir', str(parts),
-            '--out', str(tmp_path / 'scores.json'), more=((),),
-        ),
-    }  # fmt: skip
+        'tested': ranks('test', config, f'{parts}/epoch_2.pth', *out, more=((),)),
+    }
     ended = start(tmp_path, runs)
-    assert {name: ended[name] for name in ('whole', 'parts', 'tested')} == {
-        'whole': [0, 0],
-        'parts': [0, 0],
-        'tested': [0],
-    }, said(tmp_path, 'parts')
+    statuses = [ended[name] for name in ('whole', 'parts', 'tested')]
+    assert statuses == [[0, 0], [0, 0], [0]], said(tmp_path, 'parts')
     assert 'accuracy/top1' in json.loads((tmp_path / 'scores.json').read_text())
     names = sorted(path.name for path in whole.glob('*.pth'))
     assert sorted(path.name for path in parts.glob('*.pth')) == names and 'epoch_2.pth' in names
@@ -270,8 +254,7 @@ def test_a_run_that_saves_in_parts(tmp_path):
     for name in names:
         expected, found = (read_content(str(work / name)) for work in (whole, parts))
         assert found.keys() == expected.keys()
-        for part in {'state_dict', 'optimizer'} & found.keys():
-            assert same(found[part], expected[part])
+        assert all(same(found[p], expected[p]) for p in {'state_dict', 'optimizer'} & found.keys())
     assert ended['told'] == [-15, -15]
     assert 'SIGTERM: saved iteration 4;' in ''.join(said(tmp_path, 'told'))
     assert read_content(str(tmp_path / 'stopped/iter_4.pth'))['meta']['iter'] == 4

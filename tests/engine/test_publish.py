@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from mmengine.logging import HistoryBuffer
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import read_state
@@ -15,7 +14,7 @@ from vqmoe_vision.engine.publish import export, publish, publish_folder, upcycle
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
 
-from .. import cases, refused
+from .. import cases, needs_onnx, refused
 from ..runs import NORMALIZATION, leave_run
 
 
@@ -45,28 +44,10 @@ def test_weights_config_and_classes_are_kept(tmp_path, capsys):
     assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
 
 
-def test_mistakes_are_one_line(tmp_path):
-    good, weights, damaged = write(tmp_path / 'iter_2.pth'), tmp_path / 'w.pth', tmp_path / 'd.pth'
-    torch.save({'w': torch.ones(2)}, weights)
-    damaged.write_bytes(b'no checkpoint')
-    out = str(tmp_path / 'out.pth')
-    for arguments, message in (
-        ([str(tmp_path / 'none.pth'), out], '^error: source='),
-        ([good, str(tmp_path / 'out.pt')], '^error: out='),
-        ([str(tmp_path), out], '^error: out='),
-        ([good, out, '--license', 'mit'], "^error: --license='mit'"),
-        ([str(weights), out], '^error: checkpoint='),
-        ([str(damaged), out], r"d\.pth' is damaged"),
-    ):
-        refused(message, publish, arguments, error=SystemExit)
-    assert not list(tmp_path.glob('out*'))
-
-
 SIZES = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=5)
 MOE = dict(moe_layers='last1', num_experts=2, renormalize=True)
 NUMBERS = ['pretrained_cfg_overlay.mean=[0.4,0.5,0.6]', 'pretrained_cfg_overlay.std=[0.2,0.3,0.4]']
 OPTIONS = [f'{name}={value}' for name, value in {**SIZES, **MOE}.items()]
-CASE = ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options']
 
 
 @pytest.fixture
@@ -106,8 +87,7 @@ def test_classes_are_named_as_long_as_the_head_is_kept(classes, tmp_path):
     save_for_hf(model, tmp_path / 'dense', {'label_names': names}, SIZES, safe_serialization=True)
     options = [f'{name}={value}' for name, value in MOE.items()]
     options += [] if classes == 5 else [f'num_classes={classes}']
-    out = tmp_path / 'out'
-    source = f'local-dir:{tmp_path / "dense"}'
+    source, out = f'local-dir:{tmp_path / "dense"}', tmp_path / 'out'
     upcycle([source, 'vit_tiny_smoe', str(out), '--cfg-options', *options])
     found = json.loads((out / 'config.json').read_text())
     assert found.get('label_names') == (names if classes == 5 else None)
@@ -126,33 +106,9 @@ def test_images_of_other_channels(dense, tmp_path, channels, numbers):
     assert config['mean'] == config['std'] == [0.25] * channels
 
 
-@cases(
-    'arguments, message',
-    ([*CASE, *OPTIONS], 'how images were normalis'),
-    ([*CASE, *NUMBERS], 'shapes: '),
-    ([*CASE, *OPTIONS, *NUMBERS, 'in_chans=4'], 'mean='),
-    (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], 'out='),
-    (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model='),
-    (['NONE.pth', 'vit_tiny_smoe', 'OUT'], 'NONE.pth'),
-    ids=str,
-)
-def test_a_mistake_is_one_line(dense, tmp_path, arguments, message):
-    places = {'DENSE': dense, 'OUT': str(tmp_path / 'OUT')}
-    given = [places.get(argument, argument) for argument in arguments]
-    refused(message, upcycle, given, error=SystemExit)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['dense.pth']
-
-
 CONFIG = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
-OF_RUN = {
-    'model.depth': 1,
-    'model.embed_dim': 12,
-    'model.moe.num_experts': 2,
-    'model.moe.moe_layers': [0],
-}
-NAME = 'vit_tiny_patch16_224'
-CHANGED = ['--cfg-options']
-SMALL = ['depth=1', 'embed_dim=12', 'img_size=32', 'num_classes=5']
+OF_RUN = {'model.depth': 1, 'model.embed_dim': 12}
+OF_RUN |= {'model.moe.num_experts': 2, 'model.moe.moe_layers': [0]}
 
 
 @pytest.fixture(scope='module')
@@ -162,24 +118,10 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def weights(tmp_path) -> str:
-    model = timm.create_model(NAME, depth=1, embed_dim=12, img_size=32, num_classes=5)
-    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
-    return str(tmp_path / 'weights.safetensors')
-
-
-def about(file: Path) -> dict[str, Any]:
-    extra = {'about.json': ''}
-    torch.export.load(file, extra_files=extra)
-    return json.loads(extra['about.json'])
-
-
 @pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.onnx', marks=pytest.mark.long)])
 def test_a_config_with_its_checkpoint(run, tmp_path, capsys, suffix):
     if suffix == '.onnx':
-        for name in ('onnx', 'onnxscript', 'onnxruntime'):
-            pytest.importorskip(name)
+        needs_onnx()
     out = tmp_path / 'new' / f'model{suffix}'
     export([str(run / 'run.py'), str(run / 'epoch_1.pth'), str(out)])
     written, *compared = capsys.readouterr().out.splitlines()
@@ -198,9 +140,10 @@ def test_a_work_dir_and_what_is_published_of_it(run, tmp_path):
     one, two = (torch.export.load(tmp_path / n).module()(images) for n in ('run.pt2', 'folder.pt2'))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
     for name in ('run.pt2', 'folder.pt2'):
-        assert about(tmp_path / name)['classes'] == list('0123456789')
-    assert about(tmp_path / 'run.pt2')['std'] == pytest.approx(NORMALIZATION.std)
-    assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
+        torch.export.load(tmp_path / name, extra_files=(extra := {'about.json': ''}))
+        about = json.loads(extra['about.json'])
+        assert about['classes'] == list('0123456789')
+        assert about['std'] == pytest.approx(NORMALIZATION.std)
 
 
 def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):
@@ -214,26 +157,40 @@ def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):
     assert out.exists()
 
 
+UPCYCLE = 'DENSE vit_tiny_smoe OUT --cfg-options'
+SIZED = f'{UPCYCLE} {" ".join(OPTIONS)}'
+
+
 @cases(
-    'arguments, message',
-    (['RUN', 'OUT.pb'], '^error: out='),
-    (['RUN', 'OUT.pt2', '--opset', '20'], '^error: --opset=20'),
-    (['RUN', 'OUT.pt2', '--size', '32', '32'], r'size=\(32, 32\)'),
-    (['RUN/run.py', 'OUT.pt2'], '^error: source='),
-    (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
-    ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model'),
-    (['vit_tiny_vqmoe', 'OUT.pt2'], '^error: checkpoint=None'),
-    (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], '^error: checkpoint='),
-    (
-        [NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'],
-        "multiple values .* 'checkpoint_path'",
-    ),
-    (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'num_classes=7'], 'have nothing for head.weight'),
-    ids=str,
+    'tool, command, message',
+    (publish, 'none.pth OUT.pth', '^error: source='),
+    (publish, 'GOOD OUT.pt', '^error: out='),
+    (publish, 'RUN OUT.pth', '^error: out='),
+    (publish, 'GOOD OUT.pth --license mit', "^error: --license='mit'"),
+    (publish, 'DENSE OUT.pth', '^error: checkpoint='),
+    (publish, 'DAMAGED OUT.pth', r"damaged\.pth' is damaged"),
+    (upcycle, SIZED, 'how images were normalis'),
+    (upcycle, f'{UPCYCLE} {" ".join(NUMBERS)}', 'shapes: '),
+    (upcycle, f'{SIZED} {" ".join(NUMBERS)} in_chans=4', 'mean='),
+    (upcycle, SIZED.replace('OUT', '.'), 'out='),
+    (upcycle, 'DENSE vit_tiny_patch16_224 OUT', 'model='),
+    (upcycle, 'none.pth vit_tiny_smoe OUT', 'none.pth'),
+    (export, 'RUN OUT.pb', '^error: out='),
+    (export, 'RUN OUT.pt2 --opset 20', '^error: --opset=20'),
+    (export, 'RUN OUT.pt2 --size 32 32', r'size=\(32, 32\)'),
+    (export, 'RUN/run.py OUT.pt2', '^error: source='),
+    (export, 'RUN/run.py DENSE OUT.pt2', 'does not fit the config: .*missing'),
+    (export, 'vit_tiny_patch16_224 DENSE OUT.pt2', 'does not fit the model'),
+    (export, 'vit_tiny_vqmoe OUT.pt2', '^error: checkpoint=None'),
+    (export, 'local-dir:RUN DENSE OUT.pt2', '^error: checkpoint='),
+    (export, 'test_vit_vqmoe OUT.pt2 --cfg-options num_classes=7', 'have nothing for head.weight'),
 )
-def test_a_mistake_of_an_export_is_one_line(run, weights, tmp_path, arguments, message):
-    places = {'RUN': str(run), 'WEIGHTS': weights, 'OUT': str(tmp_path / 'OUT')}
+def test_a_mistake_is_one_line_and_leaves_nothing(tool, command, message, run, dense, tmp_path):
+    damaged, good = tmp_path / 'damaged.pth', write(tmp_path / 'good.pth')
+    damaged.write_bytes(b'no checkpoint')
+    before = {*tmp_path.iterdir()}
+    places = {'RUN': run, 'DENSE': dense, 'GOOD': good, 'DAMAGED': damaged, 'OUT': tmp_path / 'OUT'}
     for name, place in places.items():
-        arguments = [argument.replace(name, place) for argument in arguments]
-    refused(message, export, arguments, error=SystemExit)
-    assert not list(tmp_path.glob('OUT*'))
+        command = command.replace(name, str(place))
+    refused(message, tool, command.split(), error=SystemExit)
+    assert {*tmp_path.iterdir()} == before

@@ -5,9 +5,9 @@ would hide `Watch` refuses, but for the batch on its way to the device.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,23 +20,24 @@ from vqmoe_vision.engine.model import unwrapped
 from vqmoe_vision.moe import METHODS, use_kernel
 
 from .. import mostly_long
-from ..rows import CONFIGS
+from ..rows import CONFIGS, DIGITS, SCENES
 from ..runs import leave_dense
 from ..watch import Watch
 
-DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 IMAGENET = 'classification/imagenet/vit_tiny_vqmoe_imagenet.py'
-SMALL = {'depth': 2, 'embed_dim': 16, 'num_heads': 2, 'patch_size': 8}
-SIZE = 48  # of the images, in pixels
+SMALL = {'depth': 2, 'embed_dim': 16, 'num_heads': 2, 'patch_size': 8, 'img_size': 48}
+# of images and classes of the data
+OF: dict[str, dict[str, Any]] = {
+    DIGITS: {'model.num_classes': 10},
+    SCENES: {'model.decode_head.num_classes': 11, 'model.data_preprocessor.size': (48, 48)},
+}
 LOADER = {'batch_size': 4, 'num_workers': 0, 'persistent_workers': False}
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     leaf: str
     data: str  # the config whose images it sees: they come with a library
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = {}  # noqa: RUF012
 
     @property
     def model(self) -> str:
@@ -44,13 +45,8 @@ class Task:
 
     def options_of(self, model_name: str, moe: dict[str, Any] | None) -> dict[str, Any]:
         """Those of a small model for the images and classes of the data."""
-        size, of_data = SIZE, {'model.num_classes': 10}
-        if self.data != DIGITS:
-            size = SIZE, SIZE
-            of_data = {'model.decode_head.num_classes': 11, 'model.data_preprocessor.size': size}
-        shape = {**SMALL, 'img_size': size, 'model_name': model_name, 'moe': moe}
-        own = {f'{self.model}.{name}': value for name, value in shape.items()}
-        return own | of_data | self.options
+        shape = {**SMALL, 'model_name': model_name, 'moe': moe}
+        return {f'{self.model}.{n}': v for n, v in shape.items()} | OF[self.data] | self.options
 
 
 UPERNET = 'segmentation/ade20k/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py'
@@ -82,11 +78,9 @@ class WatchStep(Watch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._arriving = False
-        model.data_preprocessor.register_forward_pre_hook(lambda *_: self._turn(True))
-        model.data_preprocessor.register_forward_hook(lambda *_: self._turn(False))
-
-    def _turn(self, arriving: bool) -> None:
-        self._arriving = arriving
+        turn = partial(setattr, self, '_arriving')
+        model.data_preprocessor.register_forward_pre_hook(lambda *_: turn(True))
+        model.data_preprocessor.register_forward_hook(lambda *_: turn(False))
 
     def may_copy(self, func: Any, kwargs: dict[str, Any]) -> bool:
         copies = func is torch.ops.aten._to_copy.default and kwargs.get('non_blocking', False)
@@ -133,23 +127,18 @@ def runner_of(folder: Path, name: str, method: str) -> Runner:
         features = {f'{task.model}.features': file}
     options = task.options_of(f'vit_tiny_{method}', moe)
     config = load_config(str(CONFIGS / task.leaf), {**options, **features, **HOOKS})
-    loader = {f'train_dataloader.{key}': value for key, value in LOADER.items()}
-    loader |= {'train_dataloader.dataset.num_scenes': 16} if task.data == SCENES else {}
-    config.train_dataloader = load_config(str(CONFIGS / task.data), loader).train_dataloader
-    for field_name in ('val_cfg', 'val_dataloader', 'val_evaluator'):
-        config[field_name] = None
+    loader = LOADER | ({'dataset.num_scenes': 16} if task.data == SCENES else {})
+    given = {f'train_dataloader.{key}': value for key, value in loader.items()}
+    config.train_dataloader = load_config(str(CONFIGS / task.data), given).train_dataloader
+    config.val_cfg = config.val_dataloader = config.val_evaluator = None
     config.work_dir, config.experiment_name = str(folder), folder.name
     return Runner.from_cfg(config)
-
-
-def train(runner: Runner) -> None:
-    with ExitStack() as kernels:
-        runner.register_hook(OnMeta(kernels), priority='LOWEST')
-        runner.train()
 
 
 @pytest.mark.parametrize('task', mostly_long(TASKS, *(name for name in TASKS if name != 'cutmix')))
 @pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_a_training_step_reads_nothing_back(tmp_path, task, method):
-    with pytest.raises(Done):
-        train(runner_of(tmp_path, task, method))
+    runner = runner_of(tmp_path, task, method)
+    with ExitStack() as kernels, pytest.raises(Done):
+        runner.register_hook(OnMeta(kernels), priority='LOWEST')
+        runner.train()

@@ -1,4 +1,5 @@
 import random
+from copy import deepcopy
 from functools import partial
 from itertools import islice, product
 from types import SimpleNamespace
@@ -16,24 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
-import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
 from vqmoe_vision import collect_losses, update_state
+from vqmoe_vision.engine import seeding
 from vqmoe_vision.engine.config import OURS, renamed
-from vqmoe_vision.engine.seeding import (
-    PROCESSES,
-    SEEN,
-    ReseedHook,
-    ResumableEpochLoop,
-    SeededInfiniteSampler,
-    SeededSampler,
-    check_batches,
-    keep_accumulated,
-    restore_accumulated,
-    seed_generators,
-    seed_sample,
-)
+from vqmoe_vision.engine.seeding import SeededInfiniteSampler, SeededSampler, seed_generators
 
 from .. import cases, refused
+from ..soak.kinds import same
 
 
 class Noise(Dataset):
@@ -45,20 +35,16 @@ class Noise(Dataset):
 
 
 def loader_of(dataset: Dataset, sampler: str, **options: Any) -> Any:
-    config = dict(
-        dataset=dataset,
-        sampler=dict(type=sampler, shuffle=True),
-        worker_init_fn=dict(type='keep_worker_seed'),
-        collate_fn=dict(type='default_collate'),
-        **options,
-    )
+    own = dict(worker_init_fn='keep_worker_seed', collate_fn='default_collate')
+    config = {name: dict(type=kind) for name, kind in own.items()} | options
+    config |= dict(dataset=dataset, sampler=dict(type=sampler, shuffle=True))
     return Runner.build_dataloader(config, seed=0)
 
 
 def test_augmentation_differs_between_epochs_and_is_repeated_on_resuming():
     loader, drawn = loader_of(Noise(), 'DefaultSampler', batch_size=4, num_workers=1), []
     for iteration in (0, 1, 0):
-        ReseedHook().before_train_epoch(SimpleNamespace(seed=0, iter=iteration))
+        seeding.ReseedHook().before_train_epoch(SimpleNamespace(seed=0, iter=iteration))
         drawn.append(next(iter(loader)).tolist())
     assert drawn[0] == drawn[2] != drawn[1]
 
@@ -117,7 +103,7 @@ class Inner(BaseDataset):
         return [0] if idx else [1]  # the first sample has a rare class
 
     def __getitem__(self, idx: int) -> float:
-        seed_sample(idx)
+        seeding.seed_sample(idx)
         return idx + random.random() + np.random.rand() + float(torch.rand(()))
 
 
@@ -146,7 +132,7 @@ def test_a_wrapper_keeps_the_seeds_of_samples(name, sampler):
     assert len(set(first)) == len(dataset)
 
 
-class Recorded(ResumableEpochLoop):
+class Recorded(seeding.ResumableEpochLoop):
     def __init__(self, runner: Any, dataloader: DataLoader) -> None:
         self._runner, self.dataloader, self._epoch = runner, dataloader, 1
         self.batches: list[tuple[int, list[int]]] = []
@@ -159,19 +145,17 @@ class Recorded(ResumableEpochLoop):
 def test_what_an_epoch_has_seen_is_passed_over_once(kind):
     hub = MessageHub(kind.__name__)
     runner = SimpleNamespace(call_hook=lambda *_: None, model=nn.Identity(), message_hub=hub)
-    sampler = kind(range(10), seed=3)
-    loop = Recorded(runner, DataLoader(range(10), batch_size=3, sampler=sampler))
+    loader = DataLoader(range(10), batch_size=3, sampler=kind(range(10), seed=3))
+    loop = Recorded(runner, loader)
     loop.run_epoch()
     whole, loop.batches = loop.batches, []
     assert [index for index, _ in whole] == [0, 1, 2, 3]  # of 3, 3, 3 and 1
-    hub.update_info(SEEN, 2)  # as a checkpoint after two batches
-    loop.run_epoch()
-    resumed, loop.batches = loop.batches, []
-    assert resumed == whole[2:]
-    loop.run_epoch()
-    assert loop.batches == whole
-    hub.update_info(SEEN, 2)
-    hub.update_info(PROCESSES, 4)
+    hub.update_info(seeding.SEEN, 2)  # as a checkpoint after two batches
+    for _ in range(2):
+        loop.run_epoch()
+    assert loop.batches == whole[2:] + whole
+    hub.update_info(seeding.SEEN, 2)
+    hub.update_info(seeding.PROCESSES, 4)
     refused(r'^number of processes=1 is not possible: 4,', loop.run_epoch)
 
 
@@ -181,9 +165,9 @@ def test_a_batch_that_no_epoch_fills_is_refused_and_one_of_several_rounds_is_not
     loop = object.__new__(IterBasedTrainLoop)
     runner: Any = SimpleNamespace(train_dataloader=loader, train_loop=loop)
     if kind is SeededSampler:
-        refused(r'^train_dataloader\.batch_size=6 .* at most 4', check_batches, runner)
+        refused(r'^train_dataloader\.batch_size=6 .* at most 4', seeding.check_batches, runner)
     else:
-        check_batches(runner)
+        seeding.check_batches(runner)
         assert len(next(iter(loader))) == 6
 
 
@@ -199,14 +183,12 @@ def test_what_waits_for_a_step_is_in_the_checkpoint(method, options):
     runner: Any = SimpleNamespace(model=model, optim_wrapper=wrapper)
     goes_on, best = dict[str, Any](optimizer={}), dict[str, Any]()
     for checkpoint in (goes_on, best):  # which is saved without an optimizer
-        keep_accumulated(runner, checkpoint)
+        seeding.keep_accumulated(runner, checkpoint)
     assert best == {}
-    logger = SimpleNamespace(info=lambda text: None)
-    restore_accumulated(SimpleNamespace(model=resumed, logger=logger), goes_on)  # type: ignore[arg-type]
-    gradients = [[p.grad for p in each.parameters()] for each in (model, resumed)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logger: Any = SimpleNamespace(info=lambda text: None)
+    seeding.restore_accumulated(SimpleNamespace(model=resumed, logger=logger), goes_on)
+    assert same(*([p.grad for p in each.parameters()] for each in (model, resumed)))
+    before = deepcopy(model.state_dict())
     for each in (model, resumed):
         update_state(each)
-    torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert any(not torch.equal(before[n], value) for n, value in model.state_dict().items())
+    assert same(resumed.state_dict(), model.state_dict()) and not same(before, model.state_dict())

@@ -18,13 +18,7 @@ from torch import Tensor
 from vqmoe_vision.analysis.record import recorded
 from vqmoe_vision.engine.publish import export
 from vqmoe_vision.engine.web import SwitchedGraph
-from vqmoe_vision.models.export import (
-    Exportable,
-    export_onnx,
-    load_exported,
-    preprocessing_of,
-    save,
-)
+from vqmoe_vision.models import export as exporting
 from vqmoe_vision.moe import METHODS, moe_layers
 
 from .. import mostly_long, needs_onnx, refused
@@ -43,14 +37,11 @@ def tiny(method: str) -> Any:
 
 def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
     """Logits and experts by PyTorch, and by what the analysis records."""
-    layers = moe_layers(model)
-    with ExitStack() as stack:
+    layers, experts = moe_layers(model), []
+    with ExitStack() as stack, torch.no_grad():
         for layer, on in zip(layers.values(), switches, strict=True):
             stack.enter_context(layer.switched(on))
-        with torch.no_grad():
-            logits = model(image)
-        records = recorded(model, image)
-    experts = []
+        logits, records = model(image), recorded(model, image)
     for name, on in zip(layers, switches, strict=True):
         record = records[name]
         rows = [(record.experts[part][0], record.weights[part][0]) for part in record.experts]
@@ -63,18 +54,14 @@ def expected(model: Any, image: Tensor, switches: Tensor) -> list[Tensor]:
     return [logits, torch.stack(experts)]
 
 
-# the long suite has all others
-FIRST = mostly_long(METHODS, 'vqmoe')
-
-
-@pytest.mark.parametrize('method', FIRST)
+@pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_a_graph_with_switches_answers_as_pytorch(method, tmp_path):
     needs_onnx()
     model, image = tiny(method), torch.randn(1, 3, 16, 16)
-    graph = Exportable(
-        SwitchedGraph(model), (3, 16, 16), ('logits', 'experts'), {}, {'switches': SWITCHES[0]},
-    )  # fmt: skip
-    run = load_exported(export_onnx(graph, tmp_path / 'model.onnx', batch=1), threads=1)
+    answers, given = ('logits', 'experts'), {'switches': SWITCHES[0]}
+    graph = exporting.Exportable(SwitchedGraph(model), (3, 16, 16), answers, {}, given)
+    file = exporting.export_onnx(graph, tmp_path / 'model.onnx', batch=1)
+    run = exporting.load_exported(file, threads=1)
     torch.testing.assert_close(run(image, SWITCHES[0])[0], model(image), rtol=0, atol=2e-6)
     for switches in SWITCHES:
         found = run(image, switches)
@@ -94,24 +81,16 @@ def test_no_picture_is_of_experts_that_all_tokens_share():
 
 def test_what_makes_no_page_is_one_line(tmp_path, monkeypatch):
     out = str(tmp_path / 'out')
-    pairs = [
-        ([out, '--web', '--batch', '2'], '--batch=2'),
-        ([out, '--web', '--int8'], '--int8=True'),
-        ([str(tmp_path), '--web'], 'out='),
-    ]
+    says = partial(refused, error=SystemExit)
     (tmp_path / 'there').touch()
-    for arguments, message in pairs:
-        refused(f'^error: {message}', export, ['test_vit_vqmoe', *arguments], error=SystemExit)
+    says('^error: --batch=2', export, ['test_vit_vqmoe', out, '--web', '--batch', '2'])
+    says('^error: --int8=True', export, ['test_vit_vqmoe', out, '--web', '--int8'])
+    says('^error: out=', export, ['test_vit_vqmoe', str(tmp_path), '--web'])
     if shutil.which('npm'):
-        refused('^error: --web=', export, ['test_vit_dense', out, '--web'], error=SystemExit)
+        says('^error: --web=', export, ['test_vit_dense', out, '--web'])
     monkeypatch.setenv('PATH', str(tmp_path))
-    refused('needs npm', export, ['test_vit_vqmoe', out, '--web'], error=SystemExit)
+    says('needs npm', export, ['test_vit_vqmoe', out, '--web'])
     assert [path.name for path in tmp_path.iterdir()] == ['there']
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -122,20 +101,19 @@ def served(tmp_path) -> Iterator[tuple[Any, str]]:
         pytest.skip('needs npm: apt-get install npm')
     model = tiny('smoe')  # of the graph alone the other
     (tmp_path / 'model').mkdir()
-    save(copy.deepcopy(model), tmp_path / 'model', preprocessing_of(PREPARED), 'abcdefghij')
+    prepared, digits = exporting.preprocessing_of(PREPARED), 'abcdefghij'
+    exporting.save(copy.deepcopy(model), tmp_path / 'model', prepared, digits)
     try:
         export([f'local-dir:{tmp_path / "model"}', str(tmp_path / 'page'), '--web'])
     except SystemExit as error:
         if 'npm has to give' not in str(error):
             raise
         pytest.skip('needs the registry of npm, or what it has cached')
-    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path / 'page'))
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield model, f'http://127.0.0.1:{server.server_port}/'
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / 'page')
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        yield model, f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
 
 
 @pytest.fixture
@@ -172,13 +150,10 @@ def test_the_page_answers_as_pytorch_when_it_is_clicked(served, browser, tmp_pat
     image = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
 
     def check(switches: Tensor) -> None:
-        found = window.evaluate(ANSWER)
-        torch.testing.assert_close(torch.tensor(found['input']), image.flatten(), **CLOSE)
-        right = zip(('logits', 'experts'), expected(model, image, switches), strict=True)
-        for name, value in right:
-            torch.testing.assert_close(
-                torch.tensor(found[name]), value.flatten(), **CLOSE, check_dtype=False
-            )
+        answer = window.evaluate(ANSWER)
+        found = [torch.tensor(answer[name]).float() for name in ('input', 'logits', 'experts')]
+        right = [image, *expected(model, image, switches)]
+        torch.testing.assert_close(found, [value.flatten().float() for value in right], **CLOSE)
 
     def press(layer: int, expert: int, then: bool) -> None:
         section, name = window.locator('section').nth(1 + layer), f'expert {expert}'

@@ -9,9 +9,9 @@ from PIL import Image
 
 from vqmoe_vision.engine.cli import load_config
 
-from ..rows import CONFIGS
+from .. import rows
 
-DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+DIGITS = rows.CONFIGS / rows.DIGITS
 OPTIONS = {
     'model.depth': 2,
     'model.embed_dim': 12,
@@ -28,9 +28,21 @@ NO_VALIDATION = {
     **dict.fromkeys(('val_cfg', 'val_dataloader', 'val_evaluator')),
     'default_hooks.checkpoint.save_best': None,
 }
-
-
 TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
+# the same as a file, of three iterations an epoch
+TINY = f"""
+_base_ = {str(DIGITS)!r}
+model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
+train_dataloader = dict(batch_size=100, dataset=dict(imbalance=100))  # 309 images
+train_cfg = dict(max_epochs=2, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1))
+"""
+
+
+def write_config(folder: Path) -> str:
+    # mmengine keeps one logger per name in a process
+    (folder / 'tiny.py').write_text(f'{TINY}experiment_name = {folder.name!r}\n')
+    return str(folder / 'tiny.py')
 
 
 def write_image(path: Path) -> None:

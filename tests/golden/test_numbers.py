@@ -109,12 +109,6 @@ def test_losses_of_three_steps(task, variant):
         close(found[name], values, TRAINED[task], name)
 
 
-def test_every_recorded_variant_is_there():
-    """A preset that is renamed or taken away would leave its record unread."""
-    for task in TASKS:
-        assert read(task).keys() <= probe.variants().keys()
-
-
 def test_names_and_shapes_of_every_entry_point_and_of_small_models():
     recorded, found = read('states'), states()
     digests = recorded.pop('digests')

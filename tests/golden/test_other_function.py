@@ -24,10 +24,7 @@ from .runs import runs_in
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
 EXPERTS = dict(num_experts=2, moe_layers=[1])
-OURS = 'vit_tiny_smoe'
-WITHOUT_POSITIONS = dict(
-    pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False
-)
+OURS, FILE = 'vit_tiny_smoe', 'model.safetensors'
 FUNCTIONS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str]] = {
     'heads': (OURS, dict(num_heads=4), OURS, {}, 'num_heads'),
     'activation': (OURS, dict(act_layer='quick_gelu'), OURS, {}, 'act_layer|activation'),
@@ -35,18 +32,11 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str]] = {
     'method': (OURS, {}, 'vit_tiny_ecmoe', {}, 'ecmoe'),
     'option': (OURS, dict(top_k=1), OURS, {}, 'top_k'),
     'heads of a dense model': ('vit_tiny_patch16_224', dict(num_heads=4), OURS, {}, 'num_heads'),
-    'quick GELU': (
-        *('vit_base_patch32_clip_quickgelu_224', {}, OURS, dict(pre_norm=True)),
-        'act_layer|activation',
-    ),
-    'rotary': ('vit_small_patch16_dinov3', {}, OURS, WITHOUT_POSITIONS, 'rotary|rope'),
 }
 WAYS: dict[str, Callable[[Path], dict[str, Any]]] = {
     'folder': lambda folder: {'upcycle': f'local-dir:{folder}'},
-    'file': lambda folder: {'upcycle': f'{folder}/model.safetensors'},
-    'pretrained': lambda folder: dict(
-        pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'}
-    ),
+    'file': lambda folder: {'upcycle': f'{folder}/{FILE}'},
+    'pretrained': lambda f: dict(pretrained=True, pretrained_cfg_overlay={'file': f'{f}/{FILE}'}),
 }
 
 
@@ -57,11 +47,6 @@ def create(name: str, **options: Any) -> Any:
 
 def names(words: str, line: str) -> bool:
     return re.search(rf'(?<![\w-])({words})(?![\w-])', line) is not None
-
-
-@pytest.fixture(scope='module')
-def runs(tmp_path_factory) -> Path:
-    return runs_in(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize('case', FUNCTIONS)
@@ -83,19 +68,12 @@ def test_weights_with_a_config_beside_them(case, way, tmp_path, caplog):
 
 FOLDERS = 'test_dataloader.dataset.type=class_folder test_dataloader.dataset.data_root=folders'
 CLASSES = ('1', '0', 'background', *'23456789')
-ORDER = (
-    f"_base_ = 'scenes.py'\ntest_dataloader = dict(dataset=dict(metainfo=dict(classes={CLASSES})))"
-)
+ORDERED = {'dataset': {'metainfo': {'classes': CLASSES}}}
 OTHER = 'mean=[0.5,0.5,0.5] {split}_dataloader.dataset.transform.std=[0.35,0.35,0.35]'
 MEAN = '{split}_dataloader.dataset.transform.' + OTHER
 TRAIN, TEST = 'train.py tiny.py', 'test.py tiny.py c/epoch_1.pth'
 PATH = 'model.checkpoint_path=c/epoch_1.pth'
 START = 'model.checkpoint=c/epoch_1.pth'
-DINOV3 = (
-    'model.model_name=vit_small_patch16_dinov3 model.moe.method=smoe model.use_rot_pos_emb=False '
-    'model.class_token=True model.pretrained=True '
-    'model.pretrained_cfg_overlay.file=dinov3/model.safetensors'
-)
 
 
 @cases(
@@ -107,21 +85,16 @@ DINOV3 = (
     (f'{TEST} {FOLDERS}', 'class|classes'),
     ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
     (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-    (f'{TRAIN} {DINOV3}', 'rotary|rope'),
     (f'{TEST} model.num_heads=4', 'num_heads'),
     (f'{TEST} model.act_layer=relu', 'act_layer'),
 )
-def test_weights_of_a_run(command, words, runs, tmp_path):
+def test_weights_of_a_run(command, words, tmp_path, tmp_path_factory):
     for name in ('c', 's', 'tiny.py', 'scenes.py'):
-        (tmp_path / name).symlink_to(runs / name)
-    (tmp_path / 'order.py').write_text(ORDER)
+        (tmp_path / name).symlink_to(runs_in(tmp_path_factory.getbasetemp()) / name)
+    (tmp_path / 'order.py').write_text(f"_base_ = 'scenes.py'\ntest_dataloader = {ORDERED}")
     for name in range(1, 11):
         (tmp_path / f'folders/test/{name}').mkdir(parents=True)
         Image.new('RGB', (48, 48)).save(tmp_path / f'folders/test/{name}/a.png')
-    if 'dinov3' in command:
-        saved = dict(img_size=48, patch_size=16, embed_dim=12, depth=2, num_heads=3, num_classes=10)
-        model = timm.create_model('vit_small_patch16_dinov3', **saved)
-        save_for_hf(model, tmp_path / 'dinov3', model_args=saved, safe_serialization=True)
     tool, *words_of_it = command.split()
     places = [word for word in words_of_it if '=' not in word]
     out = '--out-dir' if tool == 'predict.py' else '--work-dir'

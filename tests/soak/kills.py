@@ -1,7 +1,7 @@
 """Kills trainings at chosen moments, goes on with them, and compares with one left alone.
 
     python tests/soak/kills.py --kills 50 --seed 0 --out work_dirs/soak/kills.json
-    python tests/soak/kills.py --ranks 2 4 --kills 10 --out work_dirs/soak/restarts.json
+    python tests/soak/kills.py --ranks 2 --kills 10 --out work_dirs/soak/restarts.json
 
 Each training is a process of its own, forked from one that has imported everything. Half of the
 kills are aimed at saves: Python's audit events say when a file of a checkpoint or the pointer is
@@ -48,7 +48,6 @@ from vqmoe_vision.engine.cli import train
 # mmengine lays out the text of the config for every checkpoint, which is half of such a training
 mmengine_config.FormatCode = lambda text, **_: (text, True)
 
-ROUNDING = 1e-3
 STEPS = 6  # of the saves of an attempt, at one of which it may be killed
 # in parts: of the first rank, and of another, which creates the folder and its file
 STEPS_IN_PARTS = (16, 2)
@@ -80,18 +79,16 @@ def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
     inside = str(folder)
 
     def audit(event: str, args: tuple) -> None:
-        name = None
-        if event == 'open' and str(args[0]) == inside:
+        if event not in EVENTS:
+            return
+        name, file = None, Path(str(args[0]))
+        of_a_save = file.suffix in SUFFIXES or file.name == POINTER
+        creates = event != 'open' or set('wx') & set(str(args[1]))
+        if event == 'open' and str(file) == inside:
             name = 'sync'
-        elif event in EVENTS and str(args[0]).startswith(inside):
-            file = Path(str(args[0]))
-            of_a_save = file.suffix in SUFFIXES or file.name == POINTER
-            if of_a_save and (event != 'open' or set('wx') & set(str(args[1]))):
-                name = EVENTS[event]
-                if POINTER in file.name:
-                    name = f'{name} pointer'
-                elif '.sharded' in str(file):
-                    name = f'{name} part'
+        elif str(file).startswith(inside) and of_a_save and creates:
+            part = ' part' if '.sharded' in str(file) else ''
+            name = EVENTS[event] + (' pointer' if POINTER in file.name else part)
         if name is not None:
             Shared.events.value += 1
             step(Shared.events.value, name)
@@ -116,21 +113,27 @@ def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, 
     return step
 
 
+def train_in(folder: Path, kind: Kind, said: str, *arguments: str) -> None:
+    with (folder / said).open('a') as out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            place = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
+            train([*place, *arguments, *kind.arguments])
+        except BaseException:
+            traceback.print_exc(file=out)
+            raise
+
+
 def run(kind: Kind, folder: Path, prepare: Callable = lambda: None, kill_after: Any = None) -> int:
     resume = ['--resume'] if candidates(folder / 'work') else []
     Shared.reached.value = Shared.events.value = Shared.begun.value = 0
-    process = os.fork()
-    if process == 0:
+    if (process := os.fork()) == 0:
         status = 1
-        with (folder / 'output').open('a') as out, redirect_stdout(out), redirect_stderr(out):
-            try:
-                prepare()
-                arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
-                train([*arguments, *resume, *kind.arguments])
-                status = 0
-            except BaseException:
-                traceback.print_exc(file=out)
-        os._exit(status)
+        try:
+            prepare()
+            train_in(folder, kind, 'output', *resume)
+            status = 0
+        finally:
+            os._exit(status)
     iterations, seconds = kill_after or (sys.maxsize, 0.0)
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -166,14 +169,11 @@ def kill_and_go_on(
         steps = [n for n, name in enumerate(names, 1) if not in_write or name == 'create']
         in_write_at = draw.randrange(1, 40_000) if in_write else None
         step = dies_at(draw.choice(steps), in_write_at, told)
-        work = folder / 'work'
-        status = run(kind, folder, lambda: watch_saves(work, step))
+        status = run(kind, folder, lambda: watch_saves(folder / 'work', step))
     else:
-        moment = draw.randrange(iterations), draw.uniform(0, 0.5)
-        status = run(kind, folder, kill_after=moment)
+        status = run(kind, folder, kill_after=(draw.randrange(iterations), draw.uniform(0, 0.5)))
     if status >= 0:
-        faults = [] if status == 0 else [f'it ended with {status} before it was killed']
-        where = ''
+        faults, where = [f'it ended with {status} before it was killed'] * (status > 0), ''
     else:
         reached, where = Shared.reached.value, told.read_text() if told.is_file() else 'random'
         status, faults = run(kind, folder), []
@@ -189,10 +189,8 @@ def kill_and_go_on(
 
 
 def soak(kills: int, seed: int) -> dict[str, Any]:
-    draw, counts = random.Random(seed), Counter[str]()
-    faults: list[str] = []
+    draw, counts, faults, references = random.Random(seed), Counter[str](), list[str](), {}
     with tempfile.TemporaryDirectory() as name:
-        references = {}
         for title, kind in KINDS.items():
             folder = Path(tempfile.mkdtemp(dir=name))
             kind.write(folder)
@@ -201,8 +199,8 @@ def soak(kills: int, seed: int) -> dict[str, Any]:
                 steps = (folder / 'steps').open('a', buffering=1)
                 watch_saves(folder / 'work', lambda _, name: print(name, file=steps))
 
-            if run(kind, folder, prepare) != 0:
-                raise RuntimeError((folder / 'output').read_text()[-3000:])
+            status = run(kind, folder, prepare)
+            assert status == 0, (folder / 'output').read_text()[-3000:]
             names = (folder / 'steps').read_text().splitlines()
             references[title] = outcome(folder), names, Shared.reached.value
         while sum(counts.values()) < kills:
@@ -226,16 +224,9 @@ def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
         if moment['step']:
             watch_saves(folder / 'work', dies_at(moment['step'], moment['write'], told))
         ReachedHook.after_train_iter = dies_after(moment['iterations'], told)
-    out = (folder / f'output{os.environ["RANK"]}').open('a')
-    with out, redirect_stdout(out), redirect_stderr(out):
-        try:
-            arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
-            batch = f'train_dataloader.batch_size={300 // int(os.environ["WORLD_SIZE"])}'
-            launched = ['--launcher', 'pytorch', '--cfg-options', batch]
-            train([*arguments, *launched, *kind.arguments])
-        except BaseException:
-            traceback.print_exc(file=out)
-            raise
+    batch = f'train_dataloader.batch_size={300 // int(os.environ["WORLD_SIZE"])}'
+    launched = ['--launcher', 'pytorch', '--cfg-options', batch]
+    train_in(folder, kind, f'output{os.environ["RANK"]}', *launched)
 
 
 def dies_after(iterations: int, told: Path) -> Any:
@@ -262,45 +253,22 @@ def run_ranks(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) 
     elastic_launch(config, attempt)(kind, folder, plan)
 
 
-def alike(a: Any, b: Any, ranks: int) -> bool:
-    """Whether two values are equal; with more than two ranks but for rounding.
-
-    DistributedDataParallel sorts gradients into new buckets after the first iteration of each
-    attempt, and gloo adds up the parts of a bucket beginning at different ranks. The sum of two
-    numbers is the same in both orders, and the sum of more is not.
-    """
-    if ranks == 2 or same(a, b):
-        return same(a, b)
-    try:
-        torch.testing.assert_close(a, b, rtol=ROUNDING, atol=ROUNDING)
-    except AssertionError as error:
-        print(str(error)[:800], flush=True)
-        return False
-    return True
-
-
 def kill_ranks(kind: Kind, ranks: int, kills: int, draw: random.Random) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
-        whole, killed = Path(name) / 'whole', Path(name) / 'killed'
-        whole.mkdir()
-        killed.mkdir()
+        whole, killed = (Path(tempfile.mkdtemp(dir=name)) for _ in range(2))
         run_ranks(kind, whole, ranks, [])
-        plan = []
+        plan: list[dict[str, Any]] = []
         in_parts = "'sharded'" in kind.config
         for _ in range(kills):
             in_save = draw.random() < (0.8 if in_parts else 0.5)
             rank = draw.randrange(ranks) if in_parts or not in_save else 0
             steps = STEPS_IN_PARTS[min(rank, 1)] if in_parts else STEPS
             in_write = in_parts and draw.random() < 0.2
-            plan.append(
-                {
-                    'rank': rank,
-                    'step': draw.randint(1, steps) if in_save else 0,
-                    'write': draw.randrange(1, 20_000) if in_write else None,
-                    # at the latest: an attempt that gets no further is killed all the same
-                    'iterations': kind.interval + 1 if in_save else draw.randint(1, kind.interval),
-                }
-            )
+            moment = dict(rank=rank, step=draw.randint(1, steps) if in_save else 0)
+            moment |= dict(write=draw.randrange(1, 20_000) if in_write else None)
+            # at the latest: an attempt that gets no further is killed all the same
+            latest = kind.interval + 1 if in_save else draw.randint(1, kind.interval)
+            plan.append(moment | dict(iterations=latest))
         try:
             run_ranks(kind, killed, ranks, plan)
         except Exception as error:
@@ -308,7 +276,8 @@ def kill_ranks(kind: Kind, ranks: int, kills: int, draw: random.Random) -> dict[
             return {'kills': {}, 'faults': [f'lost: {error} {said}']}
         counts = Counter(path.read_text() for path in killed.glob('killed*'))
         expected, found = outcome(whole), outcome(killed)
-        faults = [f'{k} differs' for k in expected if not alike(expected[k], found[k], ranks)]
+        # of two ranks: the sum of more numbers depends on their order
+        faults = [f'{k} differs' for k in expected if not same(expected[k], found[k])]
         return {'kills': dict(counts), 'faults': faults}
 
 
@@ -316,26 +285,23 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--ranks', type=int, nargs='+', help='of trainings by several processes')
-    parser.add_argument(
-        '--spread', choices=['full', 'sharded'], help='the model, over all ranks, saved in this way'
-    )
-    parser.add_argument('--out', type=Path, help='JSON file for the figures')
+    parser.add_argument('--ranks', type=int, choices=[2], help='of a training by processes')
+    kinds = ['full', 'sharded']
+    parser.add_argument('--spread', choices=kinds, help='the model, over ranks, saved in this way')
+    parser.add_argument('--out', type=Path, required=True, help='JSON file for the figures')
     args = parser.parse_args()
     torch.set_num_threads(1)
     for package in ('classification', 'segmentation'):
         import_module(f'vqmoe_vision.{package}')
-    figures: dict[str, Any] = {}
-    if args.ranks is None:
-        figures = soak(args.kills, args.seed)
     kind = KINDS['classification']
     if args.spread:
         parallel = f'parallel = dict(expert_processes=2, state_dict_type={args.spread!r})'
         kind = replace(kind, config=f'{kind.config}\n{parallel}\n')
-    for ranks in args.ranks or ():
-        figures[str(ranks)] = kill_ranks(kind, ranks, args.kills, random.Random(args.seed))
-    print(json.dumps(figures, indent=2))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(figures, indent=2) + '\n')
-    sys.exit(any(one['faults'] for one in (figures.values() if args.ranks else [figures])))
+    if args.ranks is None:
+        figures = soak(args.kills, args.seed)
+    else:
+        figures = kill_ranks(kind, args.ranks, args.kills, random.Random(args.seed))
+    print(text := json.dumps(figures, indent=2))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(f'{text}\n')
+    sys.exit(bool(figures['faults']))
