@@ -8,7 +8,7 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.analysis import measures
+from vqmoe_vision.analysis import measures, patch_experts
 from vqmoe_vision.analysis.shifts import (
     Shift,
     ShiftTally,
@@ -33,14 +33,6 @@ ONE_TAKES_ALL = torch.tensor([0.0, 12.0, 0.0, 0.0])
 EVEN = torch.full((E,), 3.0)
 
 
-def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load():
-    assert measures.load_entropy(ONE_TAKES_ALL) == 0
-    # load 0, 12, 0, 0: mean 3, variance (9 + 81 + 9 + 9) / 4 = 27; sqrt(27) / 3 = sqrt(E - 1)
-    assert measures.load_variation(ONE_TAKES_ALL) == pytest.approx(math.sqrt(3))
-    assert measures.num_dead(ONE_TAKES_ALL) == 3
-    assert measures.usage_perplexity(ONE_TAKES_ALL) == 1
-
-
 @pytest.mark.parametrize('experts', [2, 3, 8])
 def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_range(experts):
     load = torch.randint(50, (experts,)).scatter(0, torch.tensor([0]), 7)
@@ -55,6 +47,9 @@ def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_ra
         assert low - 1e-9 <= value <= high + 1e-9
         assert measure(load.flip(0)) == pytest.approx(value)
         assert measure(load / load.sum()) == pytest.approx(value, abs=1e-6)
+        # the far ends: of a load E, 0, .. 0 the variance is ((E - 1)^2 + E - 1) / E = E - 1
+        ends = {measure(torch.ones(experts)), measure(torch.eye(experts)[0])}
+        assert sorted(ends) == pytest.approx([low, high], abs=1e-6)
 
 
 @pytest.mark.parametrize('shape', [(2, 2), (5, 3), (3, 5)])
@@ -175,8 +170,12 @@ def flat_patches(images: int) -> Tensor:
 
 
 def test_experts_by_content_follow_their_patches(by_content):
-    found = shares(by_content, flat_patches(3), flip(), crop(), noise(0.01))
+    pixels = flat_patches(3)
+    found = shares(by_content, pixels, flip(), crop(), noise(0.01))
     assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
+    # the class token is left out
+    experts = patch_experts(by_content, NORMALIZATION.normalized(pixels))['blocks.0.router']
+    assert torch.equal(experts, (E * pixels[:, 0, ::8, ::8]).long())
 
 
 def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content):
@@ -193,7 +192,9 @@ def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
     pixels = torch.rand(3, 3, 40, 32)
     pixels[2] = pixels[1]
     kept = pixels.clone()
+    state = np.random.get_state()[1].copy()
     changed = shift.change(pixels, 0, PATCH)
+    assert (np.random.get_state()[1] == state).all()
     np.random.rand(3)
     torch.rand(3)
     assert torch.equal(changed[1:2], shift.change(pixels[1:2], 1, PATCH))  # in another batch
@@ -201,15 +202,6 @@ def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
     assert not torch.equal(changed, pixels)
     assert 0 <= changed.min() <= changed.max() <= 1
     assert torch.equal(pixels, kept)
-
-
-def test_corruptions_leave_numpys_generator_alone_and_differ_between_images():
-    pixels = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
-    for name in ('impulse_noise', 'glass_blur', 'snow'):
-        state = np.random.get_state()[1].copy()
-        changed = corruption(name, 3).change(pixels, 0, PATCH)
-        assert (np.random.get_state()[1] == state).all()
-        assert not torch.equal(changed[0], changed[1])
 
 
 def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused():

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vqmoe_vision  # noqa: F401  registers the models
 from vqmoe_vision import collect_losses
-from vqmoe_vision.analysis import mean_statistics, measures, patch_experts, token_experts
+from vqmoe_vision.analysis import mean_statistics, measures, token_experts
 from vqmoe_vision.analysis.record import LayerRecord, record_layers
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.experts import Experts
@@ -181,20 +180,3 @@ def test_model_is_asked_in_eval_mode_and_left_as_it_was():
     token_experts(model, image([0.0, 1.0]))
     assert model.modes == [False, False]
     assert model.training and not model.mlp.training
-
-
-def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid():
-    # Every patch of the image is constant, and the patch embedding passes its value on untouched:
-    # the router sees it, expert = value, rounded down. The class token is 0, expert 0.
-    sizes = dict(img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1)
-    model = VisionTransformer(**sizes, num_classes=0)
-    nn.init.zeros_(model.pos_embed)
-    nn.init.zeros_(model.cls_token)
-    nn.init.zeros_(model.patch_embed.proj.bias)
-    nn.init.constant_(model.patch_embed.proj.weight, 1 / 12)  # mean over 3 x 2 x 2
-    mlp = RoutedMlp(BrightnessRouter(), Experts(4, in_features=2, hidden_features=2))
-    model.blocks = nn.Sequential(mlp)
-    values = torch.tensor([[1.0, 2.0, 3.0], [3.0, 0.0, 2.0]]) + 0.5  # .5: no rounding downwards
-    images = values.repeat_interleave(2, 0).repeat_interleave(2, 1).expand(2, 3, 4, 6)
-    experts = patch_experts(model, images)['blocks.0.router']
-    assert experts.tolist() == [[[1, 2, 3], [3, 0, 2]]] * 2

@@ -59,10 +59,8 @@ def experts_of(
 
 @pytest.mark.parametrize('task', ['classification', 'segmentation'])
 def test_an_event_file_has_the_colours_of_the_experts(task, tmp_path):
-    if task == 'classification':
-        options, path = OPTIONS, str(DIGITS)
-        steps, checkpoint = [10, 20], 'epoch_2.pth'
-    else:
+    options, path, steps, checkpoint = OPTIONS, str(DIGITS), [10, 20], 'epoch_2.pth'
+    if task == 'segmentation':
         options, path = {}, write_config(tmp_path, 'pictures')
         steps, checkpoint = [2], 'iter_2.pth'
     pairs = [f'{name}={value}' for name, value in options.items()]

@@ -92,11 +92,7 @@ def test_runs_are_an_array_of_slurm(spec, slurm):
     first, _ = waiting = [queue._begin(task) for task in tasks]
     assert all(waiting)
     next(first)
-    flags = {
-        line.removeprefix('#SBATCH --')
-        for line in Path('submitted.sh').read_text().splitlines()
-        if line.startswith('#SBATCH')
-    }
+    flags = set(re.findall('^#SBATCH --(.*)', Path('submitted.sh').read_text(), re.M))
     asked = {'array=0-1%1', 'time=90', 'mem=64GB', 'partition=gpu', 'requeue', 'job-name=spec'}
     assert flags >= asked | {'nodes=1', 'gpus-per-node=2', 'cpus-per-task=8', 'ntasks-per-node=1'}
     jobs = sorted((given[0].parent / 'jobs').glob('12_*_submitted.pkl'))

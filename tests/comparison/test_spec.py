@@ -12,13 +12,7 @@ import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.figures import curve_styles
 from vqmoe_vision.comparison.queue import tasks_of
-from vqmoe_vision.comparison.spec import (
-    CONTROLS,
-    FEATURE_ROWS,
-    ROWS,
-    START,
-    read_comparison,
-)
+from vqmoe_vision.comparison.spec import CONTROLS, FEATURE_ROWS, ROWS, START, read_comparison
 from vqmoe_vision.comparison.store import Run, Store
 from vqmoe_vision.engine.model import without_sources
 from vqmoe_vision.models.moe_vit import complexity
@@ -34,7 +28,6 @@ BUILT: set[str] = set()  # models that a row was seen to be
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
 
 
-# the paper's tables: docs/how-to/compare.md
 @pytest.fixture
 def root(monkeypatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
@@ -209,28 +202,22 @@ FROM = "start = 'first.py dense a.pth'\n"
 @cases(
     'more, field',
     ("start = 'dense'", 'start='),
-    ("start = 'spec.py absent iter_2.pth'", 'spec.py: start: row absent'),
     ("start = 'other.py dense iter_2.pth'", 'spec.py: start='),
     ("rows['a'] = 'smoe model.checkpoint={start}'", 'needs the field start'),
     (f"{FROM}options = ['model.checkpoint={{start}}']", 'options='),
     (f"{FROM}rows['a'] = 'smoe a={{start:b-c}}'", 'row b-c does not exist'),
-    (f"{FROM}rows['a'] = 'smoe a={{start :dense}}'", 'rows.a='),
     ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe']"),
     ("all_methods = 'False'", 'all_methods='),
-    *((f'seeds = {seeds}', 'seeds=') for seeds in ('[]', '[-1]', '[1, 1]')),
-    ('seeds = 5', 'seeds='),
+    ('seeds = [1, 1]', 'seeds='),
     ("rows['lr/2'] = 'smoe'", "row='lr/2'"),
     ("rows['one'] = 'smoke'", "row='smoke'"),
     ("rows['one'] = 'dense_1x a=\\'1'", 'rows.one='),
     ("rows['one'] = 'dense_1x optimiser.lr=3'", 'optimiser.lr=3'),
     ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
     ("options = ['randomness.seed=3']", 'randomness.seed=3'),
-    ("shifts = dict(fog='a.b=1')", 'shifts.fog='),
     ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
     ("stage = 'val'", 'stage='),
     ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
-    ('metric = 3', 'metric='),
-    ("contrasts = ['dense']", 'contrasts='),
     ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
     ('margin = -1.0', 'margin='),
     ("budget = 'long'", "fields ['budget']"),
@@ -253,9 +240,7 @@ def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):
     ('classification/imagenet/vit_tiny_dense_imagenet.py', 'model.moe=None'),
 )
 def test_models_that_rows_cannot_be_made_of(says, root, tmp_path, config, said):
-    fields = (
-        "metric = 'accuracy/top1'\nseeds = [1]\nrows = dict(dense_2x='dense_2x', smoe='smoe')\n"
-    )
+    fields = "metric = 'a'\nseeds = [1]\nrows = dict(dense_2x='dense_2x', smoe='smoe')\n"
     (tmp_path / 'own.py').write_text(f"config = 'configs/{config}'\n{fields}")
     folders = ['--work-dir', str(tmp_path), '--results', str(tmp_path)]
     assert said in says('run', str(tmp_path / 'own.py'), *folders)
