@@ -55,15 +55,7 @@ def test_every_picture_is_in_the_page_and_nothing_is_fetched(page):
 def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page):
     sections = re.findall('<h2 id="([^"]*)"', page)[1:]
     assert {*re.findall('<a [^>]*href="#([^"]*)"', page)} == {*sections}
-    assert sections == [
-        'codes',
-        'classes',
-        'similarity',
-        'training',
-        'numbers',
-        'shifts',
-        'changes',
-    ]
+    assert ' '.join(sections) == 'codes classes similarity training numbers shifts changes'
     levels = [int(level) for level in re.findall(r'<h(\d)', page)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
