@@ -2,9 +2,8 @@
 
 import json
 import re
-import warnings
 from dataclasses import replace
-from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -12,16 +11,14 @@ import torch.nn.functional as F
 
 from benchmark import gpu, gpu_kernels, gpu_results, gpu_steps
 from benchmark.cells import DTYPES, Cell, Settings
-from benchmark.cli import main
 from benchmark.gates import SLACK
 from benchmark.gpu_card import Card, measure_card, work_of
-from benchmark.gpu_stages import PACKAGE
 from benchmark.oracle import WrongResultError
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.kernels import KERNELS, Groups, grouped_linear, use_kernel
-from vqmoe_vision.moe.routing import perplexity
+from vqmoe_vision.moe.kernels import KERNELS
 
 from .. import mostly_long
+from .test_cli import status_of
 
 VITS = {'small': 384, 'base': 768, 'large': 1024}
 EXPECTED = 2.0  # of an MoE over dense
@@ -66,11 +63,8 @@ def measured(monkeypatch):
 
 def check(folder, *options):
     """The row of a run, and the status that the command ends with."""
-    status, out = 0, folder / 'row.json'
-    try:
-        main(['gpu', '--device', 'cpu', '--out', str(out), *options])
-    except SystemExit as stopped:
-        status = stopped.code
+    out = folder / 'row.json'
+    status = status_of('gpu', '--device', 'cpu', '--out', str(out), *options)
     return json.loads(out.read_text()), status
 
 
@@ -97,16 +91,15 @@ def test_an_moe_is_held_to_what_its_work_lets_expect(measured, tmp_path, size, w
 
 
 def test_a_run_is_saved_after_each_part_and_after_one_that_fails(measured, monkeypatch, tmp_path):
-    file, saved = tmp_path / 'row.json', []
+    timed, saved = gpu.run_networks, []
 
     def networks(preset, settings):
-        saved.append(json.loads(file.read_text()))
+        saved.append(json.loads((tmp_path / 'row.json').read_text()))
         return timed(preset, settings)
 
     def layers(preset, settings):
         raise WrongResultError('ours is off; not timed')
 
-    timed = gpu.run_networks
     monkeypatch.setattr(gpu, 'check_kernels', lambda settings: [WRONG])
     monkeypatch.setattr(gpu, 'run_layers', layers)
     monkeypatch.setattr(gpu, 'run_networks', networks)
@@ -126,12 +119,8 @@ CPU = Settings(device='cpu')
 def test_every_kernel_in_every_dtype_and_case():
     rows = gpu_kernels.check_kernels(CPU, CELL)
     dtypes = [*DTYPES, 'bfloat16 amp', 'float16 amp']
-    assert [(row['dtype'], row['case'], row['kernel']) for row in rows] == [
-        (dtype, case, kernel)
-        for dtype in dtypes
-        for case in gpu_kernels.CASES
-        for kernel in KERNELS
-    ]
+    expected = [*product(dtypes, gpu_kernels.CASES, KERNELS)]
+    assert [(row['dtype'], row['case'], row['kernel']) for row in rows] == expected
     assert all(row['ok'] for row in rows)
     different = {(row['kernel'], row['dtype']) for row in rows if row['result'] != 'equal'}
     # torch has no grouped_mm of float64, and before 2.10 none at all
@@ -188,56 +177,10 @@ def test_a_step_is_expected_to_take_as_long_as_its_operators():
 
 
 def test_the_first_line_says_what_a_layer_takes():
-    card = measure_card('cpu', large=32)
-    cell = replace(CELL, dtype='bfloat16', top_k=1)
-    line = gpu.first_line(replace(CPU, card=card), {'device': 'cpu'}, cell)
-    assert re.match(
-        r'cpu, .* TFLOP/s, .* batched, 0 waits a step, layer [\d.]+ ms \([\d.]+ ex', line
-    )
-
-
-@pytest.fixture
-def card_that_waits(monkeypatch):
-    """What asks for a number of a tensor is told of, on the CPU as by torch on a card."""
-    modes = [0]
-
-    def watched(read):
-        def reads(tensor):
-            if modes[-1] == 'warn':
-                warnings.warn('called a synchronizing CUDA operation', stacklevel=1)
-            return read(tensor)
-
-        return reads
-
-    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
-    for name in ('item', 'tolist'):
-        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
-    return modes
-
-
-@pytest.mark.parametrize('where', ['forward', 'backward', 'routing'])
-def test_waits_are_counted_where_they_are(card_that_waits, where):
-    x, weight, ends = torch.ones(2, 4), torch.ones(2, 4, 4), torch.tensor([1, 2]).int()
-    with use_kernel('batched'):
-        run = partial(grouped_linear, x.requires_grad_(), weight, None, Groups(ends))
-        out = run()
-        steps = {'forward': run, 'backward': out.sum().backward}
-        steps['routing'] = partial(perplexity, torch.ones(2))
-        with gpu_steps.counted_waits('cuda') as places:
-            steps[where]()
-        assert card_that_waits == [0, 'warn', 0]
-        with gpu_steps.counted_waits('cpu') as none:
-            run()
-    assert not none
-    ((place, times),) = places.items()
-    file, line = place.split(':')
-    assert file == f'vqmoe_vision/moe/{"routing" if where == "routing" else "kernels/cpu"}.py'
-    read = (PACKAGE.parent / file).read_text().splitlines()[int(line) - 1]
-    assert ('.item()' if where == 'routing' else '.tolist()') in read
-    told, calm = gpu_steps.told_waits({place: 2 * times}, 2)
-    assert calm == (where != 'routing')  # kernels may have to
-    assert told == f'{times} waits a step, {times} at {place}'
+    settings, cell = replace(CPU, card=measure_card('cpu', large=32)), replace(CELL, top_k=1)
+    line = gpu.first_line(settings, {'device': 'cpu'}, replace(cell, dtype='bfloat16'))
+    said = r'cpu, .* TFLOP/s, .* batched, 0 waits a step, layer [\d.]+ ms \([\d.]+ ex'
+    assert re.match(said, line)
 
 
 @pytest.mark.parametrize('task', gpu_steps.CONFIGS)

@@ -339,14 +339,13 @@ def test_a_changed_default_or_preset_makes_rows_stale(fill, says, monkeypatch, o
 
 
 @cases(
-    'file, before, after',
-    ('first.py', 'dense=', 'plain='),
-    ('first.py', "'dense_1x'", "'dense_1x train_cfg.max_iters=3'"),
-    ('spec.py', 'iter_2', 'iter_1'),
+    'changes',
+    {'first.py': ('dense=', 'plain='), 'spec.py': ('.py dense', '.py plain')},
+    {'first.py': ("'dense_1x'", "'dense_1x train_cfg.max_iters=3'")},
+    {'spec.py': ('iter_2', 'iter_1')},
 )
-def test_rows_that_would_start_from_another_run_are_stale(started, says, file, before, after):
-    changes = [(file, before, after), ('spec.py', f'first.py {before[:-1]} ', 'first.py plain ')]
-    for name, old, new in changes:
-        Path(name).write_text(Path(name).read_text().replace(old, new))
-    line = says('table', started, '--work-dir', 'elsewhere')
-    assert 'one-seed1.json: stale: recipe ' in line
+def test_rows_that_would_start_from_another_run_are_stale(started, says, changes):
+    for name, (before, after) in changes.items():
+        Path(name).write_text(Path(name).read_text().replace(before, after))
+    says('table', started, '--work-dir', 'elsewhere')
+    assert '`one-seed1.json`: stale: recipe ' in table()

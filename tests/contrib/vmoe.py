@@ -12,6 +12,7 @@ from typing import Any
 
 import msgpack
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tree = dict[str, Tensor]
@@ -36,10 +37,8 @@ def make_tree(
     tree: Tree = {}
 
     def draw(name: str, *shape: int, std: float = 0.1, mean: float = 0.0) -> None:
-        if device == 'meta':
-            tree[name] = torch.empty(shape, device='meta')
-        else:
-            tree[name] = mean + std * torch.randn(shape, generator=generator)
+        values = torch.randn(shape, generator=generator) if device != 'meta' else torch.empty(shape)
+        tree[name] = mean + std * values.to(device)
 
     def dense(name: str, inputs: int, outputs: int, *several: int) -> None:
         draw(f'{name}/kernel', *several, inputs, outputs, std=inputs**-0.5)
@@ -100,8 +99,7 @@ def forward(
 
 
 def _norm(p: Tree, name: str, x: Tensor) -> Tensor:
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-    return (x - mean) / torch.sqrt(var + 1e-6) * p[f'{name}/scale'] + p[f'{name}/bias']
+    return F.layer_norm(x, x.shape[-1:], p[f'{name}/scale'], p[f'{name}/bias'], 1e-6)
 
 
 def _attention(p: Tree, name: str, x: Tensor) -> Tensor:
@@ -114,17 +112,13 @@ def _attention(p: Tree, name: str, x: Tensor) -> Tensor:
     return torch.einsum('bqhk,hkd->bqd', mixed, p[f'{name}/out/kernel']) + p[f'{name}/out/bias']
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """jax.nn.gelu, whose default is the approximation."""
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
 def _mlp(p: Tree, name: str, x: Tensor, expert: int | None = None) -> Tensor:
     layers = [[p[f'{name}/Dense_{j}/{part}'] for part in ('kernel', 'bias')] for j in range(2)]
     if expert is not None:
         layers = [[value[expert] for value in layer] for layer in layers]
     (first, b1), (second, b2) = layers
-    return _gelu(x @ first + b1) @ second + b2
+    # jax.nn.gelu, whose default is the approximation
+    return F.gelu(x @ first + b1, approximate='tanh') @ second + b2
 
 
 def _experts(p: Tree, name: str, rows: Tensor, top_k: int, capacity: int | None) -> Tensor:

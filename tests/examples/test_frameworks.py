@@ -41,10 +41,8 @@ def test_a_published_folder_is_read_by_transformers_and_by_timm_again(method, tm
         options |= {'model.model_name': 'vit_tiny_patch16_224', 'model.moe': None}
         options = {n: value for n, value in options.items() if not n.startswith('model.moe.')}
     leave_run(tmp_path / 'run', CONFIG, options, 'abcdefghij')
-    folder, images = (
-        publish_folder(str(tmp_path / 'run'), str(tmp_path / 'out')),
-        torch.randn(2, 3, 48, 48),
-    )
+    folder = publish_folder(str(tmp_path / 'run'), str(tmp_path / 'out'))
+    images = torch.randn(2, 3, 48, 48)
     model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     for place in (folder, tmp_path / 'again'):
         classifier = transformers.AutoModelForImageClassification.from_pretrained(place).eval()
@@ -117,22 +115,20 @@ def test_the_trainer_of_transformers_steps_as_a_loop_of_torch(example, tmp_path)
     pytest.importorskip('transformers')
     plain = dict(optim='sgd', lr_scheduler_type='constant', max_grad_norm=0, learning_rate=0.1)
     steps = dict(max_steps=3, gradient_accumulation_steps=2, train_sampling_strategy='sequential')
-    trainer = example('transformers_digits').main(
-        str(tmp_path), weight_decay=0, disable_tqdm=True, **plain, **steps
-    )
+    plain |= dict(weight_decay=0, disable_tqdm=True)
+    trainer = example('transformers_digits').main(str(tmp_path), **plain, **steps)
     digits = example('digits')
     model, _ = digits.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = iter(digits.loader(digits.tensors()[0], shuffle=False))
-    for _ in range(3):
-        for _ in range(2):
-            images, labels = next(batches)
-            with collect_losses(model, update_state=False) as expected:
-                loss = F.cross_entropy(model(images), labels) + expected.total()
-                (loss / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_state(model)
+    for batch in range(6):
+        images, labels = next(batches)
+        with collect_losses(model, update_state=False) as expected:
+            ((F.cross_entropy(model(images), labels) + expected.total()) / 2).backward()
+        if batch % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            update_state(model)
     found = trainer.model.timm_model.state_dict()
     torch.testing.assert_close(found, model.state_dict())
     losses = {name.removeprefix('timm_model.'): v for name, v in trainer.collected.losses.items()}
