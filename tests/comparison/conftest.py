@@ -69,6 +69,7 @@ model = dict(
 )
 train_cfg = dict(max_iters=2)
 """
+ROWS = Path('docs/results/rows/spec')
 SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows})\n"
 
 
@@ -105,7 +106,7 @@ def fill(spec) -> Callable[..., str]:
         rows |= {row: f'{rows[row]} model.checkpoint=a.pth' for row in rows if '_started' in row}
         path = spec(f'seeds = {seeds}\n{more}', **rows)
         comparison = read_comparison(path)
-        store = Store(Path('docs/results/rows/spec'))
+        store = Store(ROWS)
         for row, values in scores.items():
             for seed, value in enumerate(values, 1):
                 run = Run(comparison, row, seed, Path('work_dirs/comparisons'))
@@ -126,6 +127,17 @@ def fill(spec) -> Callable[..., str]:
         return path
 
     return write
+
+
+def table() -> str:
+    return Path('docs/results/tables/spec.md').read_text()
+
+
+def change(name: str, **fields: Any) -> None:
+    """A row has other fields, or none that are None."""
+    path = ROWS / f'{name}.json'
+    content = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({n: v for n, v in content.items() if v is not None}))
 
 
 @pytest.fixture

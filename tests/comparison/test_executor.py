@@ -20,6 +20,7 @@ from vqmoe_vision.comparison.store import Run, Store
 from .. import cases
 from ..rows import CONFIGS
 from .test_queue import ROWS, WORK, calls, collected, needs_proc, until
+from .test_real_run import SPEC
 
 pytest.importorskip('submitit')
 
@@ -125,10 +126,8 @@ def test_jobs_of_slurm_leave_rows(spec, slurm, says):
 
 @cases(
     'arguments, message',
-    (['--processes-per-run', '2'], '--processes-per-run=2'),
     (['--minutes', '5'], '--minutes=5'),
     (['--executor', 'local', '--slurm', 'mem=4GB'], '--slurm='),
-    (['--executor', 'local', '--processes-per-run', '0'], '--processes-per-run=0'),
     (['--executor', 'local', '--processes-per-run', '4'], '--processes-per-run=4 .*divisor of 6'),
     ids=str,
 )
@@ -138,16 +137,6 @@ def test_a_mistake_is_one_line(spec, says, arguments, message):
     assert not calls()
 
 
-SPEC = """
-config = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
-metric = 'accuracy/top1'
-seeds = [3]
-rows = dict(vqmoe='vqmoe')
-options = [
-    'train_cfg.max_epochs=6', 'train_cfg.val_interval=3', 'param_scheduler.1.end=6',
-    'model.depth=2', 'model.embed_dim=24', 'default_hooks.checkpoint.interval=3',
-]
-"""
 SPENT = {'minutes', 'cpu_minutes'}
 
 
@@ -169,14 +158,14 @@ def test_a_comparison_of_two_processes_a_run_is_stopped_and_resumed_to_the_same_
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(CONFIGS.parent)
-    (tmp_path / 'digits.py').write_text(SPEC)
+    (tmp_path / 'digits.py').write_text(SPEC.replace('max_epochs=2', 'max_epochs=6'))
 
-    def run(folder: Path) -> None:
-        how = ['--executor', 'local', '--processes-per-run', '2']
+    def run(folder: Path, action: str = 'run', how: str = '') -> None:
         where = ['--work-dir', str(folder), '--results', str(folder)]
-        compare(['run', str(tmp_path / 'digits.py'), *how, *where])
+        compare([action, str(tmp_path / 'digits.py'), *how.split(), *where])
 
-    run(tmp_path / 'whole')
+    two = 'run', '--executor local --processes-per-run 2'
+    run(tmp_path / 'whole', *two)
     expected = row_in(tmp_path / 'whole')
     assert expected['processes'] == 2 and expected['iterations'] == 114
     folder = tmp_path / 'stopped'
@@ -198,13 +187,12 @@ def test_a_comparison_of_two_processes_a_run_is_stopped_and_resumed_to_the_same_
     operator = Thread(target=stop)
     operator.start()
     with pytest.raises(SystemExit, match='1 of 1 runs failed: vqmoe-seed3'):
-        run(folder)
+        run(folder, *two)
     operator.join()
     assert 'its job has ended' in capsys.readouterr().out
-    run(folder)
+    run(folder, *two)
     assert row_in(folder) == expected
     logs = [log.read_text() for log in folder.glob('digits/*/*/*.log')]
     assert sum('resumed epoch' in log for log in logs) >= 2
-    where = ['--work-dir', str(folder), '--results', str(folder)]
-    compare(['check', str(tmp_path / 'digits.py'), *where])  # by two processes too
+    run(folder, 'check')  # by two processes too
     assert 'of 1 of 1 rows came out again' in capsys.readouterr().out

@@ -247,14 +247,3 @@ def test_sources_of_sources_come_first(started, spec, says):
     path = spec("start = 'second.py started iter_2.pth'", third=STARTED)
     says('run', path, '--rows', 'third', '--seeds', '1')
     assert trained() == ['first/dense-seed1', 'second/started-seed1', 'spec/third-seed1']
-
-
-def test_a_source_that_was_trained_and_not_tested_is_tested(started, says):
-    path = started()
-    says('run', path, '--seeds', '1')
-    next((WORK / 'first').rglob('test.json')).unlink()
-    (ROWS / 'first/dense-seed1.json').unlink()
-    (ROWS / 'spec/started-seed1.json').unlink()
-    says('run', path, '--seeds', '1')
-    assert collected('first') == {'dense-seed1'}
-    assert len(trained()) == 3

@@ -19,9 +19,9 @@ from vqmoe_vision.comparison.store import Run, Store, images_seen
 
 from .. import cases
 from ..rows import CONFIGS
+from .conftest import ROWS, change, table
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
-ROWS = Path('docs/results/rows/spec')
 TABLES = Path('docs/results/tables')
 # differences to dense by seed: 1, 2, 3; and 1, 0, -1
 SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
@@ -62,8 +62,7 @@ def test_numbers_of_the_table_by_hand(fill, says):
     # p = 0.0742 (test_statistics.py); 'same' has t = 0
     assert float(better['p']) == pytest.approx(0.0742, abs=1e-4)
     assert float(rows['same']['p']) == pytest.approx(1)
-    shown = (TABLES / 'spec.md').read_text()
-    cells = [cell.strip() for cell in shown.split('\n| better')[1].split('\n')[0].split('|')]
+    cells = [cell.strip() for cell in table().split('\n| better')[1].split('\n')[0].split('|')]
     assert cells[1:-1] == [
         '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '-0.27 to +4.27', '(0.070)',
         '+2.00 (-0.48 to +4.48)',
@@ -75,7 +74,7 @@ def test_small_p_and_unequal_compute(fill, says):
     # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
     scores = {'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02], 'dear': [11.0, 21.0, 31]}
     says('table', fill(scores, better={'macs': 10_400_000}, dear={'macs': 10_600_000}))
-    shown, tex = (TABLES / 'spec.md').read_text(), (TABLES / 'spec.tex').read_text()
+    shown, tex = table(), (TABLES / 'spec.tex').read_text()
     assert '| (<0.001) ' in shown and r' & (\textless{}0.001) & ' in tex
     assert '| dear* ' in shown and '| better ' in shown
     assert '\n- \\* does not have the compute of dense' in shown  # no list in the list
@@ -110,8 +109,7 @@ def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys)
     line = 'dense-seed9.json, hello-seed1.json: the comparison names no such row or seed'
     compare(['table', path])
     assert f'left out: {line}\n' in capsys.readouterr().err
-    shown = (TABLES / 'spec.md').read_text()
-    assert f'- `{line.replace(": ", "`: ")}\n' in shown
+    assert f'- `{line.replace(": ", "`: ")}\n' in table()
 
 
 def test_curves_are_means_with_bands_and_other_rows_are_grey(fill):
@@ -141,11 +139,9 @@ def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says):
     shifted = {'dense': {2: 12, 3: 28}, 'a': {1: 12, 2: 26, 3: 40}, 'none': {1: 0, 2: 0, 3: 0.5}}
     for row, values in shifted.items():
         for seed, score in values.items():
-            file = ROWS / f'{row}-seed{seed}.json'
-            measured = {'shifts': {'fog': {'model.fog=1': float(score)}}}
-            file.write_text(json.dumps(json.loads(file.read_text()) | measured))
+            change(f'{row}-seed{seed}', shifts={'fog': {'model.fog=1': float(score)}})
     says('table', path)
-    shown = (TABLES / 'spec.md').read_text().split('| shift')[1].splitlines()
+    shown = table().split('| shift')[1].splitlines()
     cells = [[cell.strip() for cell in line.split('|')] for line in shown[2:5]]
     # of dense 60 and 70 %, of a 60, 65 and 80 %: +5 and +10, whose standard deviation is 3.54, so
     # that 12.706 * 3.54 / sqrt(2) is 31.77; of the third row only one run has a score
@@ -195,7 +191,7 @@ def test_contrasts_are_corrected_among_themselves(fill, says):
     assert ends == pytest.approx((1.1333 - half, 1.1333 + half), abs=1e-3)
     assert near['p_holm'] == near['p'] and sure['p_holm'] == pytest.approx(2 * sure['p'])
     assert sure['finding'] == near['finding'] == 'better'
-    shown = (TABLES / 'spec.md').read_text()
+    shown = table()
     assert '| sure - dense | 3 of 3 ' in ' '.join(shown.split())
     assert 'for all 2 contrasts' in shown and '(4 degrees of freedom)' in shown
 

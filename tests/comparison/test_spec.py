@@ -71,37 +71,34 @@ def test_whatever_learns_to_route_meets_both_controls(path, root):
             assert {f'{control}{made}' for control in CONTROLS} < comparison.rows.keys()
 
 
+ADE = 'segmentation/ade20k/segmenter_vit-s-vqmoe{}_mask_8xb1-160k_ade20k-512x512.py'
+
+
 @cases(
-    'leaf',
-    'classification/cifar100.py',
-    'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+    'leaf, pretrained',
+    ('classification/cifar100.py', False),
+    ('classification/finetune/imagenette.py', True),
+    (ADE.format(''), False),
+    (ADE.format('-in21k-pre'), True),
 )
-def test_a_config_is_a_comparison_of_all_rows(leaf, root):
+def test_a_config_is_a_comparison_of_all_rows(leaf, pretrained, root):
     comparison = read_comparison(f'configs/{leaf}')
     assert comparison.name == '-'.join(Path(leaf).with_suffix('').parts[-2:])
-    assert comparison.rows.keys() == {*ROWS, *CONTROLS}
+    theirs = {'dense_2x'} if pretrained else set()  # whose weights fit none
+    assert comparison.rows.keys() == {*ROWS, *CONTROLS} - theirs
     assert comparison.contrasts[0] == 'smoe - smoe_frozen'
     assert comparison.also == (('aAcc', 'mAcc') if 'segmentation' in leaf else ())
     assert len(comparison.seeds) == 5
-    size = 'small' if 'vit-s' in leaf else 'tiny'
-    field = 'model.backbone' if 'segmentation' in leaf else 'model'
-    assert f'{field}.model_name=vit_{size}_smoe' in comparison.rows['smoe']
     assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')
-
-
-@cases(
-    'leaf',
-    'classification/finetune/imagenette.py',
-    'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',
-)
-def test_rows_keep_a_model_of_timm_and_its_weights(leaf, root):
-    comparison = read_comparison(f'configs/{leaf}')
-    assert comparison.rows.keys() == {*ROWS, *CONTROLS} - {'dense_2x'}  # whose weights fit none
-    for row in comparison.rows:
+    if not pretrained:
+        size = 'small' if 'vit-s' in leaf else 'tiny'
+        assert f'model_name=vit_{size}_smoe' in ' '.join(comparison.rows['smoe'])
+    for row in comparison.rows if pretrained else ():
         run = Run(comparison, row, 1, Path('work_dirs'))
         own, model = (c.model.get('backbone', c.model) for c in (comparison.base, run.merged()))
-        assert (model.model_name, model.pretrained) == (own.model_name, True)
         method = row.partition('_')[0].replace('position', 'hashmoe')
+        # a model of timm stays, with its weights
+        assert (model.model_name, model.pretrained) == (own.model_name, True)
         assert (model.moe and model.moe.method) == (None if row == 'dense_1x' else method)
         scope = DefaultScope.overwrite_default_scope(comparison.base.default_scope)
         with on_meta(), scope:
@@ -244,15 +241,3 @@ def test_models_that_rows_cannot_be_made_of(says, root, tmp_path, config, said):
     (tmp_path / 'own.py').write_text(f"config = 'configs/{config}'\n{fields}")
     folders = ['--work-dir', str(tmp_path), '--results', str(tmp_path)]
     assert said in says('run', str(tmp_path / 'own.py'), *folders)
-
-
-def test_every_option_of_vqmoe_has_a_line_on_its_default():
-    page = (CONFIGS.parent / 'docs/explanation/methods.md').read_text()
-    lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
-    measured, names = set(), set[str]()
-    for line in lines.splitlines():
-        first, _, known, *_ = [*line.strip('|').split('|'), '', '']
-        names = set(re.findall(r'`(\w+)[=`]', first)) or names  # an empty cell is of the row above
-        if re.search(r'\d', known):
-            measured |= names
-    assert METHODS['vqmoe'].config.option_names() - {'preset'} - measured == set()

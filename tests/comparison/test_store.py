@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 
-from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison import spec as spec_module
 from vqmoe_vision.comparison.cli import compared
 from vqmoe_vision.comparison.queue import Queue, Task
-from vqmoe_vision.comparison.report import draw_figures
 from vqmoe_vision.comparison.spec import canonical, read_comparison, recipe_of
-from vqmoe_vision.comparison.store import FIELDS, SPLITS, Run, Store
+from vqmoe_vision.comparison.store import SPLITS, Run, Store
 from vqmoe_vision.moe import METHODS
 
 from .. import cases
+from .conftest import ROWS, change, table
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
-ROWS = Path('docs/results/rows/spec')
 WORK = Path('work_dirs/comparisons')
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
@@ -55,15 +53,6 @@ def test_many_writers_at_the_same_moment(finished):
     assert {path.name for path in ROWS.iterdir()} == {f'{run.name}.json' for run in finished}
 
 
-def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch):
-    monkeypatch.setattr(cli, 'draw_figures', draw_figures)
-    path = fill(SCORES)
-    for file in ROWS.iterdir():
-        content = json.loads(file.read_text())
-        file.write_text(json.dumps({field: content[field] for field in ('version', *FIELDS)}))
-    assert 'spec-curves.png' in says('table', path)
-
-
 def having(**changes: Any) -> Callable[[str], str]:
     def harm(text: str) -> str:
         content = {**json.loads(text), **changes}
@@ -89,9 +78,8 @@ def test_a_damaged_row_is_left_out_alone(fill, says, harm, said):
     damaged = ROWS / 'same-seed1.json'
     damaged.write_text(harm(damaged.read_text()))
     says('table', path)
-    shown = Path('docs/results/tables/spec.md').read_text()
-    (line,) = [line for line in shown.splitlines() if line.startswith('- `same-seed1.json`: ')]
-    assert said in line and '| 24.50 ' in shown  # of the seeds that are left
+    (line,) = [line for line in table().splitlines() if line.startswith('- `same-seed1.json`: ')]
+    assert said in line and '| 24.50 ' in table()  # of the seeds that are left
 
 
 def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys):
@@ -112,9 +100,8 @@ def test_of_stage_dev_the_score_is_that_of_the_last_validation(repository, spec,
     assert [(row['row'], row['stage']) for row in rows] == [('dense', 'dev')] * 2
     assert rows[0]['test'] == {'mIoU': 2.0, 'blocks.1.mlp/load_unused': 1.0}
     says('table', path)
-    shown = Path('docs/results/tables/spec.md').read_text()
-    assert 'mIoU at the end of training on held-out data; no test data was seen.' in shown
-    assert 'the same on held-out images' not in shown  # they are these
+    assert 'mIoU at the end of training on held-out data; no test data was seen.' in table()
+    assert 'the same on held-out images' not in table()  # they are these
     assert says('shifts', path) == 'error: spec.py: shifts names none'
     assert "routing is measured on test data, which stage='dev' spares" in says('routing', path)
     train = (repository / 'tools/train.py').read_text()
@@ -125,16 +112,6 @@ def test_of_stage_dev_the_score_is_that_of_the_last_validation(repository, spec,
 
 
 USUAL = {split: {'samples': 40_000, 'digest': f'usual {split}'} for split in SPLITS}
-
-
-def table() -> str:
-    return Path('docs/results/tables/spec.md').read_text()
-
-
-def change(name: str, **fields: Any) -> None:
-    path = ROWS / f'{name}.json'
-    content = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({n: v for n, v in content.items() if v is not None}))
 
 
 @pytest.mark.parametrize('split', SPLITS)

@@ -67,6 +67,7 @@ def test_trains_tests_draws_and_predicts(tmp_path, capsys):
     first, _ = predict(config, str(checkpoint), photos, opacity=1.0)
     assert first.classes == CLASSES and first.labels.shape == (24, 32)
     assert (cv2.imread(f'{out}/labels/a.png', -1) == first.labels).all()
+    assert {p.name for p in Path(out, 'overlays').iterdir()} == {'a.png', 'b.png'}
     meta = torch.load(checkpoint, weights_only=True)['meta']['dataset_meta']
     assert meta['classes'] == CLASSES
     colours = np.array(meta['palette'])
@@ -82,9 +83,7 @@ RED = [255, 0, 0]
     None,
     dict(palette=[RED]),
     dict(classes=('a', 'b'), palette=[RED]),
-    dict(classes='leaf'),
     dict(classes=('a', 'b', 'a')),
-    dict(classes=('a', ' ')),
 )
 def test_classes_and_palette(metainfo):
     with pytest.raises(ValueError, match=r'metainfo.*classes|palette does not match classes'):
@@ -112,12 +111,12 @@ def test_classes_in_a_file_and_in_another_order_than_the_colours(tmp_path):
 def test_some_classes_of_a_known_data_set(tmp_path):
     labels = np.array([[0, 3, 8], [10, 255, 3]])
     write_pair(tmp_path, 'images/a.jpg', 'masks/a.png', labels)
-    kwargs: dict[str, Any] = dict(
+    data = CamVid(
+        metainfo=dict(classes=('car', 'road')),
         data_root=str(tmp_path),
         data_prefix=dict(img_path='images', seg_map_path='masks'),
         pipeline=[dict(type='LoadImage'), dict(type='LoadLabels')],
     )
-    data = CamVid(metainfo=dict(classes=('car', 'road')), **kwargs)
     assert data[0]['gt_seg_map'].tolist() == [[255, 1, 0], [255, 255, 1]]
     assert data.metainfo['palette'] == [[64, 0, 128], [128, 64, 128]]
     cv2.imwrite(str(tmp_path / 'masks/a.png'), np.full((2, 3), 11, np.uint8))
@@ -127,19 +126,16 @@ def test_some_classes_of_a_known_data_set(tmp_path):
 
 ADE = CONFIGS / 'segmentation/ade20k'
 SIZES: dict[str, Any] = dict(patch_size=16, depth=4, embed_dim=12, num_heads=3)
+STEPS = 'train_dataloader.dataset.pipeline'
 # crops and windows of 64 pixels
-SMALL = [
-    'model.data_preprocessor.size=(64,64)',
-    'model.backbone.img_size=(64,64)',
-    'model.test_cfg.crop_size=(64,64)',
-    'model.test_cfg.stride=(60,60)',
-    'train_dataloader.dataset.pipeline.2.scale=(256,64)',
-    'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
-    'val_dataloader.dataset.pipeline.1.scale=(256,64)',
-]
+SMALL = [f'{STEPS}.2.scale=(256,64)', f'{STEPS}.3.crop_size=(64,64)']
+SMALL.append('val_dataloader.dataset.pipeline.1.scale=(256,64)')
 TINY_ADE = """
 _base_ = BASE
-model = dict(backbone=BACKBONE, decode_head=dict(num_layers=1))
+model = dict(
+    backbone=dict(img_size=(64, 64), **BACKBONE), decode_head=dict(num_layers=1),
+    data_preprocessor=dict(size=(64, 64)), test_cfg=dict(crop_size=(64, 64), stride=(60, 60)),
+)
 data = dict(data_root=ROOT, dev_size=2)
 loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 train_dataloader = dict(dataset=data, **loader)
@@ -157,12 +153,12 @@ def test_two_iterations(way, tmp_path):
     for name in 'abcd':
         image, label = f'images/training/{name}.jpg', f'annotations/training/{name}.png'
         write_pair(tmp_path / 'data', image, label, labels)
-    dense: Any = timm.create_model('vit_small_patch16_384', img_size=96, **SIZES)
+    dense = timm.create_model('vit_small_patch16_384', img_size=96, **SIZES).state_dict()
     path = str(tmp_path / 'dense.pth')  # in the place of the hub
-    torch.save(dense.state_dict(), path)
-    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
-    if way == 'checkpoint':
-        given = dict(pretrained=False, checkpoint=path)
+    torch.save(dense, path)
+    given = dict(pretrained=False, checkpoint=path)
+    if way == 'pretrained':
+        given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
     base = ADE / 'segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py'
     backbone = {**SIZES, 'moe': dict(num_experts=2), **given}
     text = TINY_ADE.replace('BASE', repr(str(base))).replace('BACKBONE', repr(backbone))
@@ -173,7 +169,7 @@ def test_two_iterations(way, tmp_path):
     state = read_content(str(tmp_path / 'w/iter_2.pth'))['state_dict']
     assert state['normalization'].unique().tolist() == [0.5]
     for weight in state['backbone.model.blocks.3.mlp.experts.fc1.weight']:
-        assert torch.equal(weight, dense.state_dict()['blocks.3.mlp.fc1.weight'])
+        assert torch.equal(weight, dense['blocks.3.mlp.fc1.weight'])
     assert state['backbone.model.pos_embed'].shape == (1, 17, 12)
 
 
@@ -182,12 +178,10 @@ def scenes(split: str = 'train', **kwargs: int) -> DigitScenes:
 
 
 def test_scene_depends_on_index_split_and_seed_only():
-    first, again = scenes(), pickle.loads(pickle.dumps(scenes()))
-    assert (first[3]['img'] == again[3]['img']).all()
-    assert (first[3]['gt_seg_map'] == again[3]['gt_seg_map']).all()
-    assert (first[3]['img'] != first[4]['img']).any()
-    assert (first[3]['img'] != scenes('dev')[3]['img']).any()
-    assert (first[3]['img'] != scenes(seed=1)[3]['img']).any()
+    first, again = scenes()[3], pickle.loads(pickle.dumps(scenes()))[3]
+    assert all((first[part] == again[part]).all() for part in ('img', 'gt_seg_map'))
+    for other in (scenes()[4], scenes('dev')[3], scenes(seed=1)[3]):
+        assert (first['img'] != other['img']).any()
 
 
 def test_scene_is_an_image_with_a_label_map():
@@ -235,7 +229,7 @@ def test_what_is_missing_is_named_with_the_page_that_helps(name, tmp_path):
     (tmp_path / 'train.txt').touch()
     assert 'train.txt names no image' in said(ann_file='train.txt')
     (tmp_path / 'annotations/train/b.png').rename(tmp_path / 'annotations/train/a.png')
-    (pair,) = (DATASETS.build(config).get_data_info(0),)
+    pair = DATASETS.build(config).get_data_info(0)
     assert Path(pair['seg_map_path']).name == 'a.png'
 
 

@@ -56,21 +56,21 @@ MAKES_HOLES = [
 ]
 
 
+NEEDED = {
+    'ConstrainedCoarseDropout': dict(
+        mask_indices=[3], hole_height_range=(0.5, 0.5), hole_width_range=(0.5, 0.5)
+    ),
+    'XYMasking': dict(num_masks_x=(1, 1), mask_x_length=(3, 3)),
+    'TimeMasking': dict(time_mask_param=7),
+    'FrequencyMasking': dict(freq_mask_param=7),
+}
+
+
 @pytest.mark.filterwarnings('ignore:.* is a specialized version of XYMasking')
 @pytest.mark.parametrize('name', MAKES_HOLES)
 def test_labels_under_holes_stay(name):
-    needed = {
-        'ConstrainedCoarseDropout': dict(
-            mask_indices=[3], hole_height_range=(0.5, 0.5), hole_width_range=(0.5, 0.5)
-        ),
-        'XYMasking': dict(num_masks_x=(1, 1), mask_x_length=(3, 3)),
-        'TimeMasking': dict(time_mask_param=7),
-        'FrequencyMasking': dict(freq_mask_param=7),
-    }
-    holes = dict(type=name, p=1.0, **needed.get(name, {}))
-
     def draw(**options: int) -> list[dict[str, Any]]:
-        augment = Albumentations([dict(holes, **options)])
+        augment = Albumentations([dict(type=name, p=1.0, **NEEDED.get(name, {}), **options)])
         return [augment.transform(sample()) for _ in range(20)]  # some holes have no pixel
 
     found = draw()
@@ -173,8 +173,8 @@ def test_colours_are_no_label_map_whatever_their_number(mode, height, width, tmp
 def _sound_maps() -> list[bytes]:
     labels = Image.fromarray(np.random.default_rng(0).integers(0, 3, (12, 8), np.uint8))
     deep, files = Image.fromarray(np.asarray(labels).astype(np.uint16)), []
-    for i, image in enumerate((labels, labels.convert('P'), deep, labels)):
-        image.save(file := io.BytesIO(), 'PNG' if i < 3 else 'TIFF')
+    for image, kind in ((labels.convert('P'), 'PNG'), (deep, 'PNG'), (labels, 'TIFF')):
+        image.save(file := io.BytesIO(), kind)
         files.append(file.getvalue())
     return files
 
@@ -185,10 +185,8 @@ def _sound_maps() -> list[bytes]:
 def test_a_damaged_file_is_a_label_map_or_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / 'damaged.file'
     path.write_bytes(content)
-    results = dict(
-        img_path='image', seg_map_path=str(path), ori_shape=(12, 8), reduce_zero_label=False,
-        seg_fields=[],
-    )  # fmt: skip
+    results = dict(img_path='image', seg_map_path=str(path), ori_shape=(12, 8), seg_fields=[])
+    results['reduce_zero_label'] = False
     try:
         assert LoadLabels(3).transform(results)['gt_seg_map'].shape == (12, 8)
     except ValueError as error:
@@ -303,12 +301,8 @@ def test_every_loader_names_a_bomb(tmp_path, monkeypatch):
     path = str(tmp_path / 'a.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # 16 x 24 is more than twice as many
     labels = dict(img_path='b.png', seg_map_path=path, reduce_zero_label=False)
-    for read in (
-        lambda: load_image(path),
-        lambda: LoadImage().read(path),
-        lambda: LoadImage(imdecode_backend='pillow').read(path),
-        lambda: LoadImage(color_type='grayscale').read(path),
-        lambda: LoadLabels().transform(labels),
-        lambda: LoadLabels(imdecode_backend='cv2').transform(labels),
-    ):
-        refused(r'a\.png is too large', read)
+    images = LoadImage(), LoadImage(imdecode_backend='pillow'), LoadImage(color_type='grayscale')
+    for read in (load_image, *(loader.read for loader in images)):
+        refused(r'a\.png is too large', read, path)
+    for loader in (LoadLabels(), LoadLabels(imdecode_backend='cv2')):
+        refused(r'a\.png is too large', loader.transform, labels)
