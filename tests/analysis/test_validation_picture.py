@@ -17,12 +17,10 @@ from vqmoe_vision.analysis.survey import survey
 from vqmoe_vision.analysis.validation_picture import picture
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model import load_trained, scope_of
-from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
 from ..engine.tiny import DIGITS, OPTIONS, config_of, trained
-from ..models.conftest import MORE, dense
 from ..runs import train
 from ..segmentation.test_cli import write_config
 from .conftest import make
@@ -126,11 +124,3 @@ def test_every_method_has_a_picture(method):
     rows, left = divmod(len(shown) + GAP, CELL + GAP)
     assert (shown.dtype, shown.shape[1:], left) == (np.uint8, (4 * (CELL + GAP) - GAP, 3), 0)
     assert rows == 1 + (2 if method == 'vqmoe' else 1)
-
-
-@pytest.mark.parametrize('host', MORE)
-def test_every_host_has_a_picture(host):
-    model, normalization = dense(host), Normalization((0.5,) * 3, (0.5,) * 3)
-    convert_to_moe(model, 'smoe', num_experts=4)
-    shown = picture(model, [torch.randn(2, 3, 32, 32)], normalization)
-    assert len(shown) == 3 * (CELL + GAP) - GAP  # photographs and two layers

@@ -1,9 +1,6 @@
 """The command: a tiny run end to end, and mistakes in one line."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -17,7 +14,6 @@ from benchmark.layers import FLOORS, OURS
 from benchmark.methods import LAYERS
 from benchmark.networks import parse_model
 from benchmark.presets import LAYER_PRESETS, NETWORK_PRESETS, Preset, ci_preset
-from benchmark.restart import MALLOC
 from benchmark.timing import WARM_UP, interleave, median, peak_memory, ratio
 from vqmoe_vision.moe import METHODS
 
@@ -136,24 +132,6 @@ def test_peak_counts_what_is_alive_together():
 
     # the allocator's sizes are exact, blocks are aligned but not rounded
     assert peak_memory(step, 'cpu') == pytest.approx(6000, abs=128)
-
-
-PROGRAM = """
-import os
-from benchmark.restart import MALLOC, restart_prepared
-restart_prepared(3)
-print(os.environ['OMP_NUM_THREADS'], *(os.environ.get(name) for name in MALLOC))
-"""
-
-
-def test_restarts_once_with_the_environment_it_needs():
-    environment = {k: v for k, v in os.environ.items() if k not in MALLOC}
-    environment |= {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
-    command = [sys.executable, '-c', PROGRAM]
-    first, second = subprocess.check_output(command, text=True, env=environment).splitlines()
-    assert first.startswith('restarting with OMP_NUM_THREADS=3')
-    glibc = 'MALLOC_TOP_PAD_' in first
-    assert second == ' '.join(['3', *MALLOC.values()]) if glibc else second.startswith('3 ')
 
 
 CELL = dict(tokens=10, batch=2, width=8, experts=8, top_k=1, dtype='float32', amp=False, skew=1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmark import gpu, gpu_kernels, gpu_results, gpu_steps
+from benchmark import gpu, gpu_kernels, gpu_results
 from benchmark.cells import DTYPES, Cell, Settings
 from benchmark.gates import SLACK
 from benchmark.gpu_card import Card, measure_card, work_of
@@ -181,16 +181,3 @@ def test_the_first_line_says_what_a_layer_takes():
     line = gpu.first_line(settings, {'device': 'cpu'}, replace(cell, dtype='bfloat16'))
     said = r'cpu, .* TFLOP/s, .* batched, 0 waits a step, layer [\d.]+ ms \([\d.]+ ex'
     assert re.match(said, line)
-
-
-@pytest.mark.parametrize('task', gpu_steps.CONFIGS)
-def test_configs_are_found_from_anywhere(monkeypatch, tmp_path, task):
-    pytest.importorskip('mmseg')
-    monkeypatch.chdir(tmp_path)
-
-    def stop(config, device, row):
-        raise FloatingPointError(config.train_dataloader.dataset.type)
-
-    monkeypatch.setattr(gpu_steps, '_train', stop)
-    row = gpu_steps._config_row(task, {}, CPU)
-    assert not row['ok'] and re.match('FloatingPointError: (digits|DigitScenes) ', row['result'])

@@ -12,7 +12,7 @@ from benchmark import ours
 from benchmark.cells import Cell, Settings
 from benchmark.contenders import Contender, UnsuitableError
 from benchmark.inputs import Batch, Inputs, skewed_routing
-from benchmark.layers import CONTENDERS, OURS, PEERS, REFERENCES, compiled, measure_layer
+from benchmark.layers import OURS, PEERS, REFERENCES, measure_layer
 from benchmark.networks import Comparison, Network, check_against_loops
 from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe import METHODS
@@ -40,18 +40,6 @@ def test_ours_equals_the_loop(name, backward, change):
     except UnsuitableError as reason:
         pytest.skip(str(reason))
     check_against_oracle(contender, contender.given(inputs.batch(0)), cell, settings)
-
-
-@pytest.mark.parametrize('name', ['dense', 'ours', 'layer'])
-def test_a_compiled_contender_gives_the_same(name):
-    batch = (inputs := Inputs(SMALL)).batch(0)
-    (contender,) = CONTENDERS[name](SMALL, TWICE, inputs)
-    answers = []
-    with torch.compiler.set_stance('force_eager'):  # what it runs is seen without compiling
-        for each in (contender, compiled(contender)):
-            torch.manual_seed(0)  # of a router's noise
-            answers.append(each.forward(each.module, batch)[0])
-    assert torch.equal(*answers)
 
 
 def swapped(module, batch: Batch) -> list[Tensor]:

@@ -37,13 +37,6 @@ def test_clusters_stand_at_right_angles_and_each_has_its_own_labels():
     assert shares.sub(0.25).abs().max() < 0.06
 
 
-def test_layers_that_read_the_image_find_the_tokens_in_it():
-    tokens = Source(3.0, 1).draw()[0]
-    images = control.as_images(tokens)
-    assert images.shape == (64, 4, 16, 16)
-    assert torch.equal(METHODS['stablemoe'].read_patches(images, (4, 4)), tokens)
-
-
 def test_a_domain_does_to_scans_what_it_is_said_to_do():
     distance = partial(torch.cdist, compute_mode='donot_use_mm_for_euclid_dist')
     source = Scenes(2.0, 1)

@@ -14,21 +14,16 @@ import pytest
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.executor import Job, Submitted
 from vqmoe_vision.comparison.queue import Task, tasks_of
-from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.store import Run, Store
+from vqmoe_vision.comparison.store import Store
 
 from .. import cases
 from ..rows import CONFIGS
-from .test_queue import ROWS, WORK, calls, collected, needs_proc, until
+from .test_queue import ROWS, calls, collected, needs_proc, run_of, until
 from .test_real_run import SPEC
 
 pytest.importorskip('submitit')
 
 BATCH = "seeds = [1]\noptions = ['train_dataloader.batch_size=6', 'train_dataloader.num_workers=3']"
-
-
-def run_of(path: str, row: str) -> Run:
-    return Run(read_comparison(path), row, 1, WORK)
 
 
 def test_a_job_at_its_limit_of_time_goes_on_where_it_was(spec):
@@ -72,7 +67,7 @@ def test_processes_share_the_batch_of_one(spec):
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
+def slurm(tmp_path, monkeypatch) -> None:
     """The commands of Slurm that submitit calls, of a cluster that begins no job."""
     folder = tmp_path / 'bin'
     folder.mkdir()
@@ -81,7 +76,6 @@ def slurm(tmp_path, monkeypatch) -> Path:
         (folder / name).write_text(f'#!/bin/sh\n{text}\n')
         (folder / name).chmod(0o755)
     monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
-    return folder
 
 
 def test_runs_are_an_array_of_slurm(spec, slurm):
@@ -106,24 +100,6 @@ def test_runs_are_an_array_of_slurm(spec, slurm):
     assert next(again._begin(tasks[0])) is None and not Path('submitted.sh').exists()
 
 
-@pytest.mark.long
-def test_jobs_of_slurm_leave_rows(spec, slurm, says):
-    """The cluster has one machine, which works through the array."""
-    (slurm / 'sbatch').write_text("""#!/bin/sh
-    export SLURM_ARRAY_JOB_ID=12 SLURM_NTASKS=1
-    for SLURM_ARRAY_TASK_ID in 0 1; do
-        export SLURM_ARRAY_TASK_ID SLURM_JOB_ID=12
-        sh "$1" > /dev/null 2>&1
-    done > /dev/null 2>&1 &
-    echo Submitted batch job 12
-    """)
-    (slurm / 'srun').write_text('#!/bin/sh\nshift 5\n"$@"\n')  # --output FILE --error FILE
-    path = spec('seeds = [1]', bad='train_cfg.kind=fails')
-    line = says('run', path, '--executor', 'slurm', '--minutes', '5')
-    assert line == 'error: 1 of 2 runs failed: bad-seed1'
-    assert collected() == {'dense-seed1'}
-
-
 @cases(
     'arguments, message',
     (['--minutes', '5'], '--minutes=5'),
@@ -137,12 +113,9 @@ def test_a_mistake_is_one_line(spec, says, arguments, message):
     assert not calls()
 
 
-SPENT = {'minutes', 'cpu_minutes'}
-
-
 def row_in(folder: Path) -> dict[str, Any]:
     content = json.loads((folder / 'rows/digits/vqmoe-seed3.json').read_text())
-    return {name: value for name, value in content.items() if name not in SPENT}
+    return {n: value for n, value in content.items() if n not in ('minutes', 'cpu_minutes')}
 
 
 def begun_by(pid: int) -> list[int]:

@@ -26,8 +26,7 @@ SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 @pytest.fixture
 def finished(spec, says) -> list[Run]:
-    path = spec()
-    says('run', path)
+    says('run', path := spec())
     comparison = read_comparison(path)
     return [Run(comparison, *which, WORK) for which in comparison.selected()]
 
@@ -163,22 +162,19 @@ def started(spec, says) -> str:
 
 
 def test_rows_that_began_with_other_weights_are_left_out(started, says):
-    says('table', started)
-    assert 'mixed' not in table()
+    def mixed() -> list[str]:
+        says('table', started)
+        return [line for line in table().splitlines() if 'mixed' in line]
+
+    assert not mixed()
     change('three-seed1', starting_weights={'load_from': 'other'})
-    says('table', started)
-    (line,) = [line for line in table().splitlines() if 'mixed' in line]
+    (line,) = mixed()
     assert line.startswith('- `three-seed1.json`: mixed: its starting weights are first/dense-')
     assert '/iter_2.pth (other), those of 2 others first/dense-seed1-' in line
     assert '4 of 4 runs are there already' in says('run', started)
-
-
-def test_where_as_many_began_with_either_none_is_taken_for_the_right_ones(started, says):
+    # where as many began with either, none is taken for the right ones
     change('one-seed1', starting_weights=None)
-    change('two-seed1', starting_weights={'model.checkpoint': 'other'})
-    says('table', started)
-    lines = [line for line in table().splitlines() if 'mixed' in line]
-    assert [line[3 : line.index('-seed1')] for line in lines] == ['two', 'three']
+    assert [line[3 : line.index('-seed1')] for line in mixed()] == ['two', 'three']
 
 
 def test_a_check_does_not_take_other_weights_for_other_code(started, says, monkeypatch):
@@ -224,19 +220,12 @@ def test_a_training_that_fails_refutes_nothing_and_loses_no_other(spec, says, re
     assert 'stale' not in table()
 
 
-@cases(
-    'now, equal, number',
-    ([2.0, 2.001, 2.0], True, 2),
-    ([2.0, 2.0, 2.003], False, 3),
-    ([2.0, float('nan'), 2.0], False, 2),
-    ([2.0, 2.0, float('inf')], False, 3),
-)
-def test_a_loss_that_is_no_number_never_came_out_again(now, equal, number):
-    found = compared(now, [2.0, 2.0, 2.0])
-    assert found['equal'] is equal
-    assert found['finding'].startswith(f'loss {number} is ')
+def test_a_loss_that_is_no_number_never_came_out_again():
+    for now, equal in ((2.001, True), (2.003, False), (math.nan, False), (math.inf, False)):
+        found = compared([2.0, now, 2.0], [2.0, 2.0, 2.0])
+        assert found['equal'] is equal and found['finding'].startswith('loss 2 is ')
     # nor does one of a row that was no number in the first place
-    assert not compared([2.0, float('nan')], [2.0, float('nan')])['equal']
+    assert not compared([2.0, math.nan], [2.0, math.nan])['equal']
 
 
 TWO_SEEDS = {'dense': [10.0, 20.0], 'other': [11.0, 20.0]}

@@ -135,18 +135,6 @@ def test_every_row_of_a_comparison(row, tmp_path):
         equal(value, run.backbone.model.get_parameter(name))
 
 
-@pytest.mark.parametrize('norm', [True, False])
-@pytest.mark.parametrize('host', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3'])
-def test_a_host_with_experts(host, norm, tmp_path):
-    backbone = {'model_name': host, 'moe.method': 'vqmoe', 'out_indices': [2], 'norm': norm}
-    options = {f'model.backbone.{key}': value for key, value in backbone.items()}
-    run, model = published(tmp_path, options)
-    images = torch.randn(1, 3, 40, 24)
-    found = model.forward_intermediates(images, indices=[2], norm=True, intermediates_only=True)
-    torch.testing.assert_close(found, list(run.backbone(images)), rtol=0, atol=0)
-    assert model.method == 'vqmoe' and len(model.blocks) == 3
-
-
 def test_what_the_card_says_is_run(tmp_path, monkeypatch, capsys):
     published(tmp_path, {})
     card = ModelCard.load(tmp_path / 'out/README.md')

@@ -25,9 +25,7 @@ from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.segmentation.preprocessor import completed
 
 from ..rows import CONFIGS, ade20k, row_options
-from ..runs import score
 from .conftest import build
-from .test_cli import TINY
 
 ADE = CONFIGS / 'segmentation/ade20k'
 ZOO = Path(mmseg.__file__).parent / '.mim/configs/segmenter'
@@ -176,23 +174,3 @@ def test_names_shapes_and_protocol_of_the_zoo(name, monkeypatch):
     steps = zip(*(c.test_dataloader.dataset.pipeline for c in (ours, theirs)), strict=True)
     for own, other in steps:
         assert own == {k: v for k, v in other.items() if k != 'reduce_zero_label'}
-
-
-def test_the_tool_tests_a_released_file(tmp_path, capfd):
-    config = tmp_path / 'tiny.py'
-    config.write_text(TINY.replace('NAME', repr(str(tmp_path))))
-    words = [
-        'model.backbone.model_name=vit_tiny_patch16_224', 'model.backbone.moe=None',
-        f'model.backbone.embed_dim={WIDTH}', f'model.backbone.img_size=({SIDE},{SIDE})',
-        'model.backbone.class_token=True', 'model.decode_head.num_layers=2',
-    ]  # fmt: skip
-    original = drawn(Original(WIDTH, HEADS, 2, SIDE, classes=11))
-    for kind, content in (
-        ('mmseg', {'meta': {}, 'state_dict': zoo_model(MASK, classes=11).state_dict()}),
-        ('rstrudel/segmenter', {'model': original.state_dict(), 'epoch': 63}),
-    ):
-        torch.save(content, tmp_path / 'theirs.pth')
-        capfd.readouterr()
-        scores = score(config, tmp_path / 'theirs.pth', tmp_path, *words)
-        assert f'the names are those of {kind}' in ''.join(capfd.readouterr())
-        assert 0 < scores['aAcc'] < 100
