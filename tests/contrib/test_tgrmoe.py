@@ -44,8 +44,8 @@ def told(teacher: Teacher, token: torch.Tensor) -> torch.Tensor:
     """What the teacher says of one token, (E,)."""
     mean = teacher.centroids.mean(dim=0)
     cosines = [F.cosine_similarity(token - mean, c - mean, dim=0) for c in teacher.centroids]
-    powers = [math.exp(cosine / teacher.temperature) for cosine in cosines]
-    return torch.tensor(powers) / sum(powers)
+    powers = torch.stack(cosines).div(teacher.temperature).exp()
+    return powers / powers.sum()
 
 
 @torch.no_grad()
@@ -85,12 +85,11 @@ def test_the_loss_and_every_gradient(options):
 
 
 def test_a_teacher_runs_in_training_alone_and_its_tokens_are_those_of_the_student(images):
-    model: Any = make('tgrmoe', reg_tokens=2)
+    model, plain = (make(name, reg_tokens=2) for name in ('tgrmoe', 'smoe'))
     calls, reader = [], image_reader(model)
     reader.network.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     counts = fit_reader(model, [images])
     assert len(counts) == 8 and counts.sum() == 7 * len(images)  # of 19 tokens each third
-    plain = make('smoe', reg_tokens=2)
     assert complexity(model) == complexity(plain)
     calls.clear()
     model.eval()(images)
@@ -124,7 +123,6 @@ def test_features_are_tokens_after_the_last_norm(pooling, images):
     dense = timm.create_model(DENSE, **TINY, global_pool=pooling).eval()
     dense.load_state_dict(network.state_dict(), strict=False)
     norm = dense.fc_norm if pooling == 'avg' else nn.Identity()
-    tokens = norm(dense.forward_features(images))[:, ::3]  # of 17
-    found = image_reader(model).features(images)
-    torch.testing.assert_close(found, tokens.flatten(0, 1))
+    found, tokens = image_reader(model).features(images), norm(dense.forward_features(images))
+    torch.testing.assert_close(found, tokens[:, ::3].flatten(0, 1))  # of 17
     torch.testing.assert_close(found.std(dim=-1), torch.ones(len(found)), rtol=0.1, atol=0)

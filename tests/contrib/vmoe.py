@@ -33,12 +33,11 @@ def make_tree(
     image: int, classes: int, experts: int = 8, representation: bool = False, device: str = 'cpu',
 ) -> Tree:  # fmt: skip
     """Parameters of `VisionTransformerMoe`, drawn so that every one of them matters."""
-    generator = torch.Generator().manual_seed(0)
     tree: Tree = {}
 
     def draw(name: str, *shape: int, std: float = 0.1, mean: float = 0.0) -> None:
-        values = torch.randn(shape, generator=generator) if device != 'meta' else torch.empty(shape)
-        tree[name] = mean + std * values.to(device)
+        random = torch.Generator().manual_seed(len(tree)) if device == 'cpu' else None
+        tree[name] = mean + std * torch.randn(shape, generator=random, device=device)
 
     def dense(name: str, inputs: int, outputs: int, *several: int) -> None:
         draw(f'{name}/kernel', *several, inputs, outputs, std=inputs**-0.5)

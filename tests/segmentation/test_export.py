@@ -21,7 +21,7 @@ from .. import cases, needs_onnx, refused
 from ..classification.test_travel import CODE, equal
 from ..rows import ROWS, row_options
 from ..runs import NORMALIZATION, leave_run
-from .conftest import tiny_segmentor
+from .conftest import PREPROCESSOR, tiny_segmentor
 from .test_cli import write_config
 
 SLIDE = {'mode': 'slide', 'crop_size': (32, 32), 'stride': (16, 24)}
@@ -52,10 +52,7 @@ def raw_and_normalised(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tenso
     ids=str,
 )
 def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
-    padded = dict(
-        type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=2.0,
-        size=(32, 32), test_cfg=preprocessor,
-    )  # fmt: skip
+    padded = dict(PREPROCESSOR, pad_val=2.0, test_cfg=preprocessor)
     model = tiny_segmentor(data_preprocessor=padded, test_cfg=test_cfg).eval()
     raw, images = raw_and_normalised(2, size)
     with torch.no_grad():
@@ -70,11 +67,8 @@ def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
 
 
 def test_the_graph_of_two_classes_has_their_threshold():
-    head = dict(
-        type='FCNHead', in_channels=12, channels=12, num_classes=2, out_channels=1,
-        num_convs=0, concat_input=False, threshold=0.5, norm_cfg=None,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True),
-    )  # fmt: skip
+    head = dict(type='FCNHead', num_classes=2, out_channels=1, num_convs=0, concat_input=False)
+    head |= dict(threshold=0.5, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
     model = tiny_segmentor(decode_head=head).eval()
     raw, images = raw_and_normalised(2, (32, 32))
     with torch.no_grad():

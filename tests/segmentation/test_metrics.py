@@ -32,14 +32,11 @@ def test_metrics_are_those_of_the_definition(seed):
     for ours, true in zip(torch.from_numpy(predicted), torch.from_numpy(labels), strict=True):
         metric.process({}, [{'pred_sem_seg': {'data': ours}, 'gt_sem_seg': {'data': true}}])
     known = labels != 255
-    pair, average = (labels[known], predicted[known]), {'average': 'macro'}
-    expected = {
-        'aAcc': accuracy_score(*pair),
-        'mAcc': recall_score(*pair, labels=range(3), **average),
-        'mIoU': jaccard_score(*pair, labels=range(4), **average),
-    }
-    found = metric.evaluate(3)
-    assert found == pytest.approx({k: 100 * v for k, v in expected.items()}, abs=0.005)
+    pair, found = (labels[known], predicted[known]), metric.evaluate(3)
+    expected = {'aAcc': 100 * accuracy_score(*pair)}
+    expected['mAcc'] = 100 * recall_score(*pair, labels=range(3), average='macro')
+    expected['mIoU'] = 100 * jaccard_score(*pair, labels=range(4), average='macro')
+    assert found == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.float32, torch.bfloat16])
@@ -57,8 +54,7 @@ def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(dtype
 @cases(
     'field, value',
     ('iou_metric', 'mDice'),
-    *(('iou_metrics', value) for value in (['mIou'], [], [['mIoU']])),
-    ('collect_dir', 'a'),
+    *(('iou_metrics', value) for value in (['mIou'], [])),
 )
 def test_options_that_the_metric_would_ignore_or_fail_on(field, value):
     with pytest.raises(ValueError, match=rf'^CheckedIoUMetric\.{field}='):

@@ -102,15 +102,13 @@ def test_no_checkpoint_builds_what_its_config_names(where, tmp_path):
 
 def test_pictures_of_validation_and_of_browse_dataset(trained, run_tool, tmp_path):
     run_tool('analysis_tools/browse_dataset.py', trained[0], '--output-dir', tmp_path, '--not-show')
-    crops = [f'train_0000{i}.png' for i in range(4)]
-    # the first of each batch: three scenes in batches of two, from iteration 2 on
-    validated = ['val_dev_00000_2.png', 'val_dev_00002_3.png']
-    for pictures, names, shape in (
-        (tmp_path.glob('*.png'), crops, (48, 48, 3)),
-        (trained[2].glob('*/vis_data/vis_image/val_*.png'), validated, (96, 192, 3)),
+    # of validation the first of each batch: three scenes in batches of two, from iteration 2 on
+    for folder, pattern, names, shape in (
+        (tmp_path, '*.png', [f'train_0000{i}' for i in range(4)], (48, 48, 3)),
+        (trained[2], '*/*/*/val_*.png', ['val_dev_00000_2', 'val_dev_00002_3'], (96, 192, 3)),
     ):
-        found = sorted(pictures)
-        assert [path.name for path in found] == names
+        found = sorted(folder.glob(pattern))
+        assert [path.stem for path in found] == names
         assert cv2.imread(str(found[0])).shape == shape
 
 
@@ -134,11 +132,10 @@ def test_train_resumes(trained, run_tool, tmp_path, monkeypatch):
 
 def test_confusion_matrix(trained, run_tool, tmp_path, monkeypatch):
     config, checkpoint, _ = trained
-    options = ['--cfg-options', f'experiment_name={tmp_path.name}']
-    arguments = ['--work-dir', tmp_path / 'run', '--out', tmp_path / 'labels']
-    run_tool('test.py', config, checkpoint, *arguments, *options)
+    labels, drawn = tmp_path / 'labels', tmp_path / 'drawn'
+    options = ['--out', labels, '--cfg-options', f'experiment_name={tmp_path.name}']
+    run_tool('test.py', config, checkpoint, '--work-dir', tmp_path / 'run', *options)
     monkeypatch.setitem(matplotlib.rcParams, 'savefig.dpi', 10)
-    arguments = [config, tmp_path / 'labels', tmp_path / 'drawn']
-    run_tool('analysis_tools/confusion_matrix.py', *arguments)
+    run_tool('analysis_tools/confusion_matrix.py', config, labels, drawn)
     assert (tmp_path / 'drawn/confusion_matrix.png').is_file()
     pyplot.close('all')
