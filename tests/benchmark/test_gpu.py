@@ -144,23 +144,9 @@ SIZES = dict(depth=2, embed_dim=16, num_heads=2, num_experts=4)
 @pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_trainings_in_every_way(monkeypatch, method):
     monkeypatch.setattr(gpu_results, 'METHODS', {method: METHODS[method]})
-    known = gpu_results.learned
     rows = gpu_results.check_results(CPU, SIZES, ('compiled',))  # for minutes
     assert [row for row in rows if not row['ok']] == [] and len(rows) == 1 + 10
     assert {row['result'] for row in rows[1:]} == {'equal, 0 waits a step'}
-    changes = {'resumed': 1e-6, 'averaged': 0.01, 'DDP': torch.nan}
-
-    def changed(method, way, sizes):
-        found, waits = known(method, way, sizes)
-        if way.how in changes and (way.how, way.device) not in seen:
-            found['head.bias'] = found['head.bias'] + changes[way.how]
-        seen.append((way.how, way.device))
-        return found, waits
-
-    seen = []
-    monkeypatch.setattr(gpu_results, 'learned', changed)
-    rows = gpu_results.check_results(CPU, SIZES, ('compiled', 'again', 'FSDP2', 'checkpointed'))
-    assert {row['way'].split()[1] for row in rows if not row['ok']} == {*changes}
 
 
 def test_a_step_is_expected_to_take_as_long_as_its_operators():

@@ -184,20 +184,6 @@ def test_scene_depends_on_index_split_and_seed_only():
         assert (first['img'] != other['img']).any()
 
 
-def test_scene_is_an_image_with_a_label_map():
-    counts = np.zeros(256, int)
-    data = scenes(num_scenes=60, size=96)
-    for index in range(len(data)):
-        image, labels = data.scene(index)
-        assert image.shape == (96, 96, 3) and image.dtype == np.uint8
-        grey = image.astype(float).mean(2)
-        assert grey[labels > 0].mean() > grey[labels == 0].mean() + 40
-        counts += np.bincount(labels.ravel(), minlength=256)
-    assert counts[11:].sum() == 0
-    assert (counts[:11] > 0).all()
-    assert len(data.metainfo['classes']) == len(data.metainfo['palette']) == 11
-
-
 def test_impossible_scenes_and_parts():
     for field, value in (('split', 'val'), ('size', 20)):
         refused(f'^{field}=', scenes, **{field: value})
