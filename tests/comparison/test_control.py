@@ -14,7 +14,6 @@ from torch import nn
 from vqmoe_vision.comparison import control
 from vqmoe_vision.comparison.control import Row, Source, all_rows, find_rows
 from vqmoe_vision.comparison.scenes import SCENES, Scenes
-from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.routing import Router
 
 ROOT = Path(__file__).parents[2]
@@ -44,19 +43,6 @@ def test_scans_that_are_held_out_are_no_others():
     assert len(before) == 1257 and len(source.scans) == 360  # of 1,797; the rest is for choices
     apart = torch.cdist(source.scans, before, compute_mode='donot_use_mm_for_euclid_dist')
     assert apart.min() > 0
-
-
-def test_rows_follow_the_table(monkeypatch):
-    config = METHODS['smoe'].config
-    added = type('Added', (config,), {'PRESETS': {**config.PRESETS, 'mine': {'top_k': 3}}})
-    monkeypatch.setitem(METHODS, 'added', replace(METHODS['smoe'], config=added))
-    rows = all_rows()
-    assert {'oracle', 'frozen', 'position', 'random', 'dense_1x', 'dense_2x'} < rows.keys()
-    assert {row.method for row in rows.values()} > METHODS.keys()
-    assert {'added', 'added_mine', 'smoe_group', 'xmoe_paper', 'vqmoe_discrete'} < rows.keys()
-    assert 'smoe_matched' not in rows  # it is smoe
-    assert rows['vqmoe_discrete'].config.form == 'discrete'
-    assert rows['position'].method == 'hashmoe' and rows['frozen'].method == 'smoe'
 
 
 @pytest.mark.parametrize('of', [control.PLANTED, SCENES])

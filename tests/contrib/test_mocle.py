@@ -309,10 +309,10 @@ def test_clusters_come_first_and_a_resumed_run_is_the_same(tmp_path):
 def test_a_dense_checkpoint_to_start_from_is_enough(tmp_path):
     config, work = write(tmp_path, CLASSIFICATION), tmp_path / 'work'
     file = leave_dense(tmp_path / 'dense.pth', config, 'model')
-    command = [config, '--work-dir', str(work)]
-    with pytest.raises(SystemExit, match=r'^error: features=None is not possible: the checkpoint'):
-        train(command)
-    train([*command, '--cfg-options', f'model.checkpoint={file}'])
+    command = [config, '--work-dir', str(work), '--cfg-options']
+    said = r'^error: features=None is not possible: the checkpoint'
+    refused(said, train, [*command, 'experiment_name=refused'], error=SystemExit)
+    train([*command, f'model.checkpoint={file}'])
     state = read_state(str(work / 'epoch_1.pth'))
     assert part(state, READER)['fitted']
     assert not torch.equal(state['model.pos_embed'], part(state, READER)['network.pos_embed'])
