@@ -112,12 +112,7 @@ def test_chance_of_change_is_the_change_of_a_routing_drawn_anew():
     assert measures.chance_of_change(ONE_TAKES_ALL) == 0
     assert measures.chance_of_change(EVEN) == pytest.approx(1 - 1 / E)
     # shares 1/2, 1/4, 1/4: 1 - 1/4 - 1/16 - 1/16
-    load = torch.tensor([2.0, 1.0, 1.0])
-    assert measures.chance_of_change(load) == pytest.approx(0.625)
-    before, after = load.multinomial(40_000, replacement=True).view(2, 20_000)
-    # std sqrt(0.625 * 0.375 / 20,000) = 0.0034, five of them
-    share = measures.changed_share(before, after)
-    assert share == pytest.approx(measures.chance_of_change(load), abs=0.017)
+    assert measures.chance_of_change(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(0.625)
 
 
 def test_parameters_approach_the_last_checkpoint():

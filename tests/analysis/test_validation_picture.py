@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vqmoe_vision.analysis import token_experts
 from vqmoe_vision.analysis.pictures import CELL, GAP, LIGHTEN, expert_colours
 from vqmoe_vision.analysis.source import images_of
-from vqmoe_vision.analysis.survey import survey
 from vqmoe_vision.analysis.validation_picture import picture
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model import load_trained, scope_of
@@ -40,14 +39,11 @@ def cell(shown: np.ndarray, row: int, column: int) -> np.ndarray:
     return shown[top : top + CELL, left : left + CELL]
 
 
-def experts_of(
-    photo: np.ndarray, tinted: np.ndarray, number: int, grid: tuple[int, int] = (PATCHES, PATCHES)
-) -> list[int]:
+def experts_of(photo: np.ndarray, tinted: np.ndarray, number: int) -> list[int]:
     """Of each patch the expert whose colour it has, by the photograph above it."""
-    found, colours = [], expert_colours(number).numpy()
-    for patch in np.ndindex(grid):
-        side = [len(photo) // grid[0], photo.shape[1] // grid[1]]
-        place = tuple(slice(i * s + 2, (i + 1) * s - 2) for i, s in zip(patch, side, strict=True))
+    found, colours, side = [], expert_colours(number).numpy(), len(photo) // PATCHES
+    for patch in np.ndindex(PATCHES, PATCHES):
+        place = tuple(slice(i * side + 2, (i + 1) * side - 2) for i in patch)
         light = LIGHTEN * photo[place].mean(-1, keepdims=True)
         off = [np.abs(colour + light * (1 - colour) - tinted[place]).max() for colour in colours]
         assert min(off) < 2 / 255  # of rounding
@@ -97,22 +93,6 @@ def test_without_a_tracker_nothing_is_drawn_and_nothing_else_changes(tmp_path):
     assert [len([*Path(run.work_dir).glob('*/vis_data/vis_image/*')]) for run in runs] == [0, 1]
     one, other = (run.model.state_dict() for run in runs)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_an_image_that_does_not_fill_its_last_patches_is_drawn_to_their_end():
-    # 20x28 pixels in patches of 8: 3 rows of 4, so 24x32, in a cell of 152 pixels 114x152
-    model = make('smoe', dynamic_img_size=True, dynamic_img_pad=True)
-    images = 0.5 + torch.rand(2, 3, 20, 28) / 2
-    shown = picture(model, [images], AS_IT_IS) / 255
-    ((_, experts),) = token_experts(model, images).items()
-    for column in range(2):
-        pair = [cell(shown, row, 1 + column)[19:-19] for row in range(2)]
-        # 4.75 pixels for each of the image
-        assert pair[0][95:].max() == pair[0][:, 133:].max() == 0 < pair[0][:94, :132].min()
-        assert experts_of(*pair, 4, (3, 4)) == experts[column, 1:, 0].tolist()
-    (photo, _) = survey(model, [images], title='', normalization=AS_IT_IS).examples
-    assert photo.image.shape == (3, 24, 32) and not photo.image[:, 20:].any()
-    torch.testing.assert_close(photo.image[:, :20, :28], images[0])
 
 
 @pytest.mark.parametrize('method', METHODS)
