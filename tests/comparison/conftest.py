@@ -43,8 +43,7 @@ if kind == 'meets':
         time.sleep(0.02)
 (folder / 'iter_2.pth').touch()
 (folder / 'last_checkpoint').write_text('iter_2.pth')
-seed = int(options['randomness.seed'])
-drift = float(os.environ.get('DRIFT', 0))
+seed, drift = int(options['randomness.seed']), float(os.environ.get('DRIFT', 0))
 losses = [(1 + drift) / (i + seed) for i in range(20)]
 Path(folder / 'run.json').write_text(json.dumps(dict(
     seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
@@ -88,8 +87,7 @@ def spec(repository) -> Callable[..., str]:
     """Writes a comparison with rows besides dense; gives its path."""
 
     def write(more: str = '', **rows: str) -> str:
-        given = {'dense': 'dense_1x', **rows}
-        listed = ', '.join(f'{k}={v!r}' for k, v in given.items())
+        listed = ', '.join(f'{k}={v!r}' for k, v in {'dense': 'dense_1x', **rows}.items())
         Path('spec.py').write_text(SPEC.format(rows=listed) + more)
         return 'spec.py'
 

@@ -31,7 +31,7 @@ from vqmoe_vision.moe.raw_patches import Host, RawPatches, image_reader
 
 from .. import cases, refused
 from ..engine.tiny import DIGITS
-from ..models.conftest import TINY, fit_state, make
+from ..models.conftest import TINY, dense, fit_state, make
 from ..moe.by_hand import assert_by_hand, expert
 from ..moe.conftest import OneLayer as make_layer
 from ..moe.conftest import Pixels
@@ -136,10 +136,6 @@ def test_a_network_is_frozen_whatever_the_model_does():
 METHOD = next(name for name, method in METHODS.items() if method.needs_features)
 
 
-def dense(**kwargs: Any) -> Any:
-    return timm.create_model('vit_tiny_patch16_224', **{**TINY, **kwargs})
-
-
 def features(model: nn.Module, images: Tensor) -> Tensor:
     return image_reader(model).features(images)
 
@@ -153,7 +149,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 )
 @torch.no_grad()
 def test_features_are_those_of_the_dense_model(images, kwargs):
-    source = dense(**kwargs).eval()
+    source = dense(**kwargs)
     tokens, state = source.forward_features(images), source.state_dict()
     expected = source.fc_norm(tokens[:, source.num_prefix_tokens :].mean(dim=1))
     loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
@@ -286,16 +282,14 @@ def part(state: dict[str, Any], name: str) -> dict[str, Any]:
 def test_clusters_come_first_and_a_resumed_run_is_the_same(tmp_path):
     field, files = 'model.backbone', ('iter_1.pth', 'iter_2.pth')
     config, work = write(tmp_path, SEGMENTATION), tmp_path / 'work'
-    dense = leave_dense(tmp_path / 'dense.pth', config, field)
-    given = ['--cfg-options', f'{field}.features={dense}']
-    train([config, '--work-dir', str(work), *given])
+    file = leave_dense(tmp_path / 'dense.pth', config, field)
+    train([config, '--work-dir', str(work), '--cfg-options', f'{field}.features={file}'])
     first, last = (read_state(str(work / file)) for file in files)
     assert part(first, READER)['fitted']
     assert len(part(first, READER)['centroids'].unique(dim=0)) == 4
-    network = part(first, f'{READER}network.')
-    saved = read_state(dense)
+    network, saved = part(first, f'{READER}network.'), read_state(file)
     assert network and all(
-        any(key.endswith(name) and torch.equal(value, other) for key, other in saved.items())
+        any(key.endswith(name) and torch.equal(value, v) for key, v in saved.items())
         for name, value in network.items()
     )
     assert same(part(first, READER), part(last, READER))

@@ -33,6 +33,7 @@ def equal(one: torch.Tensor, two: torch.Tensor) -> None:
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('method', [*METHODS, None])
 def test_a_published_folder_is_read_by_transformers_and_by_timm_again(method, tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -47,35 +48,32 @@ def test_a_published_folder_is_read_by_transformers_and_by_timm_again(method, tm
     for place in (folder, tmp_path / 'again'):
         classifier = transformers.AutoModelForImageClassification.from_pretrained(place).eval()
         features = transformers.AutoModel.from_pretrained(place).eval()
-        with torch.no_grad():
-            equal(classifier(images).logits, model(images))
-            equal(features(images).last_hidden_state, model.forward_features(images))
+        equal(classifier(images).logits, model(images))
+        equal(features(images).last_hidden_state, model.forward_features(images))
         assert [*classifier.config.label2id] == [*'abcdefghij']
         again: Any = timm.create_model(f'local-dir:{place}', pretrained=True).eval()
         equal(again(images), model(images))
         classifier.save_pretrained(tmp_path / 'again')
     # trained on there, it is no damaged file
-    with torch.no_grad():
-        classifier.timm_model.head.bias += 1
+    classifier.timm_model.head.bias += 1
     classifier.save_pretrained(tmp_path / 'again')
     again = timm.create_model(f'local-dir:{tmp_path / "again"}', pretrained=True).eval()
     torch.testing.assert_close(again(images), model(images) + 1)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('method', METHODS)
 def test_a_backbone_of_transformers_gives_maps(method):
     transformers = pytest.importorskip('transformers')
     config = transformers.TimmBackboneConfig(backbone=f'vit_tiny_{method}', out_indices=(1, 11))
     backbone = transformers.TimmBackbone(config).eval()
     images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        maps = backbone(images).feature_maps
+    maps = backbone(images).feature_maps
     assert [tuple(each.shape) for each in maps] == [(1, 192, 14, 14)] * 2
     own = timm.create_model(f'vit_tiny_{method}', features_only=True, out_indices=(1, 11)).eval()
     own.load_state_dict(backbone._backbone.state_dict())
-    with torch.no_grad():
-        for one, two in zip(maps, own(images), strict=True):
-            equal(one, two)
+    for one, two in zip(maps, own(images), strict=True):
+        equal(one, two)
 
 
 @pytest.fixture

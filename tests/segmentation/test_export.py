@@ -51,12 +51,12 @@ def raw_and_normalised(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tenso
     *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
     ids=str,
 )
+@torch.no_grad()
 def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
     padded = dict(PREPROCESSOR, pad_val=2.0, test_cfg=preprocessor)
     model = tiny_segmentor(data_preprocessor=padded, test_cfg=test_cfg).eval()
     raw, images = raw_and_normalised(2, size)
-    with torch.no_grad():
-        logits, labels = SegmentorGraph(model, size)(images)
+    logits, labels = SegmentorGraph(model, size)(images)
     expected, expected_labels = from_mmseg(model, raw)
     # windows of all images are one batch here, and sums of windows in another order
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -66,13 +66,13 @@ def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
         refused(r'^size=', SegmentorGraph, model, size)
 
 
+@torch.no_grad()
 def test_the_graph_of_two_classes_has_their_threshold():
     head = dict(type='FCNHead', num_classes=2, out_channels=1, num_convs=0, concat_input=False)
     head |= dict(threshold=0.5, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
     model = tiny_segmentor(decode_head=head).eval()
     raw, images = raw_and_normalised(2, (32, 32))
-    with torch.no_grad():
-        labels = SegmentorGraph(model, (32, 32))(images)[1]
+    labels = SegmentorGraph(model, (32, 32))(images)[1]
     expected = from_mmseg(model, raw)[1]
     assert 0 < expected.float().mean() < 1
     assert torch.equal(labels, expected)

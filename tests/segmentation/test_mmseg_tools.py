@@ -52,25 +52,20 @@ def run_tool(monkeypatch) -> Callable[..., None]:
     return run
 
 
-@pytest.fixture
-def image(tmp_path) -> Path:
-    path = tmp_path / 'photo.png'
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    return path
-
-
-def test_inference_by_mmsegs_functions_and_inferencer(trained, image, tmp_path):
+def test_inference_by_mmsegs_functions_and_inferencer(trained, tmp_path):
     config, checkpoint, _ = trained
+    image, array = str(tmp_path / 'photo.png'), np.random.randint(0, 256, (40, 60, 3), np.uint8)
+    cv2.imwrite(image, array)
     (expected,) = predict(config, checkpoint, image)
     published = publish_checkpoint(checkpoint, str(tmp_path / 'scenes.pth'))
-    model, array = init_model(config, str(published), device='cpu'), cv2.imread(str(image))
-    result = inference_model(model, str(image))
+    model = init_model(config, str(published), device='cpu')
+    result = inference_model(model, image)
     for one in (result, *inference_model(model, [array, array])):
         assert (one.pred_sem_seg.data[0].numpy() == expected.labels).all()
-    drawn = show_result_pyplot(model, str(image), result, show=False, out_file=str(image) + '.png')
+    drawn = show_result_pyplot(model, image, result, show=False, out_file=f'{image}.png')
     assert drawn.shape == (40, 60, 3)
     inferencer = MMSegInferencer(config, checkpoint, device='cpu')
-    found = inferencer(str(image), out_dir=str(tmp_path / 'out'), return_vis=True)
+    found = inferencer(image, out_dir=str(tmp_path / 'out'), return_vis=True)
     assert (found['predictions'] == expected.labels).all()
     assert found['visualization'].shape == (40, 60, 3)
     written = cv2.imread(str(tmp_path / 'out/pred/00000000_pred.png'), cv2.IMREAD_UNCHANGED)
@@ -121,8 +116,7 @@ def test_train_resumes(trained, run_tool, tmp_path, monkeypatch):
     options.append('total_batch_size=64')  # which it does not know
     run_tool('train.py', trained[0], '--work-dir', work, '--resume', *options)
     assert (work / 'last_checkpoint').read_text() == 'iter_4.pth'
-    (log,) = work.glob('*/*.log')
-    text = log.read_text()
+    (text,) = (log.read_text() for log in work.glob('*/*.log'))
     assert 'resumed epoch: 0, iter: 2' in text
     assert 'Iter(train) [3/4]' in text and 'Iter(train) [1/4]' not in text
     # a process has the batch that the config states
