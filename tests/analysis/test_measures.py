@@ -8,24 +8,14 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.analysis import measures, patch_experts
-from vqmoe_vision.analysis.shifts import (
-    Shift,
-    ShiftTally,
-    all_shifts,
-    convergence,
-    corruption,
-    crop,
-    flip,
-    noise,
-    routing_changes,
-)
+from vqmoe_vision.analysis import measures, patch_experts, shifts
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.routing import Router, Routing
 
+from .. import cases
 from .conftest import make
 
 E = 4
@@ -151,8 +141,8 @@ def by_content() -> VisionTransformer:
     return model.eval()
 
 
-def shares(model: nn.Module, pixels: Tensor, *shifts: Shift, batch: int = 3) -> dict:
-    tally = ShiftTally(model, NORMALIZATION, shifts)
+def shares(model: nn.Module, pixels: Tensor, *changes: shifts.Shift, batch: int = 3) -> dict:
+    tally = shifts.ShiftTally(model, NORMALIZATION, changes)
     for part in pixels.split(batch):
         tally.add(NORMALIZATION.normalized(part))
     return {name: of.get(ROUTER, of.get('blocks.0.router')) for name, of in tally.shares().items()}
@@ -166,7 +156,7 @@ def flat_patches(images: int) -> Tensor:
 
 def test_experts_by_content_follow_their_patches(by_content):
     pixels = flat_patches(3)
-    found = shares(by_content, pixels, flip(), crop(), noise(0.01))
+    found = shares(by_content, pixels, shifts.flip(), shifts.crop(), shifts.noise(0.01))
     assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
     # the class token is left out
     experts = patch_experts(by_content, NORMALIZATION.normalized(pixels))['blocks.0.router']
@@ -174,15 +164,15 @@ def test_experts_by_content_follow_their_patches(by_content):
 
 
 def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content):
-    found = shares(by_content, torch.zeros(2, 3, 32, 48), flip(), noise(0.05))
+    found = shares(by_content, torch.zeros(2, 3, 32, 48), shifts.flip(), shifts.noise(0.05))
     assert found == {'flip': 0, 'noise 0.05': 0}
-    replaced = Shift('other', lambda pixels, first, patch: flat_patches(len(pixels)))
+    replaced = shifts.Shift('other', lambda pixels, first, patch: flat_patches(len(pixels)))
     # 2,400 patches of four experts: 3/4 change, std sqrt(3/16 / 2400) = 0.009, five of them
     found = shares(by_content, flat_patches(100), replaced, batch=50)
     assert found == {'other': pytest.approx(0.75, abs=0.045)}
 
 
-@pytest.mark.parametrize('shift', [*all_shifts([3])[3:], noise(0.1)], ids=lambda shift: shift.name)
+@cases('shift', *shifts.all_shifts([3])[3:], shifts.noise(0.1), ids=lambda shift: shift.name)
 def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
     pixels = torch.rand(3, 3, 40, 32)
     pixels[2] = pixels[1]
@@ -200,10 +190,10 @@ def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
 
 
 def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused():
-    changed = corruption('frost', 1).change(torch.rand(2, 1, 32, 32), 0, PATCH)
+    changed = shifts.corruption('frost', 1).change(torch.rand(2, 1, 32, 32), 0, PATCH)
     assert changed.shape == (2, 1, 32, 32)
     with pytest.raises(ValueError, match='images='):
-        corruption('fog', 1).change(torch.rand(1, 3, 31, 40), 0, PATCH)
+        shifts.corruption('fog', 1).change(torch.rand(1, 3, 31, 40), 0, PATCH)
 
 
 NAME = 'blocks.1.mlp'
@@ -212,10 +202,10 @@ NAME = 'blocks.1.mlp'
 def test_changes_between_checkpoints_are_counted_over_all_images():
     before, batches = make('smoe'), torch.rand(3, 3, 32, 32).split(2)
     after = copy.deepcopy(before)
-    assert routing_changes(before, after, batches) == {ROUTER: 0}
+    assert shifts.routing_changes(before, after, batches) == {ROUTER: 0}
     router = moe_layers(after)[NAME].router
     router.weight.data = router.weight.data.roll(1, dims=0)  # every expert has another number
-    assert routing_changes(before, after, batches) == {ROUTER: 1}
+    assert shifts.routing_changes(before, after, batches) == {ROUTER: 1}
 
 
 def test_a_part_that_arrives_first_has_converged_first():
@@ -224,7 +214,7 @@ def test_a_part_that_arrives_first_has_converged_first():
     moved = {n: torch.randn_like(v) for n, v in start.items() if v.is_floating_point()}
     end = {n: v + moved.get(n, 0) for n, v in start.items()}
     middle = {n: v + moved.get(n, 0) * (1 if '.router.' in n else 0.5) for n, v in start.items()}
-    found = convergence([start, middle, end], [NAME])
+    found = shifts.convergence([start, middle, end], [NAME])
     assert found.keys() == {f'{NAME}.{part}' for part in ('router', 'quantizer', 'gate', 'experts')}
     assert found[f'{NAME}.router']['distance'] == pytest.approx([1, 0, 0], abs=1e-6)
     assert found[f'{NAME}.experts']['distance'] == pytest.approx([1, 0.5, 0], abs=1e-6)

@@ -86,10 +86,8 @@ def test_an_event_file_has_the_colours_of_the_experts(task, tmp_path):
 
 def test_without_a_tracker_nothing_is_drawn_and_nothing_else_changes(tmp_path):
     short = {'train_cfg.max_epochs': 1}
-    local = {'visualizer.vis_backends': [dict(type='LocalVisBackend')]}
-    runs = [
-        trained(config_of(tmp_path / str(n), **short, **more)) for n, more in enumerate((local, {}))
-    ]
+    local = {'visualizer.vis_backends': [dict(type='LocalVisBackend')], **short}
+    runs = [trained(config_of(tmp_path / str(n), **o)) for n, o in enumerate((local, short))]
     assert [len([*Path(run.work_dir).glob('*/vis_data/vis_image/*')]) for run in runs] == [0, 1]
     one, other = (run.model.state_dict() for run in runs)
     assert all(torch.equal(value, other[name]) for name, value in one.items())

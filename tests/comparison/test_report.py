@@ -114,7 +114,7 @@ def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys)
     assert f'- `{line.replace(": ", "`: ")}\n' in table()
 
 
-def test_curves_are_means_with_bands_and_other_rows_are_grey(fill):
+def test_figures_of_curves_have_means_with_bands_and_other_rows_grey(fill, says):
     path = Path(fill(SCORES))
     more = "highlighted = ['better', 'dense']\nrows['not run'] = 'train_cfg.row=none'"
     path.write_text(f'{path.read_text()}\n{more}\n')
@@ -131,8 +131,8 @@ def test_curves_are_means_with_bands_and_other_rows_are_grey(fill):
     (band,) = held_out.collections[0].get_paths()
     # standard deviations 5.5 and 11
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()][-1] == 'other rows: 1'
+    assert figure.legends[0].get_texts()[-1].get_text() == 'other rows: 1'
+    assert 'spec-curves.png' in says('table', str(path))
 
 
 def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says):

@@ -13,13 +13,8 @@ from mmengine.registry import MODELS
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from vqmoe_vision.contrib.mocle import (
-    ClusterRouter,
-    Clusters,
-    MoCLEConfig,
-    fit_reader,
-    load_features,
-)
+from vqmoe_vision.contrib import mocle
+from vqmoe_vision.contrib.mocle import ClusterRouter, Clusters, MoCLEConfig, fit_reader
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config, train
 from vqmoe_vision.engine.model import scope_of
@@ -153,7 +148,7 @@ def test_features_are_those_of_the_dense_model(images, kwargs):
     tokens, state = source.forward_features(images), source.state_dict()
     expected = source.fc_norm(tokens[:, source.num_prefix_tokens :].mean(dim=1))
     loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
-    load_features(loaded, state, 'dense.pth')
+    mocle.load_features(loaded, state, 'dense.pth')
     upcycled.load_state_dict(transfer(upcycled, state, 'dense.pth')[0], strict=False)
     convert_to_moe(converted, METHOD)
     for model in (loaded, upcycled, converted):
@@ -233,13 +228,13 @@ def test_a_network_keeps_the_size_that_clusters_were_fitted_at(before, after, tm
 
 @cases(
     'call, said',
-    (lambda model: load_features(model, dense(embed_dim=48).state_dict(), 'f'), r'\(1, 1, 48\)'),
-    (lambda model: load_features(model, dense(depth=5).state_dict(), 'f'), r'unexpected keys: '),
-    (lambda model: load_features(model, make('smoe').state_dict(), 'f'), "'f' has experts"),
-    (lambda model: fit_reader(model, [torch.zeros(3, 32, 32)]), 'batches='),
-    (lambda model: fit_reader(model, [torch.full((8, 3, 32, 32), torch.nan)]), 'features='),
-    (lambda model: fit_reader(model, [torch.zeros(3, 3, 32, 32)]), 'num_clusters=4 .* at most 3'),
-    (lambda model: fit_state(model, make(METHOD).state_dict(), 'f'), r'cluster_embed is \(64, 32'),
+    (lambda m: mocle.load_features(m, dense(embed_dim=48).state_dict(), 'f'), r'\(1, 1, 48\)'),
+    (lambda m: mocle.load_features(m, dense(depth=5).state_dict(), 'f'), r'unexpected keys: '),
+    (lambda m: mocle.load_features(m, make('smoe').state_dict(), 'f'), "'f' has experts"),
+    (lambda m: fit_reader(m, [torch.zeros(3, 32, 32)]), 'batches='),
+    (lambda m: fit_reader(m, [torch.full((8, 3, 32, 32), torch.nan)]), 'features='),
+    (lambda m: fit_reader(m, [torch.zeros(3, 3, 32, 32)]), 'num_clusters=4 .* at most 3'),
+    (lambda m: fit_state(m, make(METHOD).state_dict(), 'f'), r'cluster_embed is \(64, 32'),
 )
 def test_mistakes_change_nothing(call, said):
     model = make(METHOD, num_clusters=4)
