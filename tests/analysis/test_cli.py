@@ -93,9 +93,9 @@ def test_mistakes_are_one_line(untrained, tmp_path):
 
 def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained):
     config, first = untrained(seed=0)
-    second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
+    second, third = (str(Path(first).with_name(name)) for name in ('b.pth', 'c.pth'))
     state = torch.load(first)['state_dict']
-    for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
-        torch.save({'state_dict': state, 'meta': {'iter': meta[0], 'seed': meta[1]}}, path)
+    for path, step, seed in ((first, 2, 1), (second, 1, 1), (third, 3, 7)):
+        torch.save({'state_dict': state, 'meta': {'iter': step, 'seed': seed}}, path)
     refused('^error: .*iter=1', analyze, [config, first, second], error=SystemExit)
     refused('^error: .*seed=7', analyze, [config, first, third], error=SystemExit)

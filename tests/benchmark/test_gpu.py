@@ -31,26 +31,22 @@ def measured(monkeypatch):
     """Nothing is measured: milliseconds of a contender are looked up, else `FAST`."""
     milliseconds = {}
 
-    def rows(names, **fields):
-        return [
-            {'contender': name, 'median_ms': milliseconds.get((fields['width'], name), FAST)}
-            | {'expected_ms': 1.0 if 'dense' in name or 'patch16' in name else EXPECTED}
-            | fields
-            for plain in names
-            for name in (plain, f'{plain}+compiled')
-        ]
+    def rows(names, width, **fields):
+        for name in (one for plain in names for one in (plain, f'{plain}+compiled')):
+            fields |= {'contender': name, 'median_ms': milliseconds.get((width, name), FAST)}
+            expected = 1.0 if 'dense' in name or 'patch16' in name else EXPECTED
+            yield {**fields, 'width': width, 'expected_ms': expected}
 
     def layers(runs, settings):
         ((cell, names),) = runs
         assert settings.compiled and cell.num_tokens >= 25_000
-        return rows(('dense', *names), **vars(cell), mode='fwdbwd'), []
+        return [*rows(('dense', *names), **vars(cell), mode='fwdbwd')], []
 
     def networks(comparisons, settings):
         (run,) = comparisons
         assert settings.compiled and run.batch * 197 >= 25_000
-        width = VITS[run.baseline.split('_')[1]]
-        fields = dict(width=width, batch=run.batch, tokens=197, dtype=run.dtype, mode='training')
-        return rows((run.baseline, *run.models), **fields)
+        fields = dict(batch=run.batch, tokens=197, dtype=run.dtype, mode='training')
+        return [*rows((run.baseline, *run.models), VITS[run.baseline.split('_')[1]], **fields)]
 
     for name in ('check_kernels', 'check_results', 'check_configs'):
         monkeypatch.setattr(gpu, name, lambda settings: [])

@@ -275,9 +275,8 @@ def test_rows_are_runs_of_trackio(fill, says, tmp_path, monkeypatch):
     assert '3 runs' in says('export', path, '--to', 'trackio')
     # two points of each curve, the later one with the test
     found = entries(file)
-    assert [(name, step) for name, step, _ in found] == [
-        (name, step) for name in ('dense-seed1', 'moe-seed1', 'dense-seed2') for step in (1, 2)
-    ]
+    names = ('dense-seed1', 'moe-seed1', 'dense-seed2')
+    assert [entry[:2] for entry in found] == [(name, step) for name in names for step in (1, 2)]
     assert found[2][2] == {'train/loss': 2.0, 'val/mIoU': 31.25}
     assert found[3][2].items() >= {'train/loss': 1.0, 'val/mIoU': 62.5, 'test/mIoU': 62.5}.items()
     assert found[3][2]['test/blocks.3.mlp/load_unused'] == 1.0

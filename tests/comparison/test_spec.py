@@ -89,7 +89,6 @@ def test_a_config_is_a_comparison_of_all_rows(leaf, pretrained, root):
 
 @cases(
     'name, options, of_all_rows, moe_blocks',
-    ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='last2')), [], 2),
     ('vit_tiny_vqmoe', dict(moe=dict()), ['model.depth=6'], 3),  # every second block
     ('vit_tiny_vqmoe', dict(depth=4, moe=dict(moe_layers=[0])), [], 1),
     ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe')), [], 6),
@@ -194,12 +193,10 @@ FROM = "start = 'first.py dense a.pth'\n"
     ("rows['one'] = 'smoe model.moe.absent=1'", 'row one: model.moe.absent=1'),
     ("options = ['randomness.seed=3']", 'randomness.seed=3'),
     ("shifts = dict(a='train_cfg.max_iters=1')", 'shifts.a='),
-    ("stage = 'val'", 'stage='),
     ("stage = 'dev'\nshifts = dict(a='model.b=1')", 'shifts='),
     ("contrasts = ['dense - smoke']", 'row smoke does not exist'),
     ('margin = -1.0', 'margin='),
     ("budget = 'long'", "fields ['budget']"),
-    ("config = 'first.py'", 'model.model_name=None'),
     ('rows = dict(', 'spec.py, line 5'),
 )
 def test_mistakes_are_one_line_and_start_no_run(spec, says, more, field):

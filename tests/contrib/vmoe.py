@@ -18,14 +18,10 @@ from torch import Tensor
 Tree = dict[str, Tensor]
 # of `get_vmoe_config`, by the letter of a description such as 'ViT-B/16, E=8, K=2, Every 2'
 S32 = {'width': 512, 'depth': 8, 'heads': 8, 'hidden': 2048, 'patch': 32, 'moe_layers': (5, 7)}
-B16 = {
-    'width': 768, 'depth': 12, 'heads': 12, 'hidden': 3072, 'patch': 16,
-    'moe_layers': (1, 3, 5, 7, 9, 11),
-}  # fmt: skip
-TINY = {
-    'width': 32, 'depth': 3, 'heads': 4, 'hidden': 48, 'patch': 4, 'moe_layers': (0, 2),
-    'experts': 4, 'image': 16, 'classes': 10,
-}  # fmt: skip
+B16 = {'width': 768, 'depth': 12, 'heads': 12, 'hidden': 3072, 'patch': 16}
+B16['moe_layers'] = range(1, 12, 2)
+TINY = {'width': 32, 'depth': 3, 'heads': 4, 'hidden': 48, 'patch': 4, 'moe_layers': (0, 2)}
+TINY |= {'experts': 4, 'image': 16, 'classes': 10}
 
 
 def make_tree(

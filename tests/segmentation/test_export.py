@@ -61,9 +61,8 @@ def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
     # windows of all images are one batch here, and sums of windows in another order
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(labels, expected_labels)
-    wrong = [(0, 32)] + [(41, 64), (40, 65)] * ('size' in preprocessor)
-    for size in wrong:
-        refused(r'^size=', SegmentorGraph, model, size)
+    for wrong in [(0, 32)] + [(41, 64), (40, 65)] * ('size' in preprocessor):
+        refused(r'^size=', SegmentorGraph, model, wrong)
 
 
 @torch.no_grad()
