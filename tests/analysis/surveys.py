@@ -34,14 +34,11 @@ def example(name: str, layers: list[str], size: tuple[int, int] = (48, 48)) -> E
     )  # fmt: skip
 
 
-def layer_survey(load: tuple[float, ...] = (0.5, 0.3, 0.2, 0.0)) -> LayerSurvey:
-    """A layer with a router and a codebook, whose last expert is dead unless told otherwise."""
-    loads = torch.tensor(load)
+def layer_survey() -> LayerSurvey:
+    """A layer with a router and a codebook, whose last expert is dead."""
     patches = [
         [Patch(blobs(8, 8) * (at + 1) / EXPERTS, 0.9 - 0.1 * i, 10 * at + i) for i in range(5)]
-        if loads[at] > 0
-        else []
-        for at in range(EXPERTS)
+        for at in range(EXPERTS - 1)
     ]
     # of the 300 tokens of expert 0 two thirds are of cats, of all 600 tokens one third
     counts = torch.tensor([[200, 50, 50], [0, 100, 80], [0, 50, 70], [0, 0, 0]])
@@ -53,10 +50,10 @@ def layer_survey(load: tuple[float, ...] = (0.5, 0.3, 0.2, 0.0)) -> LayerSurvey:
     return LayerSurvey(
         EXPERTS,
         {'router/load_entropy': 0.74, 'effective_rank_before': 9.5, 'router/dead_experts': 1.0},
-        {ROUTER: loads, CODEBOOK: torch.full((EXPERTS,), 1 / EXPERTS)},
+        {ROUTER: torch.tensor([0.5, 0.3, 0.2, 0.0]), CODEBOOK: torch.full((EXPERTS,), 0.25)},
         {ROUTER: counts},
         {'weights': similarity, 'outputs': similarity},
-        {ROUTER: patches},
+        {ROUTER: [*patches, []]},
         Codes(codes, indices.bincount(minlength=CODES) / 200, codes[indices] + noise / 3, indices),
     )
 

@@ -26,17 +26,15 @@ def untrained(tmp_path) -> Callable[..., tuple[str, str]]:
     """Writes a small config and a checkpoint of its model; gives both paths."""
 
     def write(base: Path = DIGITS, name: str = 'run', seed: int = 0) -> tuple[str, str]:
-        folder = tmp_path / name
+        folder, model = tmp_path / name, SMALL
         folder.mkdir(exist_ok=True)
-        model = SMALL
         if base == SCENES:
             model = {'backbone': model, 'decode_head': {'num_layers': 1}}
-        path = folder / 'config.py'
+        path, checkpoint = folder / 'config.py', folder / f'seed_{seed}.pth'
         path.write_text(f'_base_ = {str(base)!r}\nmodel = {model!r}\n')
         config = load_config(str(path))
         init_default_scope(config.default_scope)
         torch.manual_seed(seed)
-        checkpoint = folder / f'seed_{seed}.pth'
         torch.save({'state_dict': MODELS.build(config.model).state_dict()}, checkpoint)
         return str(path), str(checkpoint)
 
@@ -50,8 +48,7 @@ def report(tmp_path, capsys) -> Callable[..., dict]:
     def run(*words: str) -> dict:
         analyze([*words, '--num-images', '12', '--out', str(tmp_path / 'out')])
         page = Path(capsys.readouterr().out.strip())
-        assert page == tmp_path / 'out' / 'report.html'
-        assert page.stat().st_size > 10_000
+        assert page == tmp_path / 'out/report.html' and page.stat().st_size > 10_000
         return json.loads((tmp_path / 'out' / 'numbers.json').read_text())
 
     return run
@@ -80,7 +77,6 @@ def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report):
 
 def test_mistakes_are_one_line(untrained, tmp_path):
     config, checkpoint = untrained()
-    (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'b.png').write_bytes(b'nothing')
     (tmp_path / 'file').touch()
@@ -88,7 +84,6 @@ def test_mistakes_are_one_line(untrained, tmp_path):
         ([checkpoint], 'twice'),
         (['--num-images', '0'], '--num-images=0'),
         (['--images', str(tmp_path / 'absent')], 'is not a folder'),
-        (['--images', str(tmp_path / 'empty')], 'holds no image'),
         (['--images', str(tmp_path / 'broken')], 'b.png cannot be read'),
         (['--out', str(tmp_path / 'file' / 'out')], 'cannot be written'),
     ):
@@ -98,9 +93,9 @@ def test_mistakes_are_one_line(untrained, tmp_path):
 
 def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained):
     config, first = untrained(seed=0)
-    second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
+    second, third = (str(Path(first).with_name(name)) for name in ('b.pth', 'c.pth'))
     state = torch.load(first)['state_dict']
-    for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
-        torch.save({'state_dict': state, 'meta': {'iter': meta[0], 'seed': meta[1]}}, path)
+    for path, step, seed in ((first, 2, 1), (second, 1, 1), (third, 3, 7)):
+        torch.save({'state_dict': state, 'meta': {'iter': step, 'seed': seed}}, path)
     refused('^error: .*iter=1', analyze, [config, first, second], error=SystemExit)
     refused('^error: .*seed=7', analyze, [config, first, third], error=SystemExit)

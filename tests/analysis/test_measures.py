@@ -8,37 +8,19 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.analysis import measures
-from vqmoe_vision.analysis.shifts import (
-    Shift,
-    ShiftTally,
-    all_shifts,
-    convergence,
-    corruption,
-    crop,
-    flip,
-    noise,
-    routing_changes,
-)
+from vqmoe_vision.analysis import measures, patch_experts, shifts
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.routing import Router, Routing
 
+from .. import cases
 from .conftest import make
 
 E = 4
 ONE_TAKES_ALL = torch.tensor([0.0, 12.0, 0.0, 0.0])
 EVEN = torch.full((E,), 3.0)
-
-
-def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load():
-    assert measures.load_entropy(ONE_TAKES_ALL) == 0
-    # load 0, 12, 0, 0: mean 3, variance (9 + 81 + 9 + 9) / 4 = 27; sqrt(27) / 3 = sqrt(E - 1)
-    assert measures.load_variation(ONE_TAKES_ALL) == pytest.approx(math.sqrt(3))
-    assert measures.num_dead(ONE_TAKES_ALL) == 3
-    assert measures.usage_perplexity(ONE_TAKES_ALL) == 1
 
 
 @pytest.mark.parametrize('experts', [2, 3, 8])
@@ -55,6 +37,9 @@ def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_ra
         assert low - 1e-9 <= value <= high + 1e-9
         assert measure(load.flip(0)) == pytest.approx(value)
         assert measure(load / load.sum()) == pytest.approx(value, abs=1e-6)
+        # the far ends: of a load E, 0, .. 0 the variance is ((E - 1)^2 + E - 1) / E = E - 1
+        ends = {measure(torch.ones(experts)), measure(torch.eye(experts)[0])}
+        assert sorted(ends) == pytest.approx([low, high], abs=1e-6)
 
 
 @pytest.mark.parametrize('shape', [(2, 2), (5, 3), (3, 5)])
@@ -117,12 +102,7 @@ def test_chance_of_change_is_the_change_of_a_routing_drawn_anew():
     assert measures.chance_of_change(ONE_TAKES_ALL) == 0
     assert measures.chance_of_change(EVEN) == pytest.approx(1 - 1 / E)
     # shares 1/2, 1/4, 1/4: 1 - 1/4 - 1/16 - 1/16
-    load = torch.tensor([2.0, 1.0, 1.0])
-    assert measures.chance_of_change(load) == pytest.approx(0.625)
-    before, after = load.multinomial(40_000, replacement=True).view(2, 20_000)
-    # std sqrt(0.625 * 0.375 / 20,000) = 0.0034, five of them
-    share = measures.changed_share(before, after)
-    assert share == pytest.approx(measures.chance_of_change(load), abs=0.017)
+    assert measures.chance_of_change(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(0.625)
 
 
 def test_parameters_approach_the_last_checkpoint():
@@ -161,8 +141,8 @@ def by_content() -> VisionTransformer:
     return model.eval()
 
 
-def shares(model: nn.Module, pixels: Tensor, *shifts: Shift, batch: int = 3) -> dict:
-    tally = ShiftTally(model, NORMALIZATION, shifts)
+def shares(model: nn.Module, pixels: Tensor, *changes: shifts.Shift, batch: int = 3) -> dict:
+    tally = shifts.ShiftTally(model, NORMALIZATION, changes)
     for part in pixels.split(batch):
         tally.add(NORMALIZATION.normalized(part))
     return {name: of.get(ROUTER, of.get('blocks.0.router')) for name, of in tally.shares().items()}
@@ -175,25 +155,31 @@ def flat_patches(images: int) -> Tensor:
 
 
 def test_experts_by_content_follow_their_patches(by_content):
-    found = shares(by_content, flat_patches(3), flip(), crop(), noise(0.01))
+    pixels = flat_patches(3)
+    found = shares(by_content, pixels, shifts.flip(), shifts.crop(), shifts.noise(0.01))
     assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
+    # the class token is left out
+    experts = patch_experts(by_content, NORMALIZATION.normalized(pixels))['blocks.0.router']
+    assert torch.equal(experts, (E * pixels[:, 0, ::8, ::8]).long())
 
 
 def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content):
-    found = shares(by_content, torch.zeros(2, 3, 32, 48), flip(), noise(0.05))
+    found = shares(by_content, torch.zeros(2, 3, 32, 48), shifts.flip(), shifts.noise(0.05))
     assert found == {'flip': 0, 'noise 0.05': 0}
-    replaced = Shift('other', lambda pixels, first, patch: flat_patches(len(pixels)))
+    replaced = shifts.Shift('other', lambda pixels, first, patch: flat_patches(len(pixels)))
     # 2,400 patches of four experts: 3/4 change, std sqrt(3/16 / 2400) = 0.009, five of them
-    share = shares(by_content, flat_patches(100), replaced, batch=50)['other']
-    assert share == pytest.approx(0.75, abs=0.045)
+    found = shares(by_content, flat_patches(100), replaced, batch=50)
+    assert found == {'other': pytest.approx(0.75, abs=0.045)}
 
 
-@pytest.mark.parametrize('shift', [*all_shifts([3])[3:], noise(0.1)], ids=lambda shift: shift.name)
+@cases('shift', *shifts.all_shifts([3])[3:], shifts.noise(0.1), ids=lambda shift: shift.name)
 def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
     pixels = torch.rand(3, 3, 40, 32)
     pixels[2] = pixels[1]
     kept = pixels.clone()
+    state = np.random.get_state()[1].copy()
     changed = shift.change(pixels, 0, PATCH)
+    assert (np.random.get_state()[1] == state).all()
     np.random.rand(3)
     torch.rand(3)
     assert torch.equal(changed[1:2], shift.change(pixels[1:2], 1, PATCH))  # in another batch
@@ -203,34 +189,23 @@ def test_an_image_is_always_changed_alike_and_nothing_else_is(shift):
     assert torch.equal(pixels, kept)
 
 
-def test_corruptions_leave_numpys_generator_alone_and_differ_between_images():
-    pixels = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
-    for name in ('impulse_noise', 'glass_blur', 'snow'):
-        state = np.random.get_state()[1].copy()
-        changed = corruption(name, 3).change(pixels, 0, PATCH)
-        assert (np.random.get_state()[1] == state).all()
-        assert not torch.equal(changed[0], changed[1])
-
-
 def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused():
-    changed = corruption('frost', 1).change(torch.rand(2, 1, 32, 32), 0, PATCH)
+    changed = shifts.corruption('frost', 1).change(torch.rand(2, 1, 32, 32), 0, PATCH)
     assert changed.shape == (2, 1, 32, 32)
     with pytest.raises(ValueError, match='images='):
-        corruption('fog', 1).change(torch.rand(1, 3, 31, 40), 0, PATCH)
+        shifts.corruption('fog', 1).change(torch.rand(1, 3, 31, 40), 0, PATCH)
 
 
 NAME = 'blocks.1.mlp'
 
 
 def test_changes_between_checkpoints_are_counted_over_all_images():
-    before = make('smoe')
+    before, batches = make('smoe'), torch.rand(3, 3, 32, 32).split(2)
     after = copy.deepcopy(before)
-    images = torch.rand(3, 3, 32, 32)
-    assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 0}
-    with torch.no_grad():
-        router = moe_layers(after)[NAME].router
-        router.weight.copy_(router.weight.roll(1, dims=0))  # every expert has another number
-    assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 1}
+    assert shifts.routing_changes(before, after, batches) == {ROUTER: 0}
+    router = moe_layers(after)[NAME].router
+    router.weight.data = router.weight.data.roll(1, dims=0)  # every expert has another number
+    assert shifts.routing_changes(before, after, batches) == {ROUTER: 1}
 
 
 def test_a_part_that_arrives_first_has_converged_first():
@@ -239,7 +214,7 @@ def test_a_part_that_arrives_first_has_converged_first():
     moved = {n: torch.randn_like(v) for n, v in start.items() if v.is_floating_point()}
     end = {n: v + moved.get(n, 0) for n, v in start.items()}
     middle = {n: v + moved.get(n, 0) * (1 if '.router.' in n else 0.5) for n, v in start.items()}
-    found = convergence([start, middle, end], [NAME])
+    found = shifts.convergence([start, middle, end], [NAME])
     assert found.keys() == {f'{NAME}.{part}' for part in ('router', 'quantizer', 'gate', 'experts')}
     assert found[f'{NAME}.router']['distance'] == pytest.approx([1, 0, 0], abs=1e-6)
     assert found[f'{NAME}.experts']['distance'] == pytest.approx([1, 0.5, 0], abs=1e-6)

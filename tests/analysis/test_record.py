@@ -1,11 +1,10 @@
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vqmoe_vision  # noqa: F401  registers the models
 from vqmoe_vision import collect_losses
-from vqmoe_vision.analysis import mean_statistics, measures, patch_experts, token_experts
+from vqmoe_vision.analysis import mean_statistics, measures, token_experts
 from vqmoe_vision.analysis.record import LayerRecord, record_layers
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.experts import Experts
@@ -57,15 +56,13 @@ def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant):
         assert records == {}
         tiny_variant(torch.randn(3, 3, 32, 32))
     record = records[NAME]
-    assert torch.equal(record.inputs, given[0])
-    assert record.num_experts == E
+    assert torch.equal(record.inputs, given[0]) and record.num_experts == E
     assert record.inputs.shape == record.outputs.shape == (3, 17, 16)
     torch.testing.assert_close(answer(layer, record), record.outputs, rtol=1e-4, atol=1e-6)
     for decider, experts in record.experts.items():
         assert isinstance(layer.get_submodule(decider), nn.Module)
         weights = record.weights[decider]
-        assert experts.shape == weights.shape
-        assert experts.shape[:2] == (3, 17)
+        assert experts.shape == weights.shape and experts.shape[:2] == (3, 17)
         assert torch.equal(experts == -1, weights == 0)
     if record.gates is not None:
         torch.testing.assert_close(record.gates.sum(-1), torch.ones(3, 17))
@@ -78,9 +75,8 @@ def test_an_error_closes_the_block_and_blocks_do_not_nest():
     model = make('smoe')
     with pytest.raises(ZeroDivisionError), record_layers(model):
         raise ZeroDivisionError
-    refused = pytest.raises(RuntimeError, match='do not nest')
     with record_layers(model) as records:
-        with refused, record_layers(model):
+        with pytest.raises(RuntimeError, match='do not nest'), record_layers(model):
             pass
         model(torch.zeros(1, 3, 32, 32))
     assert records.keys() == {NAME}  # the refused one has closed nothing of the other
@@ -169,32 +165,9 @@ def test_every_image_counts_the_same_whatever_its_batch():
     # (0, 0, 4, 4) / 8. Two images of the first kind and one of the second:
     # (6, 8, 6, 4) / 24. A mean over batches instead of images would give (3, 4, 5, 4) / 16.
     first, second = image([0.0, 0.0], [0.0, 1.0]), image([2.0, 2.0], [2.0, 2.0])
-    usage = mean_statistics(Pixels(), [torch.cat([first, first]), second])
-    expected = torch.tensor([6.0, 8.0, 6.0, 4.0]) / 24
-    torch.testing.assert_close(usage['mlp/load'], expected)
-
-
-def test_model_is_asked_in_eval_mode_and_left_as_it_was():
     model = Pixels().train()
     model.mlp.eval()
-    mean_statistics(model, [image([0.0, 1.0])])
-    token_experts(model, image([0.0, 1.0]))
-    assert model.modes == [False, False]
-    assert model.training and not model.mlp.training
-
-
-def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid():
-    # Every patch of the image is constant, and the patch embedding passes its value on untouched:
-    # the router sees it, expert = value, rounded down. The class token is 0, expert 0.
-    sizes = dict(img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1)
-    model = VisionTransformer(**sizes, num_classes=0)
-    nn.init.zeros_(model.pos_embed)
-    nn.init.zeros_(model.cls_token)
-    nn.init.zeros_(model.patch_embed.proj.bias)
-    nn.init.constant_(model.patch_embed.proj.weight, 1 / 12)  # mean over 3 x 2 x 2
-    mlp = RoutedMlp(BrightnessRouter(), Experts(4, in_features=2, hidden_features=2))
-    model.blocks = nn.Sequential(mlp)
-    values = torch.tensor([[1.0, 2.0, 3.0], [3.0, 0.0, 2.0]]) + 0.5  # .5: no rounding downwards
-    images = values.repeat_interleave(2, 0).repeat_interleave(2, 1).expand(2, 3, 4, 6)
-    experts = patch_experts(model, images)['blocks.0.router']
-    assert experts.tolist() == [[[1, 2, 3], [3, 0, 2]]] * 2
+    usage = mean_statistics(model, [torch.cat([first, first]), second])
+    torch.testing.assert_close(usage['mlp/load'], torch.tensor([6.0, 8.0, 6.0, 4.0]) / 24)
+    token_experts(model, first)
+    assert model.modes == [False] * 3 and model.training and not model.mlp.training

@@ -13,16 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vqmoe_vision.analysis import token_experts
 from vqmoe_vision.analysis.pictures import CELL, GAP, LIGHTEN, expert_colours
 from vqmoe_vision.analysis.source import images_of
-from vqmoe_vision.analysis.survey import survey
 from vqmoe_vision.analysis.validation_picture import picture
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model import load_trained, scope_of
-from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
 from ..engine.tiny import DIGITS, OPTIONS, config_of, trained
-from ..models.conftest import MORE, dense
 from ..runs import train
 from ..segmentation.test_cli import write_config
 from .conftest import make
@@ -42,14 +39,11 @@ def cell(shown: np.ndarray, row: int, column: int) -> np.ndarray:
     return shown[top : top + CELL, left : left + CELL]
 
 
-def experts_of(
-    photo: np.ndarray, tinted: np.ndarray, number: int, grid: tuple[int, int] = (PATCHES, PATCHES)
-) -> list[int]:
+def experts_of(photo: np.ndarray, tinted: np.ndarray, number: int) -> list[int]:
     """Of each patch the expert whose colour it has, by the photograph above it."""
-    found, colours = [], expert_colours(number).numpy()
-    for patch in np.ndindex(grid):
-        side = [len(photo) // grid[0], photo.shape[1] // grid[1]]
-        place = tuple(slice(i * s + 2, (i + 1) * s - 2) for i, s in zip(patch, side, strict=True))
+    found, colours, side = [], expert_colours(number).numpy(), len(photo) // PATCHES
+    for patch in np.ndindex(PATCHES, PATCHES):
+        place = tuple(slice(i * side + 2, (i + 1) * side - 2) for i in patch)
         light = LIGHTEN * photo[place].mean(-1, keepdims=True)
         off = [np.abs(colour + light * (1 - colour) - tinted[place]).max() for colour in colours]
         assert min(off) < 2 / 255  # of rounding
@@ -59,10 +53,8 @@ def experts_of(
 
 @pytest.mark.parametrize('task', ['classification', 'segmentation'])
 def test_an_event_file_has_the_colours_of_the_experts(task, tmp_path):
-    if task == 'classification':
-        options, path = OPTIONS, str(DIGITS)
-        steps, checkpoint = [10, 20], 'epoch_2.pth'
-    else:
+    options, path, steps, checkpoint = OPTIONS, str(DIGITS), [10, 20], 'epoch_2.pth'
+    if task == 'segmentation':
         options, path = {}, write_config(tmp_path, 'pictures')
         steps, checkpoint = [2], 'iter_2.pth'
     pairs = [f'{name}={value}' for name, value in options.items()]
@@ -94,29 +86,11 @@ def test_an_event_file_has_the_colours_of_the_experts(task, tmp_path):
 
 def test_without_a_tracker_nothing_is_drawn_and_nothing_else_changes(tmp_path):
     short = {'train_cfg.max_epochs': 1}
-    local = {'visualizer.vis_backends': [dict(type='LocalVisBackend')]}
-    runs = [
-        trained(config_of(tmp_path / str(n), **short, **more)) for n, more in enumerate((local, {}))
-    ]
+    local = {'visualizer.vis_backends': [dict(type='LocalVisBackend')], **short}
+    runs = [trained(config_of(tmp_path / str(n), **o)) for n, o in enumerate((local, short))]
     assert [len([*Path(run.work_dir).glob('*/vis_data/vis_image/*')]) for run in runs] == [0, 1]
     one, other = (run.model.state_dict() for run in runs)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_an_image_that_does_not_fill_its_last_patches_is_drawn_to_their_end():
-    # 20x28 pixels in patches of 8: 3 rows of 4, so 24x32, in a cell of 152 pixels 114x152
-    model = make('smoe', dynamic_img_size=True, dynamic_img_pad=True)
-    images = 0.5 + torch.rand(2, 3, 20, 28) / 2
-    shown = picture(model, [images], AS_IT_IS) / 255
-    ((_, experts),) = token_experts(model, images).items()
-    for column in range(2):
-        pair = [cell(shown, row, 1 + column)[19:-19] for row in range(2)]
-        # 4.75 pixels for each of the image
-        assert pair[0][95:].max() == pair[0][:, 133:].max() == 0 < pair[0][:94, :132].min()
-        assert experts_of(*pair, 4, (3, 4)) == experts[column, 1:, 0].tolist()
-    (photo, _) = survey(model, [images], title='', normalization=AS_IT_IS).examples
-    assert photo.image.shape == (3, 24, 32) and not photo.image[:, 20:].any()
-    torch.testing.assert_close(photo.image[:, :20, :28], images[0])
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -128,11 +102,3 @@ def test_every_method_has_a_picture(method):
     rows, left = divmod(len(shown) + GAP, CELL + GAP)
     assert (shown.dtype, shown.shape[1:], left) == (np.uint8, (4 * (CELL + GAP) - GAP, 3), 0)
     assert rows == 1 + (2 if method == 'vqmoe' else 1)
-
-
-@pytest.mark.parametrize('host', MORE)
-def test_every_host_has_a_picture(host):
-    model, normalization = dense(host), Normalization((0.5,) * 3, (0.5,) * 3)
-    convert_to_moe(model, 'smoe', num_experts=4)
-    shown = picture(model, [torch.randn(2, 3, 32, 32)], normalization)
-    assert len(shown) == 3 * (CELL + GAP) - GAP  # photographs and two layers

@@ -2,26 +2,23 @@
 
 import json
 import re
-import warnings
 from dataclasses import replace
-from functools import partial
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmark import gpu, gpu_kernels, gpu_results, gpu_steps
+from benchmark import gpu, gpu_kernels, gpu_results
 from benchmark.cells import DTYPES, Cell, Settings
-from benchmark.cli import main
 from benchmark.gates import SLACK
 from benchmark.gpu_card import Card, measure_card, work_of
-from benchmark.gpu_stages import PACKAGE
 from benchmark.oracle import WrongResultError
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.kernels import KERNELS, Groups, grouped_linear, use_kernel
-from vqmoe_vision.moe.routing import perplexity
+from vqmoe_vision.moe.kernels import KERNELS
 
 from .. import mostly_long
+from .test_cli import status_of
 
 VITS = {'small': 384, 'base': 768, 'large': 1024}
 EXPECTED = 2.0  # of an MoE over dense
@@ -34,26 +31,22 @@ def measured(monkeypatch):
     """Nothing is measured: milliseconds of a contender are looked up, else `FAST`."""
     milliseconds = {}
 
-    def rows(names, **fields):
-        return [
-            {'contender': name, 'median_ms': milliseconds.get((fields['width'], name), FAST)}
-            | {'expected_ms': 1.0 if 'dense' in name or 'patch16' in name else EXPECTED}
-            | fields
-            for plain in names
-            for name in (plain, f'{plain}+compiled')
-        ]
+    def rows(names, width, **fields):
+        for name in (one for plain in names for one in (plain, f'{plain}+compiled')):
+            timed = {'contender': name, 'median_ms': milliseconds.get((width, name), FAST)}
+            expected = 1.0 if 'dense' in name or 'patch16' in name else EXPECTED
+            yield {**fields, **timed, 'width': width, 'expected_ms': expected}
 
     def layers(runs, settings):
         ((cell, names),) = runs
         assert settings.compiled and cell.num_tokens >= 25_000
-        return rows(('dense', *names), **vars(cell), mode='fwdbwd'), []
+        return [*rows(('dense', *names), **vars(cell), mode='fwdbwd')], []
 
     def networks(comparisons, settings):
         (run,) = comparisons
         assert settings.compiled and run.batch * 197 >= 25_000
-        width = VITS[run.baseline.split('_')[1]]
-        fields = dict(width=width, batch=run.batch, tokens=197, dtype=run.dtype, mode='training')
-        return rows((run.baseline, *run.models), **fields)
+        fields = dict(batch=run.batch, tokens=197, dtype=run.dtype, mode='training')
+        return [*rows((run.baseline, *run.models), VITS[run.baseline.split('_')[1]], **fields)]
 
     for name in ('check_kernels', 'check_results', 'check_configs'):
         monkeypatch.setattr(gpu, name, lambda settings: [])
@@ -66,11 +59,8 @@ def measured(monkeypatch):
 
 def check(folder, *options):
     """The row of a run, and the status that the command ends with."""
-    status, out = 0, folder / 'row.json'
-    try:
-        main(['gpu', '--device', 'cpu', '--out', str(out), *options])
-    except SystemExit as stopped:
-        status = stopped.code
+    out = folder / 'row.json'
+    status = status_of('gpu', '--device', 'cpu', '--out', str(out), *options)
     return json.loads(out.read_text()), status
 
 
@@ -97,16 +87,15 @@ def test_an_moe_is_held_to_what_its_work_lets_expect(measured, tmp_path, size, w
 
 
 def test_a_run_is_saved_after_each_part_and_after_one_that_fails(measured, monkeypatch, tmp_path):
-    file, saved = tmp_path / 'row.json', []
+    timed, saved = gpu.run_networks, []
 
     def networks(preset, settings):
-        saved.append(json.loads(file.read_text()))
+        saved.append(json.loads((tmp_path / 'row.json').read_text()))
         return timed(preset, settings)
 
     def layers(preset, settings):
         raise WrongResultError('ours is off; not timed')
 
-    timed = gpu.run_networks
     monkeypatch.setattr(gpu, 'check_kernels', lambda settings: [WRONG])
     monkeypatch.setattr(gpu, 'run_layers', layers)
     monkeypatch.setattr(gpu, 'run_networks', networks)
@@ -126,12 +115,8 @@ CPU = Settings(device='cpu')
 def test_every_kernel_in_every_dtype_and_case():
     rows = gpu_kernels.check_kernels(CPU, CELL)
     dtypes = [*DTYPES, 'bfloat16 amp', 'float16 amp']
-    assert [(row['dtype'], row['case'], row['kernel']) for row in rows] == [
-        (dtype, case, kernel)
-        for dtype in dtypes
-        for case in gpu_kernels.CASES
-        for kernel in KERNELS
-    ]
+    expected = [*product(dtypes, gpu_kernels.CASES, KERNELS)]
+    assert [(row['dtype'], row['case'], row['kernel']) for row in rows] == expected
     assert all(row['ok'] for row in rows)
     different = {(row['kernel'], row['dtype']) for row in rows if row['result'] != 'equal'}
     # torch has no grouped_mm of float64, and before 2.10 none at all
@@ -155,23 +140,9 @@ SIZES = dict(depth=2, embed_dim=16, num_heads=2, num_experts=4)
 @pytest.mark.parametrize('method', mostly_long(METHODS, 'vqmoe'))
 def test_trainings_in_every_way(monkeypatch, method):
     monkeypatch.setattr(gpu_results, 'METHODS', {method: METHODS[method]})
-    known = gpu_results.learned
     rows = gpu_results.check_results(CPU, SIZES, ('compiled',))  # for minutes
     assert [row for row in rows if not row['ok']] == [] and len(rows) == 1 + 10
     assert {row['result'] for row in rows[1:]} == {'equal, 0 waits a step'}
-    changes = {'resumed': 1e-6, 'averaged': 0.01, 'DDP': torch.nan}
-
-    def changed(method, way, sizes):
-        found, waits = known(method, way, sizes)
-        if way.how in changes and (way.how, way.device) not in seen:
-            found['head.bias'] = found['head.bias'] + changes[way.how]
-        seen.append((way.how, way.device))
-        return found, waits
-
-    seen = []
-    monkeypatch.setattr(gpu_results, 'learned', changed)
-    rows = gpu_results.check_results(CPU, SIZES, ('compiled', 'again', 'FSDP2', 'checkpointed'))
-    assert {row['way'].split()[1] for row in rows if not row['ok']} == {*changes}
 
 
 def test_a_step_is_expected_to_take_as_long_as_its_operators():
@@ -188,66 +159,7 @@ def test_a_step_is_expected_to_take_as_long_as_its_operators():
 
 
 def test_the_first_line_says_what_a_layer_takes():
-    card = measure_card('cpu', large=32)
-    cell = replace(CELL, dtype='bfloat16', top_k=1)
-    line = gpu.first_line(replace(CPU, card=card), {'device': 'cpu'}, cell)
-    assert re.match(
-        r'cpu, .* TFLOP/s, .* batched, 0 waits a step, layer [\d.]+ ms \([\d.]+ ex', line
-    )
-
-
-@pytest.fixture
-def card_that_waits(monkeypatch):
-    """What asks for a number of a tensor is told of, on the CPU as by torch on a card."""
-    modes = [0]
-
-    def watched(read):
-        def reads(tensor):
-            if modes[-1] == 'warn':
-                warnings.warn('called a synchronizing CUDA operation', stacklevel=1)
-            return read(tensor)
-
-        return reads
-
-    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
-    for name in ('item', 'tolist'):
-        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
-    return modes
-
-
-@pytest.mark.parametrize('where', ['forward', 'backward', 'routing'])
-def test_waits_are_counted_where_they_are(card_that_waits, where):
-    x, weight, ends = torch.ones(2, 4), torch.ones(2, 4, 4), torch.tensor([1, 2]).int()
-    with use_kernel('batched'):
-        run = partial(grouped_linear, x.requires_grad_(), weight, None, Groups(ends))
-        out = run()
-        steps = {'forward': run, 'backward': out.sum().backward}
-        steps['routing'] = partial(perplexity, torch.ones(2))
-        with gpu_steps.counted_waits('cuda') as places:
-            steps[where]()
-        assert card_that_waits == [0, 'warn', 0]
-        with gpu_steps.counted_waits('cpu') as none:
-            run()
-    assert not none
-    ((place, times),) = places.items()
-    file, line = place.split(':')
-    assert file == f'vqmoe_vision/moe/{"routing" if where == "routing" else "kernels/cpu"}.py'
-    read = (PACKAGE.parent / file).read_text().splitlines()[int(line) - 1]
-    assert ('.item()' if where == 'routing' else '.tolist()') in read
-    told, calm = gpu_steps.told_waits({place: 2 * times}, 2)
-    assert calm == (where != 'routing')  # kernels may have to
-    assert told == f'{times} waits a step, {times} at {place}'
-
-
-@pytest.mark.parametrize('task', gpu_steps.CONFIGS)
-def test_configs_are_found_from_anywhere(monkeypatch, tmp_path, task):
-    pytest.importorskip('mmseg')
-    monkeypatch.chdir(tmp_path)
-
-    def stop(config, device, row):
-        raise FloatingPointError(config.train_dataloader.dataset.type)
-
-    monkeypatch.setattr(gpu_steps, '_train', stop)
-    row = gpu_steps._config_row(task, {}, CPU)
-    assert not row['ok'] and re.match('FloatingPointError: (digits|DigitScenes) ', row['result'])
+    settings, cell = replace(CPU, card=measure_card('cpu', large=32)), replace(CELL, top_k=1)
+    line = gpu.first_line(settings, {'device': 'cpu'}, replace(cell, dtype='bfloat16'))
+    said = r'cpu, .* TFLOP/s, .* batched, 0 waits a step, layer [\d.]+ ms \([\d.]+ ex'
+    assert re.match(said, line)

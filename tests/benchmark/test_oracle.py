@@ -12,7 +12,7 @@ from benchmark import ours
 from benchmark.cells import Cell, Settings
 from benchmark.contenders import Contender, UnsuitableError
 from benchmark.inputs import Batch, Inputs, skewed_routing
-from benchmark.layers import CONTENDERS, OURS, PEERS, REFERENCES, compiled, measure_layer
+from benchmark.layers import OURS, PEERS, REFERENCES, measure_layer
 from benchmark.networks import Comparison, Network, check_against_loops
 from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe import METHODS
@@ -23,15 +23,7 @@ from vqmoe_vision.moe.routing import Routing
 
 from .. import cases
 
-
-@pytest.fixture
-def cell() -> Cell:
-    return Cell(tokens=12, batch=2, width=16, experts=4, top_k=2)
-
-
-@pytest.fixture
-def settings() -> Settings:
-    return Settings(repeats=2)
+SMALL, TWICE = Cell(tokens=12, batch=2, width=16, experts=4, top_k=2), Settings(repeats=2)
 
 
 @pytest.mark.parametrize('name', [name for name in OURS if name != 'loop'])
@@ -40,26 +32,14 @@ def settings() -> Settings:
     *((True, change) for change in (dict(top_k=1), dict(dtype='bfloat16', amp=True))),
     *((backward, dict(dtype='float64')) for backward in (True, False)),
 )
-def test_ours_equals_the_loop(name, backward, change, cell):
-    cell, settings = dataclasses.replace(cell, **change), Settings(backward=backward)
+def test_ours_equals_the_loop(name, backward, change):
+    cell, settings = dataclasses.replace(SMALL, **change), Settings(backward=backward)
     inputs = Inputs(cell)
     try:
         (contender,) = OURS[name](cell, settings, inputs)
     except UnsuitableError as reason:
         pytest.skip(str(reason))
     check_against_oracle(contender, contender.given(inputs.batch(0)), cell, settings)
-
-
-@pytest.mark.parametrize('name', ['dense', 'ours', 'layer'])
-def test_a_compiled_contender_gives_the_same(name, cell, settings):
-    batch = (inputs := Inputs(cell)).batch(0)
-    (contender,) = CONTENDERS[name](cell, settings, inputs)
-    answers = []
-    with torch.compiler.set_stance('force_eager'):  # what it runs is seen without compiling
-        for each in (contender, compiled(contender)):
-            torch.manual_seed(0)  # of a router's noise
-            answers.append(each.forward(each.module, batch)[0])
-    assert torch.equal(*answers)
 
 
 def swapped(module, batch: Batch) -> list[Tensor]:
@@ -91,26 +71,25 @@ def detached(module, batch: Batch) -> list[Tensor]:
     (wrong_in('weights'), 'gradient of weights'),
     (detached, r"only one side has \['gradient of weights'\]"),
 )
-def test_a_broken_contender_is_refused(broken, named, dtype, cell, settings):
-    cell = dataclasses.replace(cell, dtype=dtype)
+def test_a_broken_contender_is_refused(broken, named, dtype):
+    cell = dataclasses.replace(SMALL, dtype=dtype)
     inputs = Inputs(cell)
-    (contender,) = ours.ours(cell, settings, inputs)
+    (contender,) = ours.ours(cell, TWICE, inputs)
     contender.forward = broken
     with pytest.raises(WrongResultError, match=named):
-        check_against_oracle(contender, inputs.batch(0), cell, settings)
+        check_against_oracle(contender, inputs.batch(0), cell, TWICE)
 
 
-def test_nothing_is_timed_beside_a_broken_contender(monkeypatch, cell, settings):
+def test_nothing_is_timed_beside_a_broken_contender(monkeypatch):
     monkeypatch.setattr(ours, 'experts_grouped', swapped)
     monkeypatch.setattr('benchmark.layers.interleave', None)  # would fail if reached
     with pytest.raises(WrongResultError, match='ours in 2 x 12 tokens'):
-        measure_layer(cell, settings, ('dense', 'bound', 'ours'))
+        measure_layer(SMALL, TWICE, ('dense', 'bound', 'ours'))
 
 
 def network(method: str) -> Network:
-    tiny = 'depth=2,embed_dim=24,num_heads=2,num_experts=4'
-    comparison = Comparison(models=(), batch=2, img_size=32)
-    return Network(f'vit_tiny_{method},{tiny}', comparison, Settings())
+    model = f'vit_tiny_{method},depth=2,embed_dim=24,num_heads=2,num_experts=4'
+    return Network(model, Comparison(models=(), batch=2, img_size=32), Settings())
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -146,8 +125,8 @@ def test_fullest_expert_has_the_load_asked_for(experts, top_k, skew, fullest):
     assert counts.sum() == 240 * top_k
 
 
-def test_a_round_repeats_and_the_next_differs(cell):
-    first, again, second = (vars(Inputs(cell).batch(index)) for index in (0, 0, 1))
+def test_a_round_repeats_and_the_next_differs():
+    first, again, second = (vars(Inputs(SMALL).batch(index)) for index in (0, 0, 1))
     assert first.pop('decided') == {}
     assert (first['indices'][:, 0] != first['indices'][:, 1]).all()
     for name, value in first.items():

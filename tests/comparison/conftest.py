@@ -43,8 +43,7 @@ if kind == 'meets':
         time.sleep(0.02)
 (folder / 'iter_2.pth').touch()
 (folder / 'last_checkpoint').write_text('iter_2.pth')
-seed = int(options['randomness.seed'])
-drift = float(os.environ.get('DRIFT', 0))
+seed, drift = int(options['randomness.seed']), float(os.environ.get('DRIFT', 0))
 losses = [(1 + drift) / (i + seed) for i in range(20)]
 Path(folder / 'run.json').write_text(json.dumps(dict(
     seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
@@ -69,6 +68,7 @@ model = dict(
 )
 train_cfg = dict(max_iters=2)
 """
+ROWS = Path('docs/results/rows/spec')
 SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows})\n"
 
 
@@ -87,8 +87,7 @@ def spec(repository) -> Callable[..., str]:
     """Writes a comparison with rows besides dense; gives its path."""
 
     def write(more: str = '', **rows: str) -> str:
-        given = {'dense': 'dense_1x', **rows}
-        listed = ', '.join(f'{k}={v!r}' for k, v in given.items())
+        listed = ', '.join(f'{k}={v!r}' for k, v in {'dense': 'dense_1x', **rows}.items())
         Path('spec.py').write_text(SPEC.format(rows=listed) + more)
         return 'spec.py'
 
@@ -105,7 +104,7 @@ def fill(spec) -> Callable[..., str]:
         rows |= {row: f'{rows[row]} model.checkpoint=a.pth' for row in rows if '_started' in row}
         path = spec(f'seeds = {seeds}\n{more}', **rows)
         comparison = read_comparison(path)
-        store = Store(Path('docs/results/rows/spec'))
+        store = Store(ROWS)
         for row, values in scores.items():
             for seed, value in enumerate(values, 1):
                 run = Run(comparison, row, seed, Path('work_dirs/comparisons'))
@@ -126,6 +125,17 @@ def fill(spec) -> Callable[..., str]:
         return path
 
     return write
+
+
+def table() -> str:
+    return Path('docs/results/tables/spec.md').read_text()
+
+
+def change(name: str, **fields: Any) -> None:
+    """A row has other fields, or none that are None."""
+    path = ROWS / f'{name}.json'
+    content = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({n: v for n, v in content.items() if v is not None}))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 
@@ -12,13 +13,7 @@ from vqmoe_vision.arguments import WORK_DIR
 from vqmoe_vision.comparison.cli import Work
 from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, contrasts, forest, scores_of, tidy
 from vqmoe_vision.comparison.pages import Made, fill
-from vqmoe_vision.comparison.statistics import (
-    Difference,
-    Scores,
-    differences,
-    pooled_noise,
-    with_noise,
-)
+from vqmoe_vision.comparison.statistics import Difference, differences, pooled_noise, with_noise
 
 from ..rows import CONFIGS
 
@@ -41,29 +36,21 @@ Interval = tuple[float, ...]
 @pytest.fixture(scope='module')
 def outcomes() -> dict[str, Made]:
     """The comparisons that are checked in, by name."""
-    patched, found = pytest.MonkeyPatch(), {}
-    patched.chdir(ROOT)
-    for folder in sorted(ROWS.iterdir()):
-        spec = str(CONFIGS / f'comparisons/{folder.name}.py')
-        given = {'work_dir': WORK_DIR, 'results': ROWS.parent, 'rows': None, 'seeds': None}
-        work = Work(Namespace(spec=spec, **given))
-        made = work.comparison, work.read()
-        found[folder.name] = Made(*made, tidy(*made))
-    patched.undo()
+    found, given = {}, {'work_dir': WORK_DIR, 'results': ROWS.parent, 'rows': None, 'seeds': None}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(ROOT)
+        for folder in sorted(ROWS.iterdir()):
+            work = Work(Namespace(spec=str(CONFIGS / f'comparisons/{folder.name}.py'), **given))
+            made = work.comparison, work.read()
+            found[folder.name] = Made(*made, tidy(*made))
     return found
-
-
-def sets_of_scores(of: Made) -> Iterator[Scores]:
-    """Of the test images, of those held out, and under shifts."""
-    yield scores_of(of.values, TEST, of.comparison.metric)
-    yield scores_of(of.values, HELD_OUT, of.comparison.metric)
-    for name in (of.comparison.metric, LEFT):
-        yield from (scores_of(of.values, shift, name) for shift in of.comparison.shifts)
 
 
 def differences_of(of: Made) -> Iterator[Difference]:
     """Of every pair of rows; by the noise of all rows where there are two seeds."""
-    for scores in sets_of_scores(of):
+    metric, shifts = of.comparison.metric, of.comparison.shifts
+    for which in ((TEST, metric), (HELD_OUT, metric), *product(shifts, (metric, LEFT))):
+        scores = scores_of(of.values, *which)
         for reference in scores:
             for found in differences(scores, reference).values():
                 two = len(of.comparison.seeds) == 2

@@ -14,20 +14,16 @@ import pytest
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.executor import Job, Submitted
 from vqmoe_vision.comparison.queue import Task, tasks_of
-from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.store import Run, Store
+from vqmoe_vision.comparison.store import Store
 
 from .. import cases
 from ..rows import CONFIGS
-from .test_queue import ROWS, WORK, calls, collected, needs_proc, until
+from .test_queue import ROWS, calls, collected, needs_proc, run_of, until
+from .test_real_run import SPEC
 
 pytest.importorskip('submitit')
 
 BATCH = "seeds = [1]\noptions = ['train_dataloader.batch_size=6', 'train_dataloader.num_workers=3']"
-
-
-def run_of(path: str, row: str) -> Run:
-    return Run(read_comparison(path), row, 1, WORK)
 
 
 def test_a_job_at_its_limit_of_time_goes_on_where_it_was(spec):
@@ -71,7 +67,7 @@ def test_processes_share_the_batch_of_one(spec):
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
+def slurm(tmp_path, monkeypatch) -> None:
     """The commands of Slurm that submitit calls, of a cluster that begins no job."""
     folder = tmp_path / 'bin'
     folder.mkdir()
@@ -80,7 +76,6 @@ def slurm(tmp_path, monkeypatch) -> Path:
         (folder / name).write_text(f'#!/bin/sh\n{text}\n')
         (folder / name).chmod(0o755)
     monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
-    return folder
 
 
 def test_runs_are_an_array_of_slurm(spec, slurm):
@@ -92,11 +87,7 @@ def test_runs_are_an_array_of_slurm(spec, slurm):
     first, _ = waiting = [queue._begin(task) for task in tasks]
     assert all(waiting)
     next(first)
-    flags = {
-        line.removeprefix('#SBATCH --')
-        for line in Path('submitted.sh').read_text().splitlines()
-        if line.startswith('#SBATCH')
-    }
+    flags = set(re.findall('^#SBATCH --(.*)', Path('submitted.sh').read_text(), re.M))
     asked = {'array=0-1%1', 'time=90', 'mem=64GB', 'partition=gpu', 'requeue', 'job-name=spec'}
     assert flags >= asked | {'nodes=1', 'gpus-per-node=2', 'cpus-per-task=8', 'ntasks-per-node=1'}
     jobs = sorted((given[0].parent / 'jobs').glob('12_*_submitted.pkl'))
@@ -109,30 +100,10 @@ def test_runs_are_an_array_of_slurm(spec, slurm):
     assert next(again._begin(tasks[0])) is None and not Path('submitted.sh').exists()
 
 
-@pytest.mark.long
-def test_jobs_of_slurm_leave_rows(spec, slurm, says):
-    """The cluster has one machine, which works through the array."""
-    (slurm / 'sbatch').write_text("""#!/bin/sh
-    export SLURM_ARRAY_JOB_ID=12 SLURM_NTASKS=1
-    for SLURM_ARRAY_TASK_ID in 0 1; do
-        export SLURM_ARRAY_TASK_ID SLURM_JOB_ID=12
-        sh "$1" > /dev/null 2>&1
-    done > /dev/null 2>&1 &
-    echo Submitted batch job 12
-    """)
-    (slurm / 'srun').write_text('#!/bin/sh\nshift 5\n"$@"\n')  # --output FILE --error FILE
-    path = spec('seeds = [1]', bad='train_cfg.kind=fails')
-    line = says('run', path, '--executor', 'slurm', '--minutes', '5')
-    assert line == 'error: 1 of 2 runs failed: bad-seed1'
-    assert collected() == {'dense-seed1'}
-
-
 @cases(
     'arguments, message',
-    (['--processes-per-run', '2'], '--processes-per-run=2'),
     (['--minutes', '5'], '--minutes=5'),
     (['--executor', 'local', '--slurm', 'mem=4GB'], '--slurm='),
-    (['--executor', 'local', '--processes-per-run', '0'], '--processes-per-run=0'),
     (['--executor', 'local', '--processes-per-run', '4'], '--processes-per-run=4 .*divisor of 6'),
     ids=str,
 )
@@ -142,22 +113,9 @@ def test_a_mistake_is_one_line(spec, says, arguments, message):
     assert not calls()
 
 
-SPEC = """
-config = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
-metric = 'accuracy/top1'
-seeds = [3]
-rows = dict(vqmoe='vqmoe')
-options = [
-    'train_cfg.max_epochs=6', 'train_cfg.val_interval=3', 'param_scheduler.1.end=6',
-    'model.depth=2', 'model.embed_dim=24', 'default_hooks.checkpoint.interval=3',
-]
-"""
-SPENT = {'minutes', 'cpu_minutes'}
-
-
 def row_in(folder: Path) -> dict[str, Any]:
     content = json.loads((folder / 'rows/digits/vqmoe-seed3.json').read_text())
-    return {name: value for name, value in content.items() if name not in SPENT}
+    return {n: value for n, value in content.items() if n not in ('minutes', 'cpu_minutes')}
 
 
 def begun_by(pid: int) -> list[int]:
@@ -173,14 +131,14 @@ def test_a_comparison_of_two_processes_a_run_is_stopped_and_resumed_to_the_same_
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(CONFIGS.parent)
-    (tmp_path / 'digits.py').write_text(SPEC)
+    (tmp_path / 'digits.py').write_text(SPEC.replace('max_epochs=2', 'max_epochs=6'))
 
-    def run(folder: Path) -> None:
-        how = ['--executor', 'local', '--processes-per-run', '2']
+    def run(folder: Path, action: str = 'run', how: str = '') -> None:
         where = ['--work-dir', str(folder), '--results', str(folder)]
-        compare(['run', str(tmp_path / 'digits.py'), *how, *where])
+        compare([action, str(tmp_path / 'digits.py'), *how.split(), *where])
 
-    run(tmp_path / 'whole')
+    two = 'run', '--executor local --processes-per-run 2'
+    run(tmp_path / 'whole', *two)
     expected = row_in(tmp_path / 'whole')
     assert expected['processes'] == 2 and expected['iterations'] == 114
     folder = tmp_path / 'stopped'
@@ -202,13 +160,12 @@ def test_a_comparison_of_two_processes_a_run_is_stopped_and_resumed_to_the_same_
     operator = Thread(target=stop)
     operator.start()
     with pytest.raises(SystemExit, match='1 of 1 runs failed: vqmoe-seed3'):
-        run(folder)
+        run(folder, *two)
     operator.join()
     assert 'its job has ended' in capsys.readouterr().out
-    run(folder)
+    run(folder, *two)
     assert row_in(folder) == expected
     logs = [log.read_text() for log in folder.glob('digits/*/*/*.log')]
     assert sum('resumed epoch' in log for log in logs) >= 2
-    where = ['--work-dir', str(folder), '--results', str(folder)]
-    compare(['check', str(tmp_path / 'digits.py'), *where])  # by two processes too
+    run(folder, 'check')  # by two processes too
     assert 'of 1 of 1 rows came out again' in capsys.readouterr().out

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import sqlite3
 from argparse import Namespace
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +21,9 @@ from vqmoe_vision.comparison.store import Run, Store, images_seen
 
 from .. import cases
 from ..rows import CONFIGS
+from .conftest import ROWS, change, table
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
-ROWS = Path('docs/results/rows/spec')
 TABLES = Path('docs/results/tables')
 # differences to dense by seed: 1, 2, 3; and 1, 0, -1
 SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
@@ -30,34 +32,25 @@ CHECKED_IN = sorted(rows.name for rows in (RESULTS / 'rows').glob('*/'))
 
 
 @pytest.mark.pages
-@pytest.mark.parametrize('table', CHECKED_IN)
-def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', CHECKED_IN)
+def test_tables_and_images_of_documents_are_those_of_their_rows(name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
-    says('table', f'configs/comparisons/{table}.py', '--results', str(tmp_path))
-    made = (tmp_path / f'tables/{table}.md').read_text()
-    assert made == (RESULTS / f'tables/{table}.md').read_text()
-
-
-IMAGES = [p for p in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in p.read_text()]
-
-
-@pytest.mark.pages
-@pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
-def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(CONFIGS.parent)
-    (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
-    made_here = tmp_path / 'images'
-    options = '--results', str(tmp_path), '--images', str(made_here)
-    says('table', f'configs/comparisons/{path.name}', *options)
-    names = read_comparison(str(path)).images.values()
-    assert {made.stem for made in made_here.glob('*.png')} == set(names)
-    for name in names:
-        file = f'{name}.png'
-        with Image.open(made_here / file) as made, Image.open(f'docs/images/{file}') as kept:
+    path, folder = f'configs/comparisons/{name}.py', tmp_path / 'images'
+    images = read_comparison(path).images.values()
+    if not images:
+        monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
+    given = ['--results', str(tmp_path)] + ['--images', str(folder)] * bool(images)
+    says('table', path, *given)
+    table = f'tables/{name}.md'
+    assert (tmp_path / table).read_text() == (RESULTS / table).read_text()
+    assert {made.stem for made in folder.glob('*.png')} == set(images)
+    for image in images:
+        file = f'{image}.png'
+        with Image.open(folder / file) as made, Image.open(f'docs/images/{file}') as kept:
             if made.info['Software'] != kept.info['Software']:
                 pytest.skip(f'the image was drawn by {kept.info["Software"]}, whose letters differ')
-            assert made.size == kept.size and made.tobytes() == kept.tobytes(), name
+            assert made.size == kept.size and made.tobytes() == kept.tobytes(), image
 
 
 def test_numbers_of_the_table_by_hand(fill, says):
@@ -71,8 +64,7 @@ def test_numbers_of_the_table_by_hand(fill, says):
     # p = 0.0742 (test_statistics.py); 'same' has t = 0
     assert float(better['p']) == pytest.approx(0.0742, abs=1e-4)
     assert float(rows['same']['p']) == pytest.approx(1)
-    shown = (TABLES / 'spec.md').read_text()
-    cells = [cell.strip() for cell in shown.split('\n| better')[1].split('\n')[0].split('|')]
+    cells = [cell.strip() for cell in table().split('\n| better')[1].split('\n')[0].split('|')]
     assert cells[1:-1] == [
         '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '-0.27 to +4.27', '(0.070)',
         '+2.00 (-0.48 to +4.48)',
@@ -84,28 +76,12 @@ def test_small_p_and_unequal_compute(fill, says):
     # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
     scores = {'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02], 'dear': [11.0, 21.0, 31]}
     says('table', fill(scores, better={'macs': 10_400_000}, dear={'macs': 10_600_000}))
-    shown, tex = (TABLES / 'spec.md').read_text(), (TABLES / 'spec.tex').read_text()
+    shown, tex = table(), (TABLES / 'spec.tex').read_text()
     assert '| (<0.001) ' in shown and r' & (\textless{}0.001) & ' in tex
     assert '| dear* ' in shown and '| better ' in shown
     assert '\n- \\* does not have the compute of dense' in shown  # no list in the list
     # a bare percent sign would comment the rest of the caption out
     assert r'differ by more than 5\%.' in tex and ' * does not' in tex
-
-
-@pytest.mark.parametrize(
-    'layer, value, cell', [(1, None, '0 / 1'), (3, math.nan, '0 / -'), (3, math.inf, '0 / inf')]
-)
-def test_a_statistic_that_a_run_lacks_moves_no_layer(fill, says, layer, value, cell):
-    path = fill(SCORES)
-    row = ROWS / 'same-seed2.json'
-    content = json.loads(row.read_text())
-    content['test'][f'blocks.{layer}.mlp/load_unused'] = value
-    content['test'] = {n: number for n, number in content['test'].items() if number is not None}
-    row.write_text(json.dumps(content))
-    says('table', path)
-    shown = (TABLES / 'spec.md').read_text()
-    cells = shown.split('\n| same')[1].split('\n')[0].split('|')
-    assert cells[-4].strip() == cell
 
 
 def test_nothing_is_finished_yet(spec, says):
@@ -135,11 +111,10 @@ def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys)
     line = 'dense-seed9.json, hello-seed1.json: the comparison names no such row or seed'
     compare(['table', path])
     assert f'left out: {line}\n' in capsys.readouterr().err
-    shown = (TABLES / 'spec.md').read_text()
-    assert f'- `{line.replace(": ", "`: ")}\n' in shown
+    assert f'- `{line.replace(": ", "`: ")}\n' in table()
 
 
-def test_curves_are_means_with_bands_and_other_rows_are_grey(fill):
+def test_figures_of_curves_have_means_with_bands_and_other_rows_grey(fill, says):
     path = Path(fill(SCORES))
     more = "highlighted = ['better', 'dense']\nrows['not run'] = 'train_cfg.row=none'"
     path.write_text(f'{path.read_text()}\n{more}\n')
@@ -156,8 +131,8 @@ def test_curves_are_means_with_bands_and_other_rows_are_grey(fill):
     (band,) = held_out.collections[0].get_paths()
     # standard deviations 5.5 and 11
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()][-1] == 'other rows: 1'
+    assert figure.legends[0].get_texts()[-1].get_text() == 'other rows: 1'
+    assert 'spec-curves.png' in says('table', str(path))
 
 
 def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says):
@@ -166,11 +141,9 @@ def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says):
     shifted = {'dense': {2: 12, 3: 28}, 'a': {1: 12, 2: 26, 3: 40}, 'none': {1: 0, 2: 0, 3: 0.5}}
     for row, values in shifted.items():
         for seed, score in values.items():
-            file = ROWS / f'{row}-seed{seed}.json'
-            measured = {'shifts': {'fog': {'model.fog=1': float(score)}}}
-            file.write_text(json.dumps(json.loads(file.read_text()) | measured))
+            change(f'{row}-seed{seed}', shifts={'fog': {'model.fog=1': float(score)}})
     says('table', path)
-    shown = (TABLES / 'spec.md').read_text().split('| shift')[1].splitlines()
+    shown = table().split('| shift')[1].splitlines()
     cells = [[cell.strip() for cell in line.split('|')] for line in shown[2:5]]
     # of dense 60 and 70 %, of a 60, 65 and 80 %: +5 and +10, whose standard deviation is 3.54, so
     # that 12.706 * 3.54 / sqrt(2) is 31.77; of the third row only one run has a score
@@ -220,8 +193,8 @@ def test_contrasts_are_corrected_among_themselves(fill, says):
     assert ends == pytest.approx((1.1333 - half, 1.1333 + half), abs=1e-3)
     assert near['p_holm'] == near['p'] and sure['p_holm'] == pytest.approx(2 * sure['p'])
     assert sure['finding'] == near['finding'] == 'better'
-    shown = (TABLES / 'spec.md').read_text()
-    assert '| sure - dense | 3 of 3 ' in ' '.join(shown.split()).replace(' | ', ' | ')
+    shown = table()
+    assert '| sure - dense | 3 of 3 ' in ' '.join(shown.split())
     assert 'for all 2 contrasts' in shown and '(4 degrees of freedom)' in shown
 
 
@@ -277,12 +250,39 @@ def test_tables_of_a_page_are_made_where_they_stand(fill, says):
     assert says('pages', 'page.md') == 'page.md\n'
     made = Path('page.md').read_text()
     # the mean of 10, 20, 30, and that of 11, 22, 33 with what it is above
-    lines = [line for line in made.splitlines() if line.startswith('|')]
-    assert lines == [
-        '||A title|', '|:---|:---|', '|dense|20.0|', '|better|22.0 (+2.0)|', '|other|-|'
-    ]  # fmt: skip
-    assert 'old' not in made and made.startswith('Above.') and made.endswith('Below.\n')
+    table = '||A title|\n|:---|:---|\n|dense|20.0|\n|better|22.0 (+2.0)|\n|other|-|\n'
+    assert table in made and 'old' not in made
+    assert made.startswith('Above.') and made.endswith('Below.\n')
     says('pages', 'page.md')
     assert Path('page.md').read_text() == made
     Path('page.md').write_text(page.format('scroes', ''))
     assert says('pages', 'page.md').startswith("error: compare='scroes' is not possible")
+
+
+def entries(file: Path) -> list[tuple[str, int, dict]]:
+    """The run, the step and the numbers of each."""
+    with closing(sqlite3.connect(file)) as known:
+        found = known.execute('select run_name, step, metrics from metrics order by id')
+        return [(name, step, json.loads(numbers)) for name, step, numbers in found]
+
+
+def test_rows_are_runs_of_trackio(fill, says, tmp_path, monkeypatch):
+    pytest.importorskip('trackio')
+    for module in ('utils', 'sqlite_storage'):
+        monkeypatch.setattr(f'trackio.{module}.TRACKIO_DIR', tmp_path)
+    file = tmp_path / 'spec.db'
+    path = fill({'dense': [60.0, 61.0], 'moe': [62.5]}, 'seeds = [1, 2]\n')
+    assert '3 runs' in says('export', path, '--to', 'trackio')
+    # two points of each curve, the later one with the test
+    found = entries(file)
+    names = ('dense-seed1', 'moe-seed1', 'dense-seed2')
+    assert [entry[:2] for entry in found] == [(name, step) for name in names for step in (1, 2)]
+    assert found[2][2] == {'train/loss': 2.0, 'val/mIoU': 31.25}
+    assert found[3][2].items() >= {'train/loss': 1.0, 'val/mIoU': 62.5, 'test/mIoU': 62.5}.items()
+    assert found[3][2]['test/blocks.3.mlp/load_unused'] == 1.0
+    with closing(sqlite3.connect(file)) as known:
+        ((config,),) = known.execute("select config from configs where run_name = 'moe-seed1'")
+    assert json.loads(config).items() >= {'row': 'moe', 'seed': 1, 'macs': 10**7}.items()
+    # once more, they are in the place of those before
+    says('export', path, '--to', 'trackio', '--rows', 'moe')
+    assert sorted(entries(file), key=str) == sorted(found, key=str)

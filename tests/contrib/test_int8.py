@@ -13,7 +13,7 @@ from vqmoe_vision.models.export import Exportable, differences, load_exported
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 
-from .. import cases, refused
+from .. import cases, needs_onnx, refused
 from ..models.conftest import make
 from ..models.test_export import CLOSE, IMAGES, run_elsewhere
 
@@ -24,9 +24,9 @@ SMALL = {'img_size': 16, 'depth': 1, 'moe_layers': [0], 'embed_dim': 16, 'num_ex
 def started(method: str, **options: object) -> nn.Module:
     """In eval mode, with codebooks that have seen tokens, and experts that differ by much."""
     model = make(method, **{'depth': 2, **options})
-    with torch.no_grad(), collect_losses(model):
-        model.train()(torch.randn(8, 3, *[options.get('img_size', 32)] * 2))
     with torch.no_grad():
+        with collect_losses(model):
+            model.train()(torch.randn(8, 3, *[options.get('img_size', 32)] * 2))
         for layer in moe_layers(model).values():
             for parameter in layer.experts.parameters():
                 parameter.mul_(5)
@@ -34,7 +34,7 @@ def started(method: str, **options: object) -> nn.Module:
 
 
 def is_int8(module: nn.Module) -> bool:
-    return type(module.weight).__name__ == 'Int8Tensor'
+    return type(getattr(module, 'weight', None)).__name__ == 'Int8Tensor'
 
 
 def test_answers_are_the_same(method):
@@ -45,16 +45,6 @@ def test_answers_are_the_same(method):
         torch.testing.assert_close(separate(images), model(images), **CLOSE)
     again = experts_as_linear(copy.deepcopy(separate))
     assert list(again.state_dict()) == list(separate.state_dict())
-
-
-def test_separate_experts_learn():
-    model, images = started('smoe', depth=2), torch.randn(8, 3, 32, 32)
-    separate = experts_as_linear(copy.deepcopy(model))
-    for each in (model, separate):
-        each(images).square().sum().backward()
-    stacked, own = (moe_layers(m).popitem()[1].experts.fc1 for m in (model, separate))
-    grads = [torch.zeros_like(e.weight) if e.weight.grad is None else e.weight.grad for e in own]
-    torch.testing.assert_close(torch.stack(grads), stacked.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method):
@@ -73,10 +63,10 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method):
         torch.save(each.state_dict(), file := io.BytesIO())
         sizes.append(file.tell())
     (layer,) = moe_layers(quantized).values()
-    inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
+    inside = [name for name, module in layer.named_modules() if is_int8(module)]
     assert len(inside) == 2 * layer.experts.num_experts
     assert all(name.startswith('experts.') for name in inside)
-    layers = [m for m in quantized.modules() if isinstance(m, nn.Linear) and is_int8(m)]
+    layers = [module for module in quantized.modules() if is_int8(module)]
     # of four bytes per weight one is left, and an output has a scale (4) and a zero point (1)
     saved = sum(3 * m.weight.numel() - 5 * m.out_features for m in layers)
     assert len(layers) == 2 * 2 + 2 + 2 * 8 + 1  # attention, MLP, experts, head
@@ -87,9 +77,9 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method):
 @pytest.mark.long
 def test_onnx_files_in_int8(method, tmp_path):
     """Int8 in as many layers, near to the model, which stays as it was."""
-    onnx = pytest.importorskip('onnx')
-    pytest.importorskip('onnxscript')
-    pytest.importorskip('onnxruntime')
+    needs_onnx()
+    import onnx
+
     exportable = Exportable.of(started(method, **SMALL))
     before = copy.deepcopy(exportable.network.state_dict())
     file = export_int8(exportable, tmp_path / 'model.onnx')
@@ -128,10 +118,9 @@ def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_p
     'spoil, message',
     (lambda m: m.train(), r'model.training=True .*call model.eval\(\)'),
     (lambda m: m.double(), r'dtype=torch.float64 .*float32 or bfloat16: .*model.float\(\)'),
-    (lambda m: m.half(), r'dtype=torch.float16 .*float32 or bfloat16'),
     (lambda m: m.to('meta'), r"device='meta' .*cpu or cuda: .*model.cpu\(\)"),
     (quantize_int8, "model='MoeVisionTransformer' .*one with linear layers in float"),
-    ids=['training', 'float64', 'float16', 'meta', 'int8'],
+    ids=['training', 'float64', 'meta', 'int8'],
 )
 def test_what_has_no_kernel_is_one_line_and_changes_nothing(spoil, message):
     pytest.importorskip('torchao')

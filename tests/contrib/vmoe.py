@@ -12,19 +12,16 @@ from typing import Any
 
 import msgpack
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tree = dict[str, Tensor]
 # of `get_vmoe_config`, by the letter of a description such as 'ViT-B/16, E=8, K=2, Every 2'
 S32 = {'width': 512, 'depth': 8, 'heads': 8, 'hidden': 2048, 'patch': 32, 'moe_layers': (5, 7)}
-B16 = {
-    'width': 768, 'depth': 12, 'heads': 12, 'hidden': 3072, 'patch': 16,
-    'moe_layers': (1, 3, 5, 7, 9, 11),
-}  # fmt: skip
-TINY = {
-    'width': 32, 'depth': 3, 'heads': 4, 'hidden': 48, 'patch': 4, 'moe_layers': (0, 2),
-    'experts': 4, 'image': 16, 'classes': 10,
-}  # fmt: skip
+B16 = {'width': 768, 'depth': 12, 'heads': 12, 'hidden': 3072, 'patch': 16}
+B16['moe_layers'] = range(1, 12, 2)
+TINY = {'width': 32, 'depth': 3, 'heads': 4, 'hidden': 48, 'patch': 4, 'moe_layers': (0, 2)}
+TINY |= {'experts': 4, 'image': 16, 'classes': 10}
 
 
 def make_tree(
@@ -32,14 +29,11 @@ def make_tree(
     image: int, classes: int, experts: int = 8, representation: bool = False, device: str = 'cpu',
 ) -> Tree:  # fmt: skip
     """Parameters of `VisionTransformerMoe`, drawn so that every one of them matters."""
-    generator = torch.Generator().manual_seed(0)
     tree: Tree = {}
 
     def draw(name: str, *shape: int, std: float = 0.1, mean: float = 0.0) -> None:
-        if device == 'meta':
-            tree[name] = torch.empty(shape, device='meta')
-        else:
-            tree[name] = mean + std * torch.randn(shape, generator=generator)
+        random = torch.Generator().manual_seed(len(tree)) if device == 'cpu' else None
+        tree[name] = mean + std * torch.randn(shape, generator=random, device=device)
 
     def dense(name: str, inputs: int, outputs: int, *several: int) -> None:
         draw(f'{name}/kernel', *several, inputs, outputs, std=inputs**-0.5)
@@ -100,8 +94,7 @@ def forward(
 
 
 def _norm(p: Tree, name: str, x: Tensor) -> Tensor:
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-    return (x - mean) / torch.sqrt(var + 1e-6) * p[f'{name}/scale'] + p[f'{name}/bias']
+    return F.layer_norm(x, x.shape[-1:], p[f'{name}/scale'], p[f'{name}/bias'], 1e-6)
 
 
 def _attention(p: Tree, name: str, x: Tensor) -> Tensor:
@@ -114,17 +107,13 @@ def _attention(p: Tree, name: str, x: Tensor) -> Tensor:
     return torch.einsum('bqhk,hkd->bqd', mixed, p[f'{name}/out/kernel']) + p[f'{name}/out/bias']
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """jax.nn.gelu, whose default is the approximation."""
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
 def _mlp(p: Tree, name: str, x: Tensor, expert: int | None = None) -> Tensor:
     layers = [[p[f'{name}/Dense_{j}/{part}'] for part in ('kernel', 'bias')] for j in range(2)]
     if expert is not None:
         layers = [[value[expert] for value in layer] for layer in layers]
     (first, b1), (second, b2) = layers
-    return _gelu(x @ first + b1) @ second + b2
+    # jax.nn.gelu, whose default is the approximation
+    return F.gelu(x @ first + b1, approximate='tanh') @ second + b2
 
 
 def _experts(p: Tree, name: str, rows: Tensor, top_k: int, capacity: int | None) -> Tensor:

@@ -33,6 +33,7 @@ def equal(one: torch.Tensor, two: torch.Tensor) -> None:
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('method', [*METHODS, None])
 def test_a_published_folder_is_read_by_transformers_and_by_timm_again(method, tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -41,43 +42,38 @@ def test_a_published_folder_is_read_by_transformers_and_by_timm_again(method, tm
         options |= {'model.model_name': 'vit_tiny_patch16_224', 'model.moe': None}
         options = {n: value for n, value in options.items() if not n.startswith('model.moe.')}
     leave_run(tmp_path / 'run', CONFIG, options, 'abcdefghij')
-    folder, images = (
-        publish_folder(str(tmp_path / 'run'), str(tmp_path / 'out')),
-        torch.randn(2, 3, 48, 48),
-    )
+    folder = publish_folder(str(tmp_path / 'run'), str(tmp_path / 'out'))
+    images = torch.randn(2, 3, 48, 48)
     model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     for place in (folder, tmp_path / 'again'):
         classifier = transformers.AutoModelForImageClassification.from_pretrained(place).eval()
         features = transformers.AutoModel.from_pretrained(place).eval()
-        with torch.no_grad():
-            equal(classifier(images).logits, model(images))
-            equal(features(images).last_hidden_state, model.forward_features(images))
+        equal(classifier(images).logits, model(images))
+        equal(features(images).last_hidden_state, model.forward_features(images))
         assert [*classifier.config.label2id] == [*'abcdefghij']
         again: Any = timm.create_model(f'local-dir:{place}', pretrained=True).eval()
         equal(again(images), model(images))
         classifier.save_pretrained(tmp_path / 'again')
     # trained on there, it is no damaged file
-    with torch.no_grad():
-        classifier.timm_model.head.bias += 1
+    classifier.timm_model.head.bias += 1
     classifier.save_pretrained(tmp_path / 'again')
     again = timm.create_model(f'local-dir:{tmp_path / "again"}', pretrained=True).eval()
     torch.testing.assert_close(again(images), model(images) + 1)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('method', METHODS)
 def test_a_backbone_of_transformers_gives_maps(method):
     transformers = pytest.importorskip('transformers')
     config = transformers.TimmBackboneConfig(backbone=f'vit_tiny_{method}', out_indices=(1, 11))
     backbone = transformers.TimmBackbone(config).eval()
     images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        maps = backbone(images).feature_maps
+    maps = backbone(images).feature_maps
     assert [tuple(each.shape) for each in maps] == [(1, 192, 14, 14)] * 2
     own = timm.create_model(f'vit_tiny_{method}', features_only=True, out_indices=(1, 11)).eval()
     own.load_state_dict(backbone._backbone.state_dict())
-    with torch.no_grad():
-        for one, two in zip(maps, own(images), strict=True):
-            equal(one, two)
+    for one, two in zip(maps, own(images), strict=True):
+        equal(one, two)
 
 
 @pytest.fixture
@@ -117,22 +113,20 @@ def test_the_trainer_of_transformers_steps_as_a_loop_of_torch(example, tmp_path)
     pytest.importorskip('transformers')
     plain = dict(optim='sgd', lr_scheduler_type='constant', max_grad_norm=0, learning_rate=0.1)
     steps = dict(max_steps=3, gradient_accumulation_steps=2, train_sampling_strategy='sequential')
-    trainer = example('transformers_digits').main(
-        str(tmp_path), weight_decay=0, disable_tqdm=True, **plain, **steps
-    )
+    plain |= dict(weight_decay=0, disable_tqdm=True)
+    trainer = example('transformers_digits').main(str(tmp_path), **plain, **steps)
     digits = example('digits')
     model, _ = digits.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = iter(digits.loader(digits.tensors()[0], shuffle=False))
-    for _ in range(3):
-        for _ in range(2):
-            images, labels = next(batches)
-            with collect_losses(model, update_state=False) as expected:
-                loss = F.cross_entropy(model(images), labels) + expected.total()
-                (loss / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_state(model)
+    for batch in range(6):
+        images, labels = next(batches)
+        with collect_losses(model, update_state=False) as expected:
+            ((F.cross_entropy(model(images), labels) + expected.total()) / 2).backward()
+        if batch % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            update_state(model)
     found = trainer.model.timm_model.state_dict()
     torch.testing.assert_close(found, model.state_dict())
     losses = {name.removeprefix('timm_model.'): v for name, v in trainer.collected.losses.items()}

@@ -19,6 +19,10 @@ import vqmoe_vision.segmentation  # noqa: F401  registers everything
 from .. import on_meta
 
 TINY = dict(patch_size=8, depth=2, embed_dim=12, num_heads=3, img_size=32)
+# heads leave their width and their heads to the backbone
+MASK = dict(type='SegmenterMaskTransformerHead', num_layers=1, num_classes=4)
+PREPROCESSOR = dict(type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3)
+PREPROCESSOR |= dict(bgr_to_rgb=True, size=(32, 32))
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +38,11 @@ def tiny_backbone(model_name: str = 'vit_tiny_vqmoe', **kwargs: Any) -> dict[str
 def tiny_segmentor(model_name: str = 'vit_tiny_vqmoe', **kwargs: Any) -> Any:
     config = dict(
         type='MoeEncoderDecoder',
-        data_preprocessor=dict(
-            type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True,
-            size=(32, 32), test_cfg=dict(size_divisor=8),
-        ),
+        data_preprocessor=dict(PREPROCESSOR, test_cfg=dict(size_divisor=8)),
         backbone=tiny_backbone(model_name, **kwargs.pop('backbone', {})),
-        decode_head=dict(
-            type='SegmenterMaskTransformerHead', in_channels=12, channels=12, embed_dims=12,
-            num_heads=3, num_layers=1, num_classes=4, dropout_ratio=0.0, drop_path_rate=0.0,
-        ),
+        decode_head=dict(MASK, dropout_ratio=0.0, drop_path_rate=0.0),
         test_cfg=dict(mode='whole'),
-    )  # fmt: skip
+    )
     return MODELS.build(ConfigDict({**config, **kwargs}))
 
 

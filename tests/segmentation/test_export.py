@@ -21,7 +21,7 @@ from .. import cases, needs_onnx, refused
 from ..classification.test_travel import CODE, equal
 from ..rows import ROWS, row_options
 from ..runs import NORMALIZATION, leave_run
-from .conftest import tiny_segmentor
+from .conftest import PREPROCESSOR, tiny_segmentor
 from .test_cli import write_config
 
 SLIDE = {'mode': 'slide', 'crop_size': (32, 32), 'stride': (16, 24)}
@@ -51,34 +51,27 @@ def raw_and_normalised(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tenso
     *(({'size': (40, 64)}, windows, (37, 50)) for windows in ({'mode': 'whole'}, SLIDE)),
     ids=str,
 )
+@torch.no_grad()
 def test_the_graph_predicts_what_a_test_does(preprocessor, test_cfg, size):
-    padded = dict(
-        type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=2.0,
-        size=(32, 32), test_cfg=preprocessor,
-    )  # fmt: skip
+    padded = dict(PREPROCESSOR, pad_val=2.0, test_cfg=preprocessor)
     model = tiny_segmentor(data_preprocessor=padded, test_cfg=test_cfg).eval()
     raw, images = raw_and_normalised(2, size)
-    with torch.no_grad():
-        logits, labels = SegmentorGraph(model, size)(images)
+    logits, labels = SegmentorGraph(model, size)(images)
     expected, expected_labels = from_mmseg(model, raw)
     # windows of all images are one batch here, and sums of windows in another order
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(labels, expected_labels)
-    wrong = [(0, 32)] + [(41, 64), (40, 65)] * ('size' in preprocessor)
-    for size in wrong:
-        refused(r'^size=', SegmentorGraph, model, size)
+    for wrong in [(0, 32)] + [(41, 64), (40, 65)] * ('size' in preprocessor):
+        refused(r'^size=', SegmentorGraph, model, wrong)
 
 
+@torch.no_grad()
 def test_the_graph_of_two_classes_has_their_threshold():
-    head = dict(
-        type='FCNHead', in_channels=12, channels=12, num_classes=2, out_channels=1,
-        num_convs=0, concat_input=False, threshold=0.5, norm_cfg=None,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True),
-    )  # fmt: skip
+    head = dict(type='FCNHead', num_classes=2, out_channels=1, num_convs=0, concat_input=False)
+    head |= dict(threshold=0.5, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
     model = tiny_segmentor(decode_head=head).eval()
     raw, images = raw_and_normalised(2, (32, 32))
-    with torch.no_grad():
-        labels = SegmentorGraph(model, (32, 32))(images)[1]
+    labels = SegmentorGraph(model, (32, 32))(images)[1]
     expected = from_mmseg(model, raw)[1]
     assert 0 < expected.float().mean() < 1
     assert torch.equal(labels, expected)
@@ -133,18 +126,6 @@ def test_every_row_of_a_comparison(row, tmp_path):
     assert not again.weights_normalization.differing(NORMALIZATION)
     for name, value in again.model.named_parameters():
         equal(value, run.backbone.model.get_parameter(name))
-
-
-@pytest.mark.parametrize('norm', [True, False])
-@pytest.mark.parametrize('host', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3'])
-def test_a_host_with_experts(host, norm, tmp_path):
-    backbone = {'model_name': host, 'moe.method': 'vqmoe', 'out_indices': [2], 'norm': norm}
-    options = {f'model.backbone.{key}': value for key, value in backbone.items()}
-    run, model = published(tmp_path, options)
-    images = torch.randn(1, 3, 40, 24)
-    found = model.forward_intermediates(images, indices=[2], norm=True, intermediates_only=True)
-    torch.testing.assert_close(found, list(run.backbone(images)), rtol=0, atol=0)
-    assert model.method == 'vqmoe' and len(model.blocks) == 3
 
 
 def test_what_the_card_says_is_run(tmp_path, monkeypatch, capsys):

@@ -52,25 +52,20 @@ def run_tool(monkeypatch) -> Callable[..., None]:
     return run
 
 
-@pytest.fixture
-def image(tmp_path) -> Path:
-    path = tmp_path / 'photo.png'
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    return path
-
-
-def test_inference_by_mmsegs_functions_and_inferencer(trained, image, tmp_path):
+def test_inference_by_mmsegs_functions_and_inferencer(trained, tmp_path):
     config, checkpoint, _ = trained
+    image, array = str(tmp_path / 'photo.png'), np.random.randint(0, 256, (40, 60, 3), np.uint8)
+    cv2.imwrite(image, array)
     (expected,) = predict(config, checkpoint, image)
     published = publish_checkpoint(checkpoint, str(tmp_path / 'scenes.pth'))
-    model, array = init_model(config, str(published), device='cpu'), cv2.imread(str(image))
-    result = inference_model(model, str(image))
+    model = init_model(config, str(published), device='cpu')
+    result = inference_model(model, image)
     for one in (result, *inference_model(model, [array, array])):
         assert (one.pred_sem_seg.data[0].numpy() == expected.labels).all()
-    drawn = show_result_pyplot(model, str(image), result, show=False, out_file=str(image) + '.png')
+    drawn = show_result_pyplot(model, image, result, show=False, out_file=f'{image}.png')
     assert drawn.shape == (40, 60, 3)
     inferencer = MMSegInferencer(config, checkpoint, device='cpu')
-    found = inferencer(str(image), out_dir=str(tmp_path / 'out'), return_vis=True)
+    found = inferencer(image, out_dir=str(tmp_path / 'out'), return_vis=True)
     assert (found['predictions'] == expected.labels).all()
     assert found['visualization'].shape == (40, 60, 3)
     written = cv2.imread(str(tmp_path / 'out/pred/00000000_pred.png'), cv2.IMREAD_UNCHANGED)
@@ -102,15 +97,13 @@ def test_no_checkpoint_builds_what_its_config_names(where, tmp_path):
 
 def test_pictures_of_validation_and_of_browse_dataset(trained, run_tool, tmp_path):
     run_tool('analysis_tools/browse_dataset.py', trained[0], '--output-dir', tmp_path, '--not-show')
-    crops = [f'train_0000{i}.png' for i in range(4)]
-    # the first of each batch: three scenes in batches of two, from iteration 2 on
-    validated = ['val_dev_00000_2.png', 'val_dev_00002_3.png']
-    for pictures, names, shape in (
-        (tmp_path.glob('*.png'), crops, (48, 48, 3)),
-        (trained[2].glob('*/vis_data/vis_image/val_*.png'), validated, (96, 192, 3)),
+    # of validation the first of each batch: three scenes in batches of two, from iteration 2 on
+    for folder, pattern, names, shape in (
+        (tmp_path, '*.png', [f'train_0000{i}' for i in range(4)], (48, 48, 3)),
+        (trained[2], '*/*/*/val_*.png', ['val_dev_00000_2', 'val_dev_00002_3'], (96, 192, 3)),
     ):
-        found = sorted(pictures)
-        assert [path.name for path in found] == names
+        found = sorted(folder.glob(pattern))
+        assert [path.stem for path in found] == names
         assert cv2.imread(str(found[0])).shape == shape
 
 
@@ -123,8 +116,7 @@ def test_train_resumes(trained, run_tool, tmp_path, monkeypatch):
     options.append('total_batch_size=64')  # which it does not know
     run_tool('train.py', trained[0], '--work-dir', work, '--resume', *options)
     assert (work / 'last_checkpoint').read_text() == 'iter_4.pth'
-    (log,) = work.glob('*/*.log')
-    text = log.read_text()
+    (text,) = (log.read_text() for log in work.glob('*/*.log'))
     assert 'resumed epoch: 0, iter: 2' in text
     assert 'Iter(train) [3/4]' in text and 'Iter(train) [1/4]' not in text
     # a process has the batch that the config states
@@ -134,11 +126,10 @@ def test_train_resumes(trained, run_tool, tmp_path, monkeypatch):
 
 def test_confusion_matrix(trained, run_tool, tmp_path, monkeypatch):
     config, checkpoint, _ = trained
-    options = ['--cfg-options', f'experiment_name={tmp_path.name}']
-    arguments = ['--work-dir', tmp_path / 'run', '--out', tmp_path / 'labels']
-    run_tool('test.py', config, checkpoint, *arguments, *options)
+    labels, drawn = tmp_path / 'labels', tmp_path / 'drawn'
+    options = ['--out', labels, '--cfg-options', f'experiment_name={tmp_path.name}']
+    run_tool('test.py', config, checkpoint, '--work-dir', tmp_path / 'run', *options)
     monkeypatch.setitem(matplotlib.rcParams, 'savefig.dpi', 10)
-    arguments = [config, tmp_path / 'labels', tmp_path / 'drawn']
-    run_tool('analysis_tools/confusion_matrix.py', *arguments)
+    run_tool('analysis_tools/confusion_matrix.py', config, labels, drawn)
     assert (tmp_path / 'drawn/confusion_matrix.png').is_file()
     pyplot.close('all')
