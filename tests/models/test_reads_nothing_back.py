@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS, use_kernel
@@ -113,32 +112,3 @@ def of_method(_rank: int, method: str, varied: bool) -> None:
 @pytest.mark.parametrize('method', METHODS)
 def test_a_model_is_on_one_device(method, varied):
     spawn(of_method, (method, varied), 1)
-
-
-class Reads(TorchDispatchMode):
-    """Counts copies to the host, and says where our operators find the ends of groups."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count, self.ends = 0, set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default:
-            self.count += answer.device.type == 'cpu' != args[0].device.type
-        if func.namespace == 'vqmoe_vision':
-            given = (value for value in args if isinstance(value, Tensor))
-            self.ends |= {tensor.device.type for tensor in given if tensor.dtype == torch.int32}
-        return answer
-
-
-def of_slow_kernel(_rank: int) -> None:
-    device = pretended()
-    with use_kernel('batched'), Reads() as reads:
-        run(make('smoe', **SMALL), device)
-    # two steps and two predictions, each with one layer; what is read in another way raises
-    assert (reads.count, reads.ends) == (4, {'cpu'})
-
-
-def test_the_slow_kernel_reads_once_a_plan():
-    spawn(of_slow_kernel, (), 1)
