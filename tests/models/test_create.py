@@ -16,7 +16,6 @@ from torch import nn
 
 from vqmoe_vision.models import complexity
 from vqmoe_vision.models.create import create_model, options_in_full, share_start
-from vqmoe_vision.moe import METHODS
 
 from .. import cases
 from ..variants import VARIANTS
@@ -24,14 +23,6 @@ from .conftest import DENSE, DINOV3, TINY, WITH_GATE
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
 OURS = 'vit_tiny_smoe'
-
-
-def test_options_of_the_moe_layers_reach_the_model():
-    moe = dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
-    model = create_model('vit_tiny_smoe', moe, **SMALL)  # which says the method too
-    assert model.moe_config == METHODS['smoe'].config.from_options(preset='group', num_experts=2)
-    assert [hasattr(block.mlp, 'experts') for block in model.blocks] == [True, False, False, False]
-    assert moe == dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
 
 
 @cases(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS, use_kernel
@@ -95,6 +96,18 @@ def run(model: Any, device: torch.device, dtype: torch.dtype = torch.float32) ->
     assert all(tensor.device == device for tensor in model.state_dict().values())
 
 
+class Reads(TorchDispatchMode):
+    """Counts copies to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += answer.device.type == 'cpu' != args[0].device.type
+        return answer
+
+
 def of_method(_rank: int, method: str, varied: bool) -> None:
     device = pretended()
     for name, (owner, options) in VARIANTS.items():
@@ -102,10 +115,12 @@ def of_method(_rank: int, method: str, varied: bool) -> None:
             # the second is that of GPUs, for bfloat16
             for kernel, dtype in (('batched', torch.float32), ('grouped_mm', torch.bfloat16)):
                 try:
-                    with use_kernel(kernel):
+                    with use_kernel(kernel), Reads() as reads:
                         run(make(method, **options, **SMALL), device, dtype)
                 except Exception as error:
                     raise AssertionError(f'{name} by {kernel}') from error
+                # the slow kernel reads one plan in each of two steps and two predictions
+                assert (name, kernel) != ('smoe', 'batched') or reads.count == 4
 
 
 @pytest.mark.parametrize('varied', [False, pytest.param(True, marks=pytest.mark.long)])

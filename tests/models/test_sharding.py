@@ -14,12 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +71,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True))
 
 
 def compare(rank: int, world: int, expert_processes: int, num_experts: int, folder: Path) -> None:
@@ -144,7 +139,7 @@ def save(rank: int, world: int, expert_processes: int, folder: Path) -> None:
     kept = [own_bytes(parameters), own_bytes([p.grad for p in parameters if p.grad is not None])]
     kept.append(own_bytes([s['momentum_buffer'] for s in optimizer.state.values()]))
     assert all(own < in_all * (1 / world + 0.1) for own in kept)
-    weights, steps = get_state_dict(model, optimizer)
+    weights, steps = states.get_state_dict(model, optimizer)
     dcp.save({'model': weights, 'optimizer': steps}, checkpoint_id=folder / 'saved')
     state = whole_state(model)
     if rank == 0:
@@ -158,10 +153,10 @@ def load(rank: int, world: int, expert_processes: int, folder: Path, saved: Path
     model = make('vqmoe', embed_dim=64, num_experts=2)
     model = shard_model(model, expert_processes) if world > 1 else model
     optimizer = optimizer_of(model)
-    weights, steps = get_state_dict(model, optimizer)
+    weights, steps = states.get_state_dict(model, optimizer)
     parts = {'model': weights, 'optimizer': steps}
     dcp.load(parts, checkpoint_id=saved / 'saved', no_dist=world == 1)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=steps)
+    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=steps)
     assert all('momentum_buffer' in state for state in optimizer.state.values())
     state, expected = whole_state(model), torch.load(saved / 'whole.pth')
     assert rank > 0 or all(torch.equal(state[name], value) for name, value in expected.items())

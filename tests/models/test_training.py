@@ -5,6 +5,7 @@ import io
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -69,17 +70,19 @@ def test_gradient_checkpointing_changes_nothing(method, options):
     ('vqmoe', {'codebook': 'cvq'}),
     ('stablemoe', {'stage1_steps': 1}),
 )
-def test_backward_outside_the_block_is_an_error_in_timms_block(images, method, options):
+@pytest.mark.parametrize('later', [False, True])
+def test_backward_outside_the_block_is_an_error_in_timms_block(images, method, options, later):
     """Nothing behind the experts keeps a tensor there, so that the repeated pass ends early."""
     model = make(method, **options).train()
     model.set_grad_checkpointing()
     with collect_losses(model) as collected:
         loss = model(images).square().mean() + collected.total()
-    if method == 'stablemoe':
-        with collect_losses(model):  # its stage ends when the next block opens
-            pass
-    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
-        loss.backward()
+    message = r'call backward\(\) inside the collect_losses block'
+    # the stage of StableMoE ends when the next block opens
+    with collect_losses(model) if later or method == 'stablemoe' else nullcontext():
+        if later:  # which does not hide it
+            loss = loss + model(images).square().mean()
+        refused(message, loss.backward, error=RuntimeError)
 
 
 def decayed(model: nn.Module, **options) -> set[str]:
@@ -226,8 +229,8 @@ def test_compiled_training_equals_eager_and_compiles_once(variant):
     counter = CompileCounterWithBackend('aot_eager')
     expected = run(model, lambda m: m)
     found = run(model, lambda m: torch.compile(m, fullgraph=True, backend=counter))
-    # the same operations in the same order, but for fused sums
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    # the same operations in the same order, but for fused sums, which four steps carry on
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 

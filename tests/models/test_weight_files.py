@@ -1,6 +1,5 @@
 """Files that are damaged or of another kind are one line; what is beside others is followed."""
 
-import hashlib
 import json
 import re
 import subprocess
@@ -147,28 +146,6 @@ def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(name
     torch.save(other.state_dict(), file)
     again: Any = create_saved(f'local-dir:{tmp_path}/L', pretrained_cfg_overlay={'file': file})
     assert torch.equal(again.head.weight, other.head.weight)
-
-
-def test_a_folder_of_another_network_is_compared_with_its_digest(tmp_path):
-    save_for_hf(timm.create_model('test_resnet'), tmp_path / 'L', safe_serialization=True)
-    assert create_saved(f'local-dir:{tmp_path}/L')
-    file = tmp_path / 'L/model.safetensors'
-    config = json.loads((tmp_path / 'L/config.json').read_text())
-    config['weights_sha256'] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (tmp_path / 'L/config.json').write_text(json.dumps(config))
-    flip(file, -1)
-    refused('weights_sha256', create_saved, f'local-dir:{tmp_path}/L')
-
-
-def test_what_a_run_has_kept_is_followed(tmp_path):
-    path = str(tmp_path / 'run.pth')
-    state = {f'model.{name}': value for name, value in dense().state_dict().items()}
-    kept = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
-    torch.save({'state_dict': {**state, 'normalization': kept}}, path)
-    for given, mean in (({}, (0.1, 0.2, 0.3)), ({'mean': 0.7, 'std': 0.8}, (0.7,) * 3)):
-        model: Any = make('smoe', upcycle=path, pretrained_cfg_overlay=given)
-        assert tuple(model.pretrained_cfg['mean']) == pytest.approx(mean)
-    assert make('smoe').pretrained_cfg['mean'][0] == 0.5  # that of the name stays
 
 
 def test_positions_of_another_grid_are_reported_as_resized(method, tmp_path):

@@ -1,5 +1,6 @@
 """Dispatch against two plain loops: outputs and every gradient, in every dtype and odd case."""
 
+import copy
 from contextlib import nullcontext
 
 import hypothesis.strategies as st
@@ -51,18 +52,23 @@ def test_gated_and_normed_experts_equal_the_naive_loops(form, bias, kernel, two_
     assert_same(found, expected, **close)
 
 
-@pytest.mark.parametrize('gate', ['first', 'separate'])
-def test_gated_experts_on_even_rows_and_one_by_one_are_the_same(gate):
-    experts, *_ = make_case(1, 3, 1, 8, 16, True, gate=gate, norm_eps=0.1)
-    rows = torch.randn(3, 5, 8, dtype=torch.float64)
-    ends = Groups(torch.tensor([5, 10, 15], dtype=torch.int32))
-    expected = experts(rows.flatten(0, 1), ends).view(rows.shape)
-    torch.testing.assert_close(experts.evenly(rows), expected)
-    for expert, own in enumerate(rows):
-        torch.testing.assert_close(experts.one(expert, own), expected[expert])
-    experts.separate()
-    torch.testing.assert_close(experts(rows.flatten(0, 1), ends).view(rows.shape), expected)
-    torch.testing.assert_close(experts.one(1, rows[1]), expected[1])
+@cases('form', {}, dict(bias=False), *(dict(gate=g, norm_eps=0.1) for g in ('first', 'separate')))
+def test_stacked_and_separate_experts_are_the_same_in_every_call(form):
+    stacked, *_ = make_case(1, 3, 1, 8, 16, **{'bias': True, **form})
+    separate = copy.deepcopy(stacked)
+    separate.separate()
+    rows = torch.randn(7, 8, dtype=torch.float64)
+    # the second expert has no rows, and the last two rows are of no expert
+    groups = Groups(torch.tensor([2, 2, 5], dtype=torch.int32))
+    torch.testing.assert_close(separate(rows, groups)[:5], stacked(rows, groups)[:5])
+    assert separate.params_per_expert() == stacked.params_per_expert()
+    even, ends = rows[:6].view(3, 2, 8), Groups(torch.tensor([2, 4, 6], dtype=torch.int32))
+    expected = stacked(rows[:6], ends).view(even.shape)
+    for experts in (stacked, separate):
+        torch.testing.assert_close(experts.evenly(even), expected)
+        for expert, own in enumerate(even):
+            torch.testing.assert_close(experts.one(expert, own), expected[expert])
+        assert experts.one(2, rows[:0]).shape == (0, 8)
 
 
 def test_a_kernel_has_to_suit_half_of_a_gated_layer():
@@ -132,26 +138,6 @@ def test_tokens_with_any_number_of_experts(num_tokens, num_experts, count, seed)
         assert_same(actual, run_and_backward(naive, experts, x, indices, weights, None, tokens))
     alone = torch.bincount(tokens, minlength=num_tokens) == 0
     assert torch.equal(actual['out'][alone], torch.zeros_like(x[alone]))
-
-
-@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
-@pytest.mark.parametrize('even', [False, True])
-def test_no_row_is_computed_by_an_expert_that_is_off(even, kernel):
-    experts, x, indices, weights = make_case(12, 4, 2, 8, 16, bias=True)
-    experts, x, weights = experts.float(), x.float(), weights.float()
-    experts.switches = torch.tensor([True, False, True, True])
-    tokens = torch.arange(12)[:, None].expand(12, 2)
-    if even:  # six tokens each, one expert after the other
-        indices = torch.arange(4).repeat_interleave(6).view(12, 2)
-        tokens = torch.arange(24).view(2, 12).t().flip(0).reshape(12, 2) % 12
-    on = experts.switches[indices].flatten()
-    left = indices.flatten()[on], weights.flatten()[on], tokens.flatten()[on]
-    expected = naive(experts, x, Routing(*left[:2], tokens=left[2]))
-    given = {'tokens': tokens.flatten(), 'even': True} if even else {}
-    chosen = (indices.flatten(), weights.flatten()) if even else (indices, weights)
-    with use_kernel(kernel):
-        found = dispatch.run_experts(experts, x, Routing(*chosen, **given))
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize('k', [2, 3])

@@ -90,16 +90,6 @@ def source_of(kernel, args, options):
     )
 
 
-def resources(compiled, tmp_path):
-    """Registers of a thread, and bytes that did not fit into them."""
-    if text := compiled.asm.get('amdgcn'):
-        return [int(re.search(rf'\.vgpr_{x}:\s*(\d+)', text)[1]) for x in ('count', 'spill_count')]
-    (tmp_path / 'a.cubin').write_bytes(compiled.asm['cubin'])
-    program = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-    text = subprocess.check_output([program, '--dump-resource-usage', tmp_path / 'a.cubin'])
-    return [int(re.search(rf'{what}:(\d+)', text.decode())[1]) for what in ('REG', 'STACK')]
-
-
 # what multiplies on the cores made for it; on NVIDIA there are none for float32
 MATRIX = {'A100': 'mma.sync', '4090': 'mma.sync', 'H100': 'wgmma', 'RTX 50': 'mma.sync'}
 
@@ -129,9 +119,7 @@ def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
         picked = {name: options[name] for name in ('num_warps', 'num_stages')}
         source = source_of(kernel, args, options)
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[card]), options=picked)
-        registers, spilled = resources(compiled, tmp_path)
         assert compiled.metadata.shared <= 48 * 1024
-        assert registers <= 256 and (spilled <= 64 or widths == (35, 11))
         code = compiled.asm.get('ptx') or compiled.asm['amdgcn']
         if card == 'MI300' or dtype != torch.float32:
             assert MATRIX.get(card, 'mfma') in code
