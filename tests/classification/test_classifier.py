@@ -51,8 +51,7 @@ def test_loss_of_the_stream_is_its_mean_square(name):
     inputs, targets = batch()
     entries = model(inputs, targets, mode='loss')
     # the stream before an MLP is what the block is given and what its attention adds
-    expected = torch.zeros(())
-    timms = model.model
+    expected, timms = torch.zeros(()), model.model
     with collect_losses(model, update_state=False):
         tokens = timms._pos_embed(timms.patch_embed(inputs))
         for block in timms.blocks:
@@ -75,8 +74,6 @@ WRONG: list[tuple[str, Any]] = [
     *((rf'model\.{field}', dict(stream_loss={**STREAM, **wrong})) for field, wrong in WRONG),
     (r'model\.stream_loss', dict(stream_loss=STREAM, model_name='vit_base_patch16_xp_224')),
     (r'model\.stream_loss', dict(stream_loss=STREAM, grad_checkpointing=True)),
-    ('img_size', dict(img_size=9)),
-    ('model_name', dict(model_name='vit_tny')),
     *(('label_smoothing', dict(label_smoothing=n)) for n in (1.0, -0.1, math.nan, '1', True)),
 )
 def test_what_cannot_be_is_refused(field, options):
@@ -140,28 +137,14 @@ def start(way: str, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize('name, gate', [('GluMlp', 'last'), ('SwiGLU', 'separate')])
 def test_a_config_names_gated_experts(name, gate):
-    models = [build('vit_tiny_smoe', mlp_layer=name), build('vit_tiny_patch16_224', mlp_layer=name)]
-    assert models[0].model.blocks[1].mlp.experts.gate == gate
+    ours, dense = (build(host, mlp_layer=name) for host in ('vit_tiny_smoe', DENSE))
+    assert ours.model.blocks[1].mlp.experts.gate == gate
     # fresh values of what is shared are those of the dense model of the seed, gates too
-    dense = type(models[1].model.blocks[0].mlp)
-    assert type(models[0].model.blocks[0].mlp) is dense and dense.__name__ == name
-    for model in models:
+    for model in (ours, dense):
         model.init_weights()
-    fc2 = [model.model.blocks[0].mlp.fc2.weight for model in models]
-    torch.testing.assert_close(*fc2, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('host, method', PAIRS)
-def test_a_host_with_experts_by_name_trains(host, method, tmp_path):
-    given: dict[str, Any] = {}
-    if METHODS[method].needs_features:
-        saved(host, tmp_path / 'dense.pth')
-        given['features'] = str(tmp_path / 'dense.pth')
-    model = build(host, method, **given)
-    model.init_weights()
-    entries = model(*batch(4, 16), mode='loss')
-    total_of(model, entries, 'cross_entropy_loss', model.model.blocks[1].mlp).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        assert type(model.model.blocks[0].mlp).__name__ == name
+    states = [model.model.blocks[0].state_dict() for model in (ours, dense)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('way', ['pretrained', 'checkpoint_path', 'upcycle'])
@@ -194,9 +177,8 @@ def test_files_of_dinov3s_authors_are_understood(tmp_path):
 )
 @pytest.mark.parametrize('way', ['checkpoint', 'pretrained', 'checkpoint_path'])
 def test_it_begins_with_the_answers_of_dense_weights(host, method, options, way, tmp_path):
-    path = tmp_path / 'dense.pth'
-    source = saved(host, path)
-    model = build(host, method, moe=options, **start(way, str(path))).eval()
+    source = saved(host, tmp_path / 'dense.pth')
+    model = build(host, method, moe=options, **start(way, str(tmp_path / 'dense.pth'))).eval()
     torch.manual_seed(7)  # another start than the source had
     model.init_weights()
     images = batch(4, 16)[0]
@@ -213,4 +195,3 @@ def test_gradients_of_the_loss_of_the_stream() -> None:
     expected = {'patch_embed.proj.weight', 'blocks.0.mlp.fc2.weight', 'blocks.1.attn.proj.weight'}
     assert expected <= moved
     assert not any(n.startswith(('blocks.1.norm2', 'blocks.1.mlp', 'norm', 'head')) for n in moved)
-    assert not model.model.blocks[1].norm2._forward_pre_hooks  # only training watches

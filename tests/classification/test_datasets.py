@@ -11,25 +11,18 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vqmoe_vision.classification import Accuracy
-from vqmoe_vision.classification.datasets import (
-    SPLITS,
-    ImageClassification,
-    _part,
-    class_folder,
-    long_tail,
-    split_indices,
-)
+from vqmoe_vision.classification import Accuracy, datasets
+from vqmoe_vision.classification.datasets import SPLITS, long_tail, split_indices
 from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.engine.cli import one_line
 
-from .. import cases, refused
+from .. import refused
 
 ALL = [split for split in SPLITS if split != 'dev']
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
 
-def build(name: str, **kwargs: object) -> ImageClassification:
+def build(name: str, **kwargs: object) -> Any:
     return DATASETS.build(dict(type=name, transform=TO_TENSOR, **kwargs))
 
 
@@ -49,9 +42,9 @@ def test_class_folder(tmp_path, in_memory):
     assert dataset.metainfo == {'classes': ('cat', 'dog')}
     assert [target for _, target in dataset.source] == [0] * 4 + [1] * 4
     torch.testing.assert_close(dataset[1][0], torch.full((3, 8, 8), 40 / 255))
-    parts = [build('class_folder', split=s, dev_size=2, **folder) for s in ('train', 'dev')]
-    targets = [sorted(part[i][1] for i in range(len(part))) for part in parts]
-    assert targets == [[0, 0, 0, 1, 1, 1], [0, 1]]
+    (tmp_path / 'train/cat/1.png').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'1\.png cannot be read as an image'):
+        build('class_folder', split='train', **folder)[1]
 
 
 FOLDERS = dict(class_folder='train', cifar10='cifar-10-batches-py', cifar100='cifar-100-python')
@@ -77,10 +70,13 @@ def test_what_is_missing_or_damaged_names_the_folder_and_the_page(name, tmp_path
 
 @pytest.mark.parametrize('name', FOLDERS)
 def test_an_impossible_split(name):
-    for split, dev_size in (('dev', -1), ('train', 0.1), ('train', None), ('dev', 0), ('eval', 1)):
-        field = 'split' if split == 'eval' else 'dev_size'
-        if (name, dev_size) == ('class_folder', 0):
-            field = 'x/dev'  # it is the folder 'dev' then
+    no_dev = 'x/dev' if name == 'class_folder' else 'dev_size'  # it is the folder 'dev' then
+    for field, split, dev_size in (
+        ('dev_size', 'dev', -1),
+        ('dev_size', 'train', None),
+        (no_dev, 'dev', 0),
+        ('split', 'eval', 1),
+    ):
         refused(f'^{field}[= ]', build, name, split=split, data_root='x', dev_size=dev_size)
     refused(r'^split=', build, 'digits', split='eval')
 
@@ -109,32 +105,22 @@ def test_dev_is_held_out_of_train_and_always_the_same():
     assert split_indices(targets, 'trainval', 9) == list(range(90))
 
 
-@pytest.mark.parametrize('dev_size', [1, 89, 90])
-def test_a_dev_that_is_too_small_or_too_large(dev_size):
-    with pytest.raises(ValueError, match=f'dev_size={dev_size} is not possible with 90'):
-        split_indices([0, 1] * 45, 'dev', dev_size)
+def test_a_dev_that_is_too_small_or_too_large():
+    for size in (1, 89, 90):
+        said = f'dev_size={size} is not possible with 90'
+        refused(said, split_indices, [0, 1] * 45, 'dev', size)
 
 
-@cases(
-    'wrapper',
-    dict(type='RepeatDataset', times=2),
-    dict(type='ClassBalancedDataset', oversample_thr=0.1),
-    dict(type='ConcatDataset'),
-)
-def test_wrappers_of_data_sets_are_refused(wrapper):
+def test_wrappers_of_data_sets_are_refused():
     inner = dict(type='digits', split='dev', transform=TO_TENSOR)
-    several = wrapper['type'] == 'ConcatDataset'
-    with pytest.raises(ValueError) as caught:
-        DATASETS.build(wrapper | (dict(datasets=[inner]) if several else dict(dataset=inner)))
-    assert one_line(caught.value).startswith('dataset.type is a wrapper of data sets, and those')
-
-
-@pytest.mark.parametrize('in_memory', [False, True])
-def test_corrupt_image_is_named(tmp_path, in_memory):
-    write_images(tmp_path / 'val' / 'cat')
-    (tmp_path / 'val' / 'cat' / '1.png').write_bytes(b'')
-    with pytest.raises(ValueError, match=r'1\.png cannot be read as an image'):
-        build('class_folder', data_root=str(tmp_path), split='val', in_memory=in_memory)[1]
+    for wrapper in (
+        dict(type='RepeatDataset', times=2, dataset=inner),
+        dict(type='ConcatDataset', datasets=[inner]),
+    ):
+        with pytest.raises(ValueError) as caught:
+            DATASETS.build(wrapper)
+        said = one_line(caught.value)
+        assert said.startswith('dataset.type is a wrapper of data sets, and those')
 
 
 def counts_of(dataset: Any) -> list[int]:
@@ -163,10 +149,9 @@ def test_the_images_that_are_kept_are_always_the_same_and_drawn():
     assert abs(first[targets[first] == 2].mean() - 1500) < 330
 
 
-@pytest.mark.parametrize('imbalance', [0.5, 0, math.nan, math.inf, 'x', True, None, 100])
-def test_an_impossible_imbalance(imbalance):
-    with pytest.raises(ValueError, match=r'^imbalance='):
-        long_tail([0, 1, 2] * 9, imbalance)  # of 100 a class would keep none
+def test_an_impossible_imbalance():
+    for imbalance in (0.5, math.nan, math.inf, 'x', True, 100):  # of 100 a class would keep none
+        refused(r'^imbalance=', long_tail, [0, 1, 2] * 9, imbalance)
 
 
 def test_dev_is_that_of_the_whole_and_train_a_part():
@@ -193,7 +178,7 @@ def test_class_folders(tmp_path, in_memory, dev_size):
     sizes |= {'dev': dev, 'trainval': [10, 5, 2]} if dev else {}
     for split, expected in sizes.items():
         options = dict(in_memory=in_memory, dev_size=dev_size, imbalance=4)
-        dataset = class_folder(str(tmp_path), split, TO_TENSOR, **options)
+        dataset = datasets.class_folder(str(tmp_path), split, TO_TENSOR, **options)
         assert counts_of(dataset) == expected
         assert dataset.metainfo['train_counts'] == tuple(long)
 
@@ -209,11 +194,12 @@ class Archive(list):
 
 @pytest.mark.parametrize('split', SPLITS)
 def test_archives(split):
-    dataset = _part(Archive, '.', 'archive', split, TO_TENSOR, 6, imbalance=4)
+    arguments = Archive, '.', 'archive', split, TO_TENSOR, 6
+    dataset = datasets._part(*arguments, imbalance=4)
     expected = {'train': [8, 4, 2], 'dev': [2] * 3, 'trainval': [10, 5, 2], 'test': [4] * 3}
     assert counts_of(dataset) == expected[split]
     assert dataset.metainfo == {'classes': ('ant', 'bee', 'cat'), 'train_counts': (8, 4, 2)}
-    assert 'train_counts' not in _part(Archive, '.', 'archive', split, TO_TENSOR, 6, 1).metainfo
+    assert 'train_counts' not in datasets._part(*arguments, imbalance=1).metainfo
 
 
 def test_thirds_of_classes_by_frequency():

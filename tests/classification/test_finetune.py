@@ -26,13 +26,18 @@ SIZES: dict[str, Any] = dict(embed_dim=12, depth=4, num_heads=3)
 NAME = 'vit_small_patch16_224.augreg_in21k_ft_in1k'
 
 
+def write_images(root: Path, classes: list[str], *sizes: tuple[int, int]) -> None:
+    for folder in [root / split / name for split in ('train', 'val') for name in classes]:
+        folder.mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            pixels = np.random.randint(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f'{number}.png')
+
+
 def write_config(folder: Path, leaf: str, **model: Any) -> str:
     """A config beside tiny data and a tiny dense checkpoint; an epoch has two iterations."""
     classes = 100 if 'cifar100' in leaf else 3 if leaf == FOLDERS else 10
-    for name in [f'{split}/{i:03}' for split in ('train', 'val') for i in range(classes)]:
-        (folder / 'data' / name).mkdir(parents=True)
-        for j, pixels in enumerate(np.random.randint(0, 256, (4, 8, 8, 3), np.uint8)):
-            Image.fromarray(pixels).save(folder / 'data' / name / f'{j}.png')
+    write_images(folder / 'data', [f'{i:03}' for i in range(classes)], *[(8, 8)] * 4)
     images = dict(img_size=32, patch_size=8)
     dense = timm.create_model('vit_small_patch16_224', num_classes=7, **images, **SIZES)
     torch.save(dense.state_dict(), folder / 'dense.pth')
@@ -141,11 +146,7 @@ del small
 
 
 def test_trains_and_tests(tmp_path):
-    for name in [f'{split}/{name}' for split in ('train', 'val') for name in ('cat', 'dog', 'owl')]:
-        (tmp_path / 'data' / name).mkdir(parents=True)
-        for side in (20, 50):
-            pixels = np.random.randint(0, 256, (side, 30, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / 'data' / name / f'{side}.jpg')
+    write_images(tmp_path / 'data', ['cat', 'dog', 'owl'], (20, 30), (50, 30))
     (tmp_path / 'mine.py').write_text(printed_config('Classification', str(tmp_path / 'data')))
     (tmp_path / 'tiny.py').write_text(TINY)
     work = train(tmp_path / 'tiny.py', tmp_path / 'w')
@@ -154,10 +155,9 @@ def test_trains_and_tests(tmp_path):
 
 
 def test_files_that_are_left_out_for_their_ending_are_told(tmp_path, monkeypatch):
-    for name in ('cat/a.png', 'cat/b.heic', 'cat/c.gif'):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        Image.new('RGB', (4, 4)).save(path, 'png')
+    (tmp_path / 'cat').mkdir()
+    for name in ('a.png', 'b.heic', 'c.gif'):
+        Image.new('RGB', (4, 4)).save(tmp_path / 'cat' / name, 'png')
     told: list[str] = []
     monkeypatch.setattr(datasets, 'print_log', lambda text, *_: told.append(text))
     assert len(datasets._image_folder(tmp_path)) == 1

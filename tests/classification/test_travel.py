@@ -121,8 +121,8 @@ def test_timms_files_are_tested_as_the_checkpoint_is(trained, tmp_path):
         assert not again.known_normalization.differing(model.known_normalization)
         read = load_from_local(str(place), 'cpu')
         assert model.misfit(read['state_dict']) == ''
-    with pytest.raises(ValueError, match=r'unexpected keys: model\.blocks\.3'):
-        load_trained(load_config(run_config, {'model.depth': 3}), str(folder), 'cpu')
+    shorter = load_config(run_config, {'model.depth': 3})
+    refused(r'unexpected keys: model\.blocks\.3', load_trained, shorter, str(folder), 'cpu')
 
 
 @pytest.mark.parametrize('row', ROWS)
@@ -150,11 +150,11 @@ def test_numbers_of_another_epoch_are_refused(trained, tmp_path):
     content = torch.load(best, weights_only=True)
     content['state_dict']['model.head.bias'] += 1e-6
     torch.save(content, best)
-    numbers = ['--numbers', str(trained.parent / 'scores.json')]
-    with pytest.raises(SystemExit, match=r'^error: numbers=.*scores of best_.* and these are of'):
-        publish([str(run), str(tmp_path / 'out'), *numbers])
+    given = [str(run), str(tmp_path / 'out'), '--numbers', str(trained.parent / 'scores.json')]
+    message = r'^error: numbers=.*scores of best_.* and these are of'
+    refused(message, publish, given, error=SystemExit)
     assert not (tmp_path / 'out').exists()
-    publish([str(run), str(tmp_path / 'out'), *numbers, '--checkpoint', str(run / 'epoch_1.pth')])
+    publish([*given, '--checkpoint', str(run / 'epoch_1.pth')])
 
 
 def test_a_flipped_bit_of_published_weights_is_refused(trained, tmp_path):
@@ -176,32 +176,28 @@ def test_a_flipped_bit_of_published_weights_is_refused(trained, tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    run, out = tmp_path / 'run', tmp_path / 'out'
+    run, out, full, bad = (tmp_path / name for name in ('run', 'out', 'full', 'bad.json'))
     leave_run(run, DIGITS, OPTIONS, 'abcdefghij')
-    full, bad = tmp_path / 'full', tmp_path / 'bad.json'
     full.mkdir()
     (full / 'mine').touch()
     bad.write_text('["accuracy"]')
-    (tmp_path / 'empty').mkdir()
-    copies = {name: tmp_path / name for name in ('two', 'bare', 'bests', 'fog')}
-    for path in copies.values():
-        shutil.copytree(run, path)
-    shutil.copy(run / 'run.py', copies['two'] / 'again.py')
-    (copies['bare'] / 'epoch_1.pth').unlink()
+    two, bare, bests, fog = (shutil.copytree(run, tmp_path / f'{i}') for i in range(4))
+    shutil.copy(run / 'run.py', two / 'again.py')
+    (bare / 'epoch_1.pth').unlink()
     for metric in 'ab':
-        shutil.copy(run / 'epoch_1.pth', copies['bests'] / f'best_{metric}_epoch_1.pth')
-    fog: dict[str, Any] = {'test_dataloader.dataset.transform.shift': 'fog_1'}
-    load_config(str(run / 'run.py'), fog).dump(copies['fog'] / 'run.py')
+        shutil.copy(run / 'epoch_1.pth', bests / f'best_{metric}_epoch_1.pth')
+    shift: dict[str, Any] = {'test_dataloader.dataset.transform.shift': 'fog_1'}
+    load_config(str(run / 'run.py'), shift).dump(fog / 'run.py')
     for arguments, named in (
         (['nowhere', out], "source='nowhere'"),
         ([run / 'epoch_1.pth', out], 'out='),
         ([run / 'epoch_1.pth', 'a.pth', '--license', 'mit'], '--license'),
         ([run, out / 'a.pth'], r"a\.pth'"),
-        ([tmp_path / 'empty', out], 'it has'),
-        ([copies['two'], out], "two'"),
-        ([copies['bare'], out], "bare'"),
-        ([copies['bests'], out], r'best_a_.*, best_b_'),
-        ([copies['fog'], out], r"test_dataloader\.dataset\.transform\.shift='fog_1'"),
+        ([full, out], 'it has'),
+        ([two, out], f"{two}'"),
+        ([bare, out], f"{bare}'"),
+        ([bests, out], r'best_a_.*, best_b_'),
+        ([fog, out], r"test_dataloader\.dataset\.transform\.shift='fog_1'"),
         ([run, full], "full'"),
         ([run, out, '--numbers', bad], r'numbers=.*bad\.json'),
         ([run, out, '--checkpoint', tmp_path / 'none.pth'], r"none\.pth'"),
@@ -219,7 +215,8 @@ def test_images_without_labels_are_classified(trained, tmp_path, capsys):
     for i, file in enumerate(files):
         source.source[i][0].save(file)
     command = [config, checkpoint, str(tmp_path / 'in'), '--out-dir', str(out)]
-    predict([*command, '--topk', '2', '--device', 'cpu'])
+    command += ['--topk', '2', '--device', 'cpu']
+    predict(command)
     said, found = capsys.readouterr().out, json.loads((out / 'predictions.json').read_text())
     rows = csv.DictReader((out / 'predictions.csv').read_text().splitlines())
     assert found == [
@@ -234,10 +231,10 @@ def test_images_without_labels_are_classified(trained, tmp_path, capsys):
     assert [row['class'] for row in found] == [str(place) for place in places.flatten().tolist()]
     probabilities = torch.tensor([row['probability'] for row in found])
     torch.testing.assert_close(probabilities, shares.flatten())
-    for flag, value in (('--topk', '11'), ('--opacity', '0.5'), ('--topk', '0')):
+    for flag, value in (('--topk', '11'), ('--opacity', '0.5')):
         refused(f'^error: {flag}=', predict, [*command, flag, value], error=SystemExit)
-    refused('none', predict, [config, 'none', *files], error=SystemExit)
-    refused('none', predict, [config, checkpoint, 'none'], error=SystemExit)
+    for given in ([config, 'none', *files], [config, checkpoint, 'none']):
+        refused('none', predict, given, error=SystemExit)
     Path(files[2]).write_bytes(b'no image')  # of which the others are not lost
-    refused('2\\.png', predict, [*command, '--topk', '2', '--device', 'cpu'], error=SystemExit)
+    refused('2\\.png', predict, command, error=SystemExit)
     assert json.loads((out / 'predictions.json').read_text()) == found[:4]

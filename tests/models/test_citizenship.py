@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from timm.models._features_fx import create_feature_extractor
-from torch import Tensor, nn
+from torch import nn
 
 from vqmoe_vision.moe import METHODS
 
-from .. import cases, mostly_long
+from .. import cases, mostly_long, refused
 from .conftest import SHALLOW, make
 
 # Two orders of summation of the same float32 numbers differ by a few 1e-7 per layer.
@@ -21,8 +21,7 @@ CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
 def test_a_size_that_would_lose_pixels_is_refused_before_anything_changes(tiny):
     model = tiny(dynamic_img_pad=True)  # which the constructor takes with a dynamic size alone
     for sizes in (dict(img_size=(32, 33)), dict(patch_size=5), dict(img_size=33)):
-        with pytest.raises(ValueError, match=r'^img_size=.* is not possible: .*patch_size='):
-            model.set_input_size(**sizes)
+        refused(r'^img_size=.* is not possible: .*patch_size=', model.set_input_size, **sizes)
     assert model.patch_embed.grid_size == (4, 4)
 
 
@@ -81,20 +80,18 @@ def test_training_uncollected_is_said_once(method, images, monkeypatch, wrap):
 
 def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images):
     model = tiny_variant(device='meta', **SHALLOW)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert {tensor.device.type for tensor in tensors.values()} == {'meta'}
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {'meta'}
     model.to_empty(device='cpu')
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
-        for tensor in tensors.values():
+        for tensor in (*model.parameters(), *model.buffers()):
             # what to_empty leaves behind is arbitrary; make it the worst
             tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
     model.init_weights()
-    fresh = tiny_variant(**SHALLOW)
-    for name, expected in fresh.state_dict().items():
-        value = tensors[name]
+    found = model.state_dict()
+    for name, expected in tiny_variant(**SHALLOW).state_dict().items():
+        value, expected = found[name].double(), expected.double()
         assert value.isfinite().all(), name
-        value, expected = value.double(), expected.double()
         if expected.std(correction=0) == 0:
             torch.testing.assert_close(value, expected, msg=name)
         elif expected.numel() > 100:
@@ -105,8 +102,7 @@ def test_to_empty_and_init_weights_make_a_fresh_model(tiny_variant, images):
 
 def test_every_parameter_gets_a_gradient_in_bfloat16(tiny_variant, train_step, images):
     model = tiny_variant(dtype=torch.bfloat16, **SHALLOW)
-    floats = [t for t in model.parameters() if t.is_floating_point()]
-    assert {t.dtype for t in floats} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.eval()(images.bfloat16()).dtype == torch.bfloat16
     assert train_step(model, None, images.bfloat16(), torch.arange(4)).isfinite()
     for name, parameter in model.named_parameters():
@@ -132,12 +128,10 @@ def test_a_copy_computes_the_same_and_shares_nothing(tiny_variant, train_step, i
 def test_fx_feature_extraction(tiny, images):
     model = tiny(depth=2).eval()
     extractor = create_feature_extractor(model, {'blocks.1.mlp': 'moe', 'head': 'out'})
-    seen: list[Tensor] = []
-    model.blocks[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out))
-    expected = model(images)
-    found = extractor(images)
-    torch.testing.assert_close(found['out'], expected, rtol=0, atol=0)
-    torch.testing.assert_close(found['moe'], seen[0], rtol=0, atol=0)
+    seen = {}
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, out: seen.update(moe=out))
+    expected = {'out': model(images), **seen}
+    torch.testing.assert_close(extractor(images), expected, rtol=0, atol=0)
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny):

@@ -1,7 +1,6 @@
 """What both tasks ask of timm: options of the MoE layers, the width of a dense model, mistakes."""
 
 import json
-import shutil
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -12,41 +11,24 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vqmoe_vision.models import complexity
-from vqmoe_vision.models.create import (
-    create_model,
-    create_to_start,
-    options_in_full,
-    share_start,
-    without_weights,
-)
-from vqmoe_vision.moe import METHODS
+from vqmoe_vision.models.create import create_model, options_in_full, share_start
 
-from .. import cases, refused
+from .. import cases
 from ..variants import VARIANTS
-from .conftest import DENSE, DINOV3, TINY
+from .conftest import DENSE, DINOV3, TINY, WITH_GATE
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
-OURS, FILE = 'vit_tiny_smoe', '{}/model.safetensors'
-
-
-def test_options_of_the_moe_layers_reach_the_model():
-    moe = dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
-    model = create_model('vit_tiny_smoe', moe, **SMALL)  # which says the method too
-    assert model.moe_config == METHODS['smoe'].config.from_options(preset='group', num_experts=2)
-    assert [hasattr(block.mlp, 'experts') for block in model.blocks] == [True, False, False, False]
-    assert moe == dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
+OURS = 'vit_tiny_smoe'
 
 
 @cases(
     'extra_mlps, options, hidden',
     (2, {}, 72),  # 48 in four blocks, and two more: 48 * 6 / 4
-    (1, {}, 60),
-    (2, {'mlp_ratio': 2.0}, 36),
+    (1, {'mlp_ratio': 2.0}, 30),  # 24 * 5 / 4
     (2, {'depth': 12}, 56),
 )
 def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
@@ -56,36 +38,6 @@ def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
     # 4 patches and the class token through two products of 12 x hidden, for each MLP
     one = 5 * 2 * 12 * plain.blocks[0].mlp.fc1.out_features
     assert complexity(model).macs - complexity(plain).macs == extra_mlps * one
-
-
-@cases(
-    'given',
-    dict(model_name=OURS, upcycle='local-dir:{}'),
-    dict(model_name=OURS, upcycle=FILE),
-    dict(model_name=DENSE, pretrained=True, pretrained_cfg_overlay={'file': FILE}),
-    dict(model_name=DENSE, moe={'method': 'smoe'}, checkpoint_path=FILE),
-    dict(model_name=OURS, pretrained=True, pretrained_cfg={'file': FILE}),
-    ids=str,
-)
-def test_a_model_without_its_weights_is_the_same_network(given, tmp_path):
-    size = {**SMALL, 'img_size': 16}
-    source = timm.create_model(DENSE, **size)
-    source.pretrained_cfg.update(input_size=(3, 16, 16), fixed_input_size=True)
-    save_for_hf(source, tmp_path, safe_serialization=True)
-    arguments = json.loads(json.dumps({**size, **given}).replace('{}', str(tmp_path)))
-    del arguments['img_size']  # the file beside the weights says it
-    (tmp_path / 'model.safetensors').rename(tmp_path / 'elsewhere')
-    refused(r'does not exist|weights in folder', create_model, **arguments)
-    without = without_weights({**arguments, 'checkpoint': None})
-    assert without.pop('checkpoint') is None
-    assert create_to_start(**without).patch_embed.img_size == (16, 16)
-    (tmp_path / 'elsewhere').rename(tmp_path / 'model.safetensors')
-    expected, found = create_model(**arguments), create_to_start(**without)
-    assert found.patch_embed.img_size == expected.patch_embed.img_size
-    assert found.pretrained_cfg['num_classes'] == expected.pretrained_cfg['num_classes']
-    shutil.rmtree(tmp_path)  # with the file that says it, the model's own size is left
-    gone = create_to_start(**without_weights(arguments))
-    assert gone.patch_embed.img_size == (224, 224)
 
 
 SIZES = {'depth': 2, 'embed_dim': 24, 'num_heads': 2, 'img_size': 32, 'num_classes': 3}
@@ -162,26 +114,26 @@ def test_fresh_experts_are_spread_as_the_mlps_in_their_place(name, options, scal
     assert found == pytest.approx(expected, rel=0.05)
 
 
-def check_parts(model: Any, weight_init: str) -> None:
-    """Each parameter of the experts is spread as that of an MLP, and no expert is another."""
-    dense = timm.create_model(DENSE, **TINY, weight_init=weight_init)
-    experts = model.blocks[1].mlp.experts
-    for name, own in dense.blocks[1].mlp.named_parameters():
-        ours = experts.get_parameter(name)
-        tolerance = 0.05 if own.ndim == 2 else 0.5  # of biases there are few
-        assert ours.std().item() == pytest.approx(own.std().item(), rel=tolerance), name
-        assert ours.mean().item() == pytest.approx(0, abs=0.02)
-        assert own.ndim == 1 or not ours[0].equal(ours[1])
-
-
 @pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('name', [OURS, DENSE])
-@pytest.mark.parametrize('weight_init', sorted(MODES))
-def test_weight_init_is_that_of_the_experts_too(name, weight_init, shared):
-    model = fresh(name, shared, weight_init=weight_init)
-    check_parts(model, weight_init)
-    model.init_weights()  # of timm: draws all of it again
-    check_parts(model, weight_init)
+@cases(
+    'name, options',
+    *((name, {'weight_init': mode}) for name in (OURS, DENSE) for mode in sorted(MODES)),
+    *((OURS, {'weight_init': 'jax', **options}) for options in WITH_GATE.values()),
+)
+def test_weight_init_is_that_of_the_experts_too(name, options, shared):
+    model: Any = fresh(name, shared, **options)
+    dense = timm.create_model(DENSE, **TINY, **options)
+    for again in (False, True):
+        if again:
+            model.init_weights()  # of timm: draws all of it again
+        for part, own in dense.blocks[1].mlp.named_parameters():
+            ours = model.blocks[1].mlp.experts.get_parameter(part)
+            tolerance = 0.05 if own.ndim == 2 else 0.5  # of biases there are few
+            expected = pytest.approx(own.std().item(), rel=tolerance, abs=1e-7)
+            assert ours.std().item() == expected, part
+            assert ours.mean().item() == pytest.approx(own.mean().item(), abs=0.05)
+            # no expert is another
+            assert own.ndim == 1 or not ours[0].equal(ours[1])
 
 
 @cases('name, dense', ('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', DENSE))

