@@ -1,11 +1,11 @@
-# Six epochs of CIFAR-100, as cifar100_budget, with token choice as of 2026: sigmoid scores and a bias
+# Four epochs of CIFAR-100, where cifar100_budget has six: token choice as of 2026: sigmoid scores and a bias
 # that evens loads, a shared expert, gated MLPs, a router that a dense model teaches. All contrasts
 # were named before the first run.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
 reference = 'smoe'
-start = 'configs/comparisons/cifar100_routing.py dense_1x epoch_6.pth'
+start = 'configs/comparisons/cifar100_routing.py dense_1x epoch_4.pth'
 seeds = [1, 2, 3, 4, 5]
 contrasts = [
     'smoe_sigmoid - smoe',
@@ -25,6 +25,9 @@ rows = dict(
 )
 options = [
     'model.num_classes=100',
+    'train_cfg.max_epochs=4',
+    'param_scheduler.1.end=4',
+    'param_scheduler.1.T_max=3',
     *(
         f'{split}_dataloader.dataset.{field}'
         for split in ('train', 'val', 'test')
