@@ -166,7 +166,7 @@ def built_by(field: str, path: str) -> dict[str, Any]:
 @pytest.mark.parametrize('field', ['load_from', 'checkpoint', 'checkpoint_path', 'upcycle', 'file'])
 def test_a_checkpoint_of_timms_script_is_read_by_every_way(field, averages, tmp_path):
     source = tiny('vit_tiny_smoe')
-    path = left_by_timm(source, tmp_path / 'out', 'vit_tiny_smoe', model_kwargs={})
+    path = left_by_timm(source, tmp_path, 'vit_tiny_smoe', model_kwargs={})
     if averages is not None:  # which count, before the weights of the last step
         content = torch.load(path, weights_only=False)
         last = {name: value + 1 for name, value in content['state_dict'].items()}

@@ -268,14 +268,19 @@ def test_an_option_is_told_if_answers_follow_it(case, images):
         assert f'trained with {name}={before!r}, the model has {name}={after!r}' in line
 
 
+def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
+    """What timm's train.py leaves, with the arguments that it was called with."""
+    args, optimizer = Namespace(lr=0.1, model=name, **others), torch.optim.SGD([torch.ones(1)])
+    CheckpointSaver(model, optimizer, args, checkpoint_dir=folder).save_checkpoint(0, metric=1.0)
+    return str(folder / 'last.pth.tar')
+
+
 @pytest.mark.parametrize('theirs', METHODS)
 def test_a_checkpoint_of_timms_script_says_its_method(theirs, tmp_path):
     """By the arguments that the script was called with."""
     ours = 'ecmoe' if theirs == 'smoe' else 'smoe'  # of the same tensors, where any two are
-    args = Namespace(lr=0.1, model=f'vit_tiny_{theirs}', model_kwargs={'num_experts': 4})
-    model, optimizer = make(theirs, num_experts=4), torch.optim.SGD([torch.ones(1)])
-    CheckpointSaver(model, optimizer, args, checkpoint_dir=tmp_path).save_checkpoint(0, metric=1.0)
-    path = str(tmp_path / 'last.pth.tar')
+    arguments = {'model_kwargs': {'num_experts': 4}}
+    path = left_by_timm(make(theirs, num_experts=4), tmp_path, f'vit_tiny_{theirs}', **arguments)
     message = f"method='{theirs}', the model has method='{ours}'"
     refused(message, make, ours, num_experts=4, upcycle=path)
     again: Any = make(theirs, num_experts=4, upcycle=path)
