@@ -3,8 +3,6 @@
 import copy
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from vqmoe_vision.moe.experts import StackedLinear
 
 from .. import cases, needs_onnx, refused
 from ..models.conftest import make
-from ..models.test_export import CLOSE
+from ..models.test_export import CLOSE, IMAGES, run_elsewhere
 
 # Five tokens of an image leave at least three experts without one, unless a method mixes them.
 SMALL = {'img_size': 16, 'depth': 1, 'moe_layers': [0], 'embed_dim': 16, 'num_experts': 8}
@@ -101,20 +99,18 @@ def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_p
     pytest.importorskip('torchao')
     model = started('vqmoe', **SMALL)
     file = export_int8(model, tmp_path / 'model.pt2')
-    code = f"""import sys, torch
-program = torch.export.load({str(file)!r}, extra_files={{'about.json': ''}})
-images = torch.arange(2304.).view(3, 3, 16, 16).sin()
-print([program.module()(images[:n]).tolist() for n in (1, 3)])
-assert 'torchao' not in sys.modules and 'vqmoe_vision' not in sys.modules
-print(sorted({{str(weight.dtype) for weight in program.state_dict.values()}}))"""
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    answers, dtypes = subprocess.check_output(command, text=True).splitlines()
+    answers, dtypes = run_elsewhere(
+        file,
+        'print([program.module()(images[:n]).tolist() for n in (1, 3)])',
+        'assert "torchao" not in sys.modules',
+        'print(sorted({str(weight.dtype) for weight in program.state_dict.values()}))',
+    )
     assert 'torch.int8' in dtypes
-    quantized, images = quantize_int8(model), torch.arange(2304.0).view(3, 3, 16, 16).sin()
+    quantized = quantize_int8(model)
     with torch.no_grad():
         for number, found in zip((1, 3), json.loads(answers), strict=True):
             # roundings to int8 flip where float32 is summed in another order
-            expected = quantized(images[:number])
+            expected = quantized(IMAGES[:number])
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0.02, atol=1e-3)
 
 

@@ -1,7 +1,8 @@
 """What this version of the package does, seen from outside: through names that no cut may change.
 
 timm's names, exported functions, registered types, files of configs and programs; no module that is
-the package's own business.
+the package's own business. It imports nothing of the tests, so that `compare.py` can run it with an
+older version.
 """
 
 import argparse
@@ -156,9 +157,15 @@ def shapes(model: nn.Module) -> list[list[Any]]:
 def differences(found: Mapping, recorded: Mapping, place: str = '') -> Iterator[str]:
     """A line for each value that is not as it was."""
     for name in sorted(found.keys() | recorded.keys()):
-        ours, theirs = found.get(name, 'nothing'), recorded.get(name, 'nothing')
+        if name not in found or name not in recorded:
+            yield f'{place}{name}: is {"new" if name in found else "gone"}'
+            continue
+        ours, theirs = found[name], recorded[name]
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             yield from differences(ours, theirs, f'{place}{name}: ')
+        elif isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not ours.equal(theirs):
+                yield f'{place}{name}: other numbers, shape or type'
         elif ours != theirs:
             yield f'{place}{name}: {theirs} -> {ours}'
 

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,22 +78,30 @@ def test_every_variant_leaves(variant, tmp_path):
             assert difference.largest < 2e-6, (name, difference)
 
 
-ELSEWHERE = """
-import sys, torch
-extra = {'about.json': ''}
-program = torch.export.load(sys.argv[1], extra_files=extra)
-print(program.module()(torch.arange(2304.0).view(3, 3, 16, 16).sin()).tolist())
-print(extra['about.json'])
-assert not any(name.startswith('vqmoe_vision') for name in sys.modules)
-"""
+IMAGES = torch.arange(2304.0).view(3, 3, 16, 16).sin()
+
+
+def run_elsewhere(file: Path, *statements: str) -> list[str]:
+    """What statements print; they know `program`, `images`, which are `IMAGES`, and `extra`."""
+    code = (
+        'import sys, torch',
+        'extra = {"about.json": ""}',
+        'program = torch.export.load(sys.argv[1], extra_files=extra)',
+        'images = torch.arange(2304.0).view(3, 3, 16, 16).sin()',
+        *statements,
+        'assert not any(name.startswith("vqmoe_vision") for name in sys.modules)',
+    )
+    command = [sys.executable, '-W', 'ignore', '-c', '\n'.join(code), file]
+    return subprocess.check_output(command, text=True).splitlines()
 
 
 def test_a_program_loads_where_this_package_is_not_imported(tmp_path):
     model = make('vqmoe', **SMALL)
     file = export.save_program(model, tmp_path / 'model.pt2')
-    command = [sys.executable, '-W', 'ignore', '-c', ELSEWHERE, file]
-    answers, about = subprocess.check_output(command, text=True).splitlines()
-    expected = Exportable.of(model).run(torch.arange(2304.0).view(3, 3, 16, 16).sin())[0]
+    answers, about = run_elsewhere(
+        file, 'print(program.module()(images).tolist())', 'print(extra["about.json"])'
+    )
+    expected = Exportable.of(model).run(IMAGES)[0]
     torch.testing.assert_close(torch.tensor(json.loads(answers)), expected, **CLOSE)
     assert json.loads(about) == {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}
 

@@ -229,8 +229,9 @@ def test_compiled_training_equals_eager_and_compiles_once(variant):
     counter = CompileCounterWithBackend('aot_eager')
     expected = run(model, lambda m: m)
     found = run(model, lambda m: torch.compile(m, fullgraph=True, backend=counter))
-    # the same operations in the same order, but for fused sums, which four steps carry on
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # the same operations in the same order, but for fused sums, which four steps carry on: by 4e-6
+    # in preset `fine`, whose 32 experts have few tokens each
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-6)
     assert counter.frame_count == 1
 
 

@@ -8,6 +8,7 @@ Exits with 1 if a fault cannot be applied, its tests cannot be run, or over a te
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copy2
 from time import monotonic
-from typing import Any
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
@@ -37,13 +37,27 @@ def copy_repository(folder: Path) -> None:
 
 def run_tests(tests: Sequence[str], folder: Path, seconds: float) -> tuple[int | None, str]:
     """Exit status of pytest, None after as many seconds, and what it said."""
-    environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'OMP_NUM_THREADS': '1'}
-    environment['PYTHONPATH'] = str(folder)  # before the clone that is installed
-    # what tests have started ends with them
-    command = ['timeout', '-s', 'KILL', str(max(1, seconds)), *COMMAND, *tests]
-    piped: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run(command, cwd=folder, env=environment, **piped)
-    return None if done.returncode in (-9, 124, 137) else done.returncode, done.stdout
+    environment = {
+        'OMP_WAIT_POLICY': 'PASSIVE',
+        **os.environ,
+        'PYTHONPATH': str(folder),  # before the clone that is installed
+        'OMP_NUM_THREADS': '1',
+    }
+    with subprocess.Popen(
+        [*COMMAND, *tests],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # what tests have started ends with them
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
 
 
 def examine(fault: Fault) -> tuple[str, bool | None]:
