@@ -35,6 +35,8 @@ rows = dict(
     vqmoe_commitment_1='vqmoe model.moe.commitment=1.0',
     vqmoe_revival_50='vqmoe model.moe.dead_code_threshold=0.5',
     vqmoe_rotation='vqmoe model.moe.rotation_trick=True',
+    vqmoe_router_lr_10='vqmoe optim_wrapper.paramwise_cfg.custom_keys.router.lr_mult=10',
+    smoe_router_lr_10='smoe optim_wrapper.paramwise_cfg.custom_keys.router.lr_mult=10',
     smoe_top_1='smoe model.moe.top_k=1',
     smoe_renormalize='smoe model.moe.renormalize=True',
     smoe_bias='smoe model.moe.router_bias=True',
