@@ -1,6 +1,6 @@
 # Which options are worth five fresh seeds: two seeds that no table has, on the 5,000 images that
 # are held out of CIFAR-10's training set. Each trial changes one thing of the row of its method.
-# VQMoE has twenty-two trials, and so has SMoE, with which it is compared. What is found here is
+# VQMoE has twenty-three trials, and so has SMoE, with which it is compared. What is found here is
 # said of these two; trials of other methods are in cifar10_methods.py. docs/how-to/compare.md
 config = 'configs/classification/cifar10_budget.py'
 stage = 'dev'
