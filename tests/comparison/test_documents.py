@@ -29,7 +29,7 @@ DOCUMENTS = [  # those that print an interval
 ]
 MADE = [path for path in DOCUMENTS if '<!-- compare ' in path.read_text()]
 FROM_SCRATCH = ('cifar10_budget', 'cifar10_stream', 'cifar10_long', 'cifar100')
-FROM_SCRATCH += ('imagenette_budget', 'camvid_budget')
+FROM_SCRATCH += ('imagenette', 'camvid_budget')
 Interval = tuple[float, ...]
 
 
