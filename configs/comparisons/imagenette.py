@@ -1,5 +1,5 @@
-# The primary contrasts on Imagenette in twelve epochs at 160 pixels: photographs of 64 tokens.
-# The data are a copy of squares of 224 pixels: docs/data.md.
+# The primary contrasts on Imagenette in six epochs at 160 pixels: photographs of 64 tokens.
+# The data are a copy of squares of 224 pixels: docs/how-to/data.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
@@ -27,9 +27,9 @@ options = [
     'model.patch_size=20',
     'total_batch_size=64',
     'train_dataloader.dataset.transform.padding=20',
-    'train_cfg.max_epochs=12',
-    'param_scheduler.1.end=12',
-    'param_scheduler.1.T_max=11',
+    'train_cfg.max_epochs=6',
+    'param_scheduler.1.end=6',
+    'param_scheduler.1.T_max=5',
     *(
         f'{split}_dataloader.dataset.{field}'
         for split in ('train', 'val', 'test')
