@@ -1,6 +1,6 @@
 # Which options are worth five fresh seeds: two seeds that no table has, on the 5,000 images that
 # are held out of CIFAR-10's training set. Each trial changes one thing of the row of its method.
-# VQMoE has twenty-three trials, and so has SMoE, with which it is compared. What is found here is
+# VQMoE has twenty-four trials, and so has SMoE, with which it is compared. What is found here is
 # said of these two; trials of other methods are in cifar10_methods.py. docs/how-to/compare.md
 config = 'configs/classification/cifar10_budget.py'
 stage = 'dev'
@@ -37,6 +37,8 @@ rows = dict(
     vqmoe_rotation='vqmoe model.moe.rotation_trick=True',
     vqmoe_router_lr_10='vqmoe optim_wrapper.paramwise_cfg.custom_keys.router.lr_mult=10',
     smoe_router_lr_10='smoe optim_wrapper.paramwise_cfg.custom_keys.router.lr_mult=10',
+    vqmoe_router_decay_0='vqmoe optim_wrapper.paramwise_cfg.custom_keys.router.decay_mult=0',
+    smoe_router_decay_0='smoe optim_wrapper.paramwise_cfg.custom_keys.router.decay_mult=0',
     smoe_top_1='smoe model.moe.top_k=1',
     smoe_renormalize='smoe model.moe.renormalize=True',
     smoe_bias='smoe model.moe.router_bias=True',
