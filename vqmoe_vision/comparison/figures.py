@@ -24,6 +24,7 @@ _STYLES = (
     ((0, (1, 4)), (0, (6, 2, 1, 2, 1, 2))),
     ((0, (12, 3)), (0, (12, 3, 1, 3))),
     ((0, (20, 2)), (0, (20, 2, 1, 2, 1, 2))),
+    ((0, (2, 8)), (0, (2, 2, 2, 8))),
 )
 _OTHERS: dict[str, Any] = {'color': '0.8', 'linestyle': '-', 'linewidth': 0.8}
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
