@@ -28,8 +28,8 @@ DOCUMENTS = [  # those that print an interval
     if path.parent.name != 'archive' and INTERVAL.search(path.read_text())
 ]
 MADE = [path for path in DOCUMENTS if '<!-- compare ' in path.read_text()]
-FROM_SCRATCH = ('cifar10_budget', 'cifar10_stream', 'cifar10_long', 'cifar100')
-FROM_SCRATCH += ('imagenette', 'camvid_budget')
+FROM_SCRATCH = ('cifar10_budget', 'cifar10_stream', 'cifar10_long', 'cifar10_muon')
+FROM_SCRATCH += ('cifar100', 'imagenette', 'camvid_budget')
 Interval = tuple[float, ...]
 
 
