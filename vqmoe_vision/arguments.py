@@ -133,6 +133,8 @@ _OF_COMPARE: list[tuple[str, str, str, dict[str, Any]]] = [
      {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
     ('--methods', 'control', 'Only these rows.', {**_LIST, 'metavar': 'ROW'}),
     ('--images', 'control', 'Scenes of digits whose patches lie in hidden domains.', _FLAG),
+    ('--generator', 'control', 'Number, sizes and positions of clusters (default: clusters_8).',
+     {'nargs': '+', 'metavar': 'NAME'}),
     ('--quick', 'control', 'Less of both: one seed.', _FLAG),
     ('--work-dir', _SPECS, 'Where runs are.', {'type': Path, 'default': WORK_DIR}),
     ('--results', f'{_SPECS} forest pages', 'Where rows and tables are.',

@@ -36,6 +36,24 @@ def test_clusters_stand_at_right_angles_and_each_has_its_own_labels():
     assert shares.sub(0.25).abs().max() < 0.06
 
 
+@pytest.mark.parametrize('name', control.GENERATORS)
+def test_a_generator_has_the_clusters_that_its_layout_says(name):
+    layout = control.GENERATORS[name]
+    source = Source(3.0, 1, layout)
+    cosines = source.directions @ source.directions.T
+    expected = torch.full((layout.number, layout.number), layout.cosine).fill_diagonal_(1)
+    torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
+    assert (source.directions @ source.others.T).abs().max() < 1e-5
+    tokens, clusters, _ = (value.flatten(0, 1) for value in source.draw())
+    shares = clusters.bincount(minlength=layout.number) / len(clusters)
+    # 1, r, r^2, ...; five standard deviations of a share of 1,024 tokens are at most 0.08
+    expected = layout.size_ratio ** torch.arange(layout.number)
+    torch.testing.assert_close(shares, expected / expected.sum(), atol=0.08, rtol=0)
+    projections = tokens @ torch.linalg.pinv(source.directions)
+    offsets = projections - 3 * nn.functional.one_hot(clusters, layout.number)
+    assert offsets.std().item() == pytest.approx(layout.noise, rel=0.1, abs=1e-5)
+
+
 def test_scans_that_are_held_out_are_no_others():
     source = Scenes(2.0, 1)
     before = source.scans
@@ -58,7 +76,7 @@ def test_every_row_is_trained_and_tells_what_chooses(monkeypatch, of):
         if row.method == 'vqmoe' and row.config.form == 'full':
             assert deciders.keys() == {'router', 'quantizer.codebook'}
         if name == 'oracle':
-            assert information == pytest.approx(math.log(of.source.clusters), abs=0.05)
+            assert information == pytest.approx(math.log(of.source.layout.number), abs=0.05)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -77,10 +95,18 @@ def test_the_command_leaves_a_table_a_figure_and_scores(says, monkeypatch, tmp_p
     assert said.endswith('made/here.png\n') and Path('made/here.png').stat().st_size > 10_000
     rows = json.loads(Path('made/here.json').read_text())['rows']
     assert len(rows) == 8
-    fields = {'row', 'separation', 'seed', 'accuracy', 'information', 'deciders'}
+    fields = {'generator', 'row', 'separation', 'seed', 'accuracy', 'information', 'deciders'}
     assert all(row.keys() == fields for row in rows)
     assert said.startswith(control.table_of(rows))
-    for flags in (['--separation', 'inf'], ['--seeds', '-1'], ['--methods', 'smoo']):
+    names = 'clusters_16', 'sizes_0.75'
+    said = says('control', '--quick', '--methods', 'smoe', '--generator', *names)
+    first, _, *lines = said.splitlines()
+    assert first.replace(' ', '').startswith('|generator|row|s=1|')
+    assert [line.split('|')[1].strip() for line in lines[:2]] == [*names]
+    for flags in (
+        ['--separation', 'inf'], ['--seeds', '-1'], ['--methods', 'smoo'],
+        ['--generator', 'clusters_7'], ['--generator', 'clusters_5', '--images'],
+    ):  # fmt: skip
         assert says('control', *flags).startswith(f'error: {flags[0]}')
 
 

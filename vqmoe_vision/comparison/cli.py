@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -33,7 +34,7 @@ from .pages import Made, fill
 from .queue import Queue, Task, tasks_of
 from .report import draw_figures, write_tables
 from .scenes import SCENES
-from .spec import read_comparison
+from .spec import choose, read_comparison
 from .store import (
     ONE_THREAD,
     Results,
@@ -231,15 +232,22 @@ def _control(args: argparse.Namespace) -> None:
     apart = all(0 < s < math.inf for s in separations)
     check(apart, '--separation', separations, 'above 0 and finite')
     check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
+    check(not (args.images and args.generator), '--generator', args.generator, 'of tokens alone')
+    generators = choose('--generator', args.generator or ['clusters_8'], control.GENERATORS)
     name = 'images' if args.images else 'control'
     rows, out = control.find_rows(args.methods), args.out or Path(f'work_dirs/control/{name}.json')
     make_folder(out.parent)  # before the work
     torch.set_num_threads(1)  # more would wait for one another in layers of this size
-    runs = list(product(rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
-    shown = tqdm(runs, unit='run', disable=None)
-    scores = [control.score(row, s, seed, of=of) for row, s, seed in shown]
+    structures = {'images': of}
+    if not args.images:
+        structures = {name: replace(of, layout=control.GENERATORS[name]) for name in generators}
+    runs = list(product(structures, rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
+    scores = [
+        {'generator': name, **control.score(row, s, seed, of=structures[name])}
+        for name, row, s, seed in tqdm(runs, unit='run', disable=None)
+    ]
     print(control.table_of(scores))
-    control.plot_control(scores, of.source).savefig(out.with_suffix('.png'), dpi=100)
+    control.plot_control(scores, structures[runs[0][0]]).savefig(out.with_suffix('.png'), dpi=100)
     print(out.with_suffix('.png'))
     if args.out is not None:
         made = {'commit': commit(), 'processor': processor(), 'core_seconds': time.process_time()}

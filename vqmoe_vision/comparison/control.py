@@ -3,7 +3,8 @@
 Tokens are x = s a_k + z: a direction a_k for each cluster k, times the separation s, and nuisance z
 of unit deviation at right angles to all of them. The label of a token is the argmax of M_k z', z'
 being 16 channels of z. Each cluster has another matrix, and their mean is taken out, so that no
-function that all clusters share serves. `scenes.py` has the same of images.
+function that all clusters share serves. `GENERATORS` names other numbers, sizes and positions of
+clusters. `scenes.py` has the same of images.
 
 Legend: B images, N tokens per image, D width, C clusters, L labels.
 """
@@ -48,24 +49,58 @@ STEPS, LEARNING_RATE, TESTED = 400, 2e-3, 16  # the last is in batches
 SEPARATIONS, SEEDS = ((0.5, 1.0, 1.5, 2.0, 3.0), (1.0, 3.0)), ((1, 2, 3), (1,))  # and quick ones
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """Number, sizes and positions of the clusters of tokens.
+
+    Args:
+        number: C.
+        size_ratio: Number of tokens of a cluster over that of the cluster before it.
+        cosine: Cosine between the directions of any two clusters, in [0, 1).
+        noise: Standard deviation of tokens along the directions of clusters; that of the nuisance
+            is 1.
+    """
+
+    number: int = CLUSTERS
+    size_ratio: float = 1.0
+    cosine: float = 0.0
+    noise: float = 0.0
+
+
+GENERATORS = {
+    'clusters_8': Clusters(),
+    'clusters_16': Clusters(16),
+    'clusters_5': Clusters(5),
+    'cosine_0.5': Clusters(cosine=0.5),
+    'sizes_0.75': Clusters(size_ratio=0.75),
+}
+
+
 class Source:
     """Draws batches of a structure, the same for all rows, whatever these draw.
 
     The separation s is over the deviation of the nuisance, the seed of everything that is drawn.
     """
 
-    clusters, labels = CLUSTERS, LABELS
+    labels, layout = LABELS, Clusters()
 
-    def __init__(self, separation: float, seed: int) -> None:
+    def __init__(self, separation: float, seed: int, layout: Clusters | None = None) -> None:
         self.separation, self.generator = separation, torch.Generator().manual_seed(seed)
         self.normal = partial(torch.randn, generator=self.generator)
+        self.layout = layout or self.layout
         self.lay_out()
 
     def lay_out(self) -> None:
         """Draw what holds for all batches."""
+        number, cosine = self.layout.number, self.layout.cosine
         basis = torch.linalg.qr(self.normal(WIDTH, WIDTH))[0].t()
-        self.directions, self.others = basis[:CLUSTERS], basis[CLUSTERS:]  # (C, D), (D - C, D)
-        matrices = self.normal(CLUSTERS, LABELS, INFORMATIVE)
+        # (C, D), and (D - C, D) or, where all clusters share a direction, (D - C - 1, D)
+        self.directions, self.others = basis[:number], basis[number + (cosine > 0) :]
+        if cosine > 0:
+            shared_direction = math.sqrt(cosine) * basis[number]
+            self.directions = math.sqrt(1 - cosine) * self.directions + shared_direction
+        self.sizes = self.layout.size_ratio ** torch.arange(number)  # (C,), up to a factor
+        matrices = self.normal(number, LABELS, INFORMATIVE)
         self.matrices = matrices - matrices.mean(dim=0)
 
     def hold_out(self) -> None:
@@ -73,12 +108,15 @@ class Source:
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), and the cluster and the label of each, (B, N) int64."""
-        draw = partial(torch.ones(CLUSTERS).multinomial, replacement=True, generator=self.generator)
+        draw = partial(self.sizes.multinomial, replacement=True, generator=self.generator)
         clusters = draw(IMAGES * TOKENS).view(IMAGES, TOKENS)
         # not used since all tokens of an image are of clusters of their own, but scores are of it
         draw(IMAGES), torch.rand(clusters.shape, generator=self.generator)
         nuisance = self.normal(IMAGES, TOKENS, len(self.others))
         tokens = self.separation * self.directions[clusters] + nuisance @ self.others
+        if self.layout.noise > 0:
+            noise = self.normal(IMAGES, TOKENS, len(self.directions))
+            tokens = tokens + self.layout.noise * noise @ self.directions
         # what each cluster would answer, (B, N, C, L): cheaper than a matrix for each token
         answers = torch.einsum('bni,kli->bnkl', nuisance[..., :INFORMATIVE], self.matrices)
         return tokens, clusters, answers.argmax(dim=-1).gather(2, clusters[..., None]).squeeze(2)
@@ -240,6 +278,7 @@ class Structure:
     separations: Sequence[Sequence[float]] = SEPARATIONS
     seeds: Sequence[Sequence[int]] = SEEDS
     steps: int = STEPS
+    layout: Clusters | None = None  # None is that of the source
 
 
 PLANTED = Structure()
@@ -250,9 +289,9 @@ def trained(
 ) -> tuple[Source, Bed]:
     """A row after training as a user's own loop would, and the source of what it has not seen."""
     torch.manual_seed(seed)
-    source, model, steps = of.source(separation, seed), of.bed(row), steps or of.steps
+    source, model, steps = of.source(separation, seed, of.layout), of.bed(row), steps or of.steps
     if isinstance(model.reader, ImageReader):
-        seen = of.source(separation, seed)  # what it is trained on
+        seen = of.source(separation, seed, of.layout)  # what it is trained on
         images = torch.cat([as_images(seen.draw()[0], model.pixels) for _ in range(TESTED)])
         model.reader.fit(model.reader.features(images))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
@@ -290,7 +329,7 @@ def score(
             for layer, record in records.items():
                 for name, (experts, _) in record.chosen.items():
                     # -1, of no expert, is the last row, which does not count
-                    met = torch.zeros(record.num_experts + 1, source.clusters)
+                    met = torch.zeros(record.num_experts + 1, source.layout.number)
                     met = counts.setdefault((layer, name), met)
                     met.index_put_((experts[..., 0], clusters), torch.ones(()), True)
     for (_, name), met in counts.items():
@@ -306,11 +345,18 @@ def score(
 
 
 def table_of(scores: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown: accuracy in percent by separation, with its deviation over seeds, and nats."""
+    """In Markdown: accuracy in percent by separation, with its deviation over seeds, and nats.
+
+    Several generators have a line each.
+    """
     lines = []
-    for row, of_row in pd.DataFrame(scores).groupby('row', sort=False):
+    frame = pd.DataFrame(scores)
+    keys = [key for key in ('generator',) if key in frame and frame[key].nunique() > 1]
+    for (*generator, row), of_row in frame.groupby([*keys, 'row'], sort=False):
         deciders = ' / '.join(of_row.deciders.iloc[0])
-        accuracy, nats = {'row': f'{row} ({deciders})' if ' / ' in deciders else row}, {}
+        accuracy = dict(zip(keys, generator, strict=True))
+        accuracy['row'] = f'{row} ({deciders})' if ' / ' in deciders else row
+        nats: dict[str, str] = {}
         for s, at in of_row.groupby('separation'):
             deviation = f' ± {at.accuracy.std():.1f}' if len(at) > 1 else ''
             accuracy[f's = {s:g}'] = f'{at.accuracy.mean():.1f}{deviation}'
@@ -321,8 +367,11 @@ def table_of(scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 @styled
-def plot_control(scores: Sequence[Mapping[str, Any]], of: type[Source] = Source) -> Figure:
-    """Draws accuracy and information over separation; what is no usual form is grey."""
+def plot_control(scores: Sequence[Mapping[str, Any]], of: Structure = PLANTED) -> Figure:
+    """Draw accuracy and information over separation, means over seeds and generators.
+
+    A row that is no usual form is grey.
+    """
     frame = pd.DataFrame(scores).astype({'information': float})
     means = frame.groupby(['row', 'separation'])[['accuracy', 'information']].mean()
     figure = Figure(figsize=(8.6, 12))
@@ -339,9 +388,12 @@ def plot_control(scores: Sequence[Mapping[str, Any]], of: type[Source] = Source)
             style |= {'color': colour_of(place + place // 7), 'marker': marker_of(place)}
         for axes, number in ((upper, 'accuracy'), (lower, 'information')):
             axes.plot(means.loc[name].index, means.loc[name][number], **style)
-    upper.axhline(100 / of.labels, label='chance', color='0.5', linewidth=1)
-    lower.axhline(math.log(of.clusters), color='0.5', linewidth=1)
-    upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(80 / of.labels, 100))
+    upper.axhline(100 / of.source.labels, label='chance', color='0.5', linewidth=1)
+    number = (of.layout or of.source.layout).number
+    lower.axhline(math.log(number), color='0.5', linewidth=1)
+    upper.set(
+        title='right labels of new tokens, % (grey: other forms)', ylim=(80 / of.source.labels, 100)
+    )
     lower.set(
         title='what a choice tells of the cluster, nats (line: all there is)',
         xlabel='separation of clusters, over the deviation of the nuisance',

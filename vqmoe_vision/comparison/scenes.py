@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.engine.images import DIGITS, digit_scans
 
-from .control import GRID, IMAGES, TOKENS, Bed, Row, Source, Structure, as_images
+from .control import GRID, IMAGES, TOKENS, Bed, Clusters, Row, Source, Structure, as_images
 
 DOMAINS, PIXELS = 32, 8
 PATCH = PIXELS**2
@@ -32,7 +32,7 @@ class Scenes(Source):
     The separation is the deviation of a domain's pattern over that of all pixels.
     """
 
-    clusters, labels = DOMAINS, len(DIGITS)
+    labels, layout = len(DIGITS), Clusters(DOMAINS)
 
     def lay_out(self) -> None:
         """Draw what each domain does to a patch."""
