@@ -389,8 +389,8 @@ def plot_control(scores: Sequence[Mapping[str, Any]], of: Structure = PLANTED) -
         for axes, number in ((upper, 'accuracy'), (lower, 'information')):
             axes.plot(means.loc[name].index, means.loc[name][number], **style)
     upper.axhline(100 / of.source.labels, label='chance', color='0.5', linewidth=1)
-    number = (of.layout or of.source.layout).number
-    lower.axhline(math.log(number), color='0.5', linewidth=1)
+    num_clusters = (of.layout or of.source.layout).number
+    lower.axhline(math.log(num_clusters), color='0.5', linewidth=1)
     upper.set(
         title='right labels of new tokens, % (grey: other forms)', ylim=(80 / of.source.labels, 100)
     )
