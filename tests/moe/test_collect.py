@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_vision.moe import MoeLayer, collect_losses, moe_layers, update_state
+from vqmoe_vision.moe.collect import UNREAD
 
 from .conftest import CASES, D
 
@@ -137,3 +138,45 @@ def test_blocks_may_wait_for_one_backward_after_an_update(make_model, method, op
             total = total + model(x).square().mean() + collected.total()
     total.backward()
     torch.testing.assert_close(gradients(model), expected)
+
+
+def train_without_reading(model, read=lambda collected: None, mode=True):
+    model.train(mode)
+    with collect_losses(model) as collected:
+        model(tokens()).mean().backward()
+    read(collected)
+    with collect_losses(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    'read, mode, warns',
+    [
+        (lambda collected: None, True, True),
+        (lambda collected: collected.losses, True, False),  # as a log does, after the block
+        (lambda collected: None, False, False),  # an evaluation has no losses
+    ],
+)
+def test_losses_that_nobody_read_are_said_when_the_next_block_opens(
+    monkeypatch, recwarn, make_model, read, mode, warns
+):
+    monkeypatch.setattr('vqmoe_vision.moe.layer._said', set())
+    model = make_model('smoe')
+    train_without_reading(model, read, mode)
+    messages = [str(warning.message) for warning in recwarn]
+    assert [message == UNREAD for message in messages] == [True] * warns
+    train_without_reading(model, read, mode)  # once
+    assert len(recwarn) == warns
+
+
+def test_a_step_that_failed_or_read_its_losses_is_not_warned_of(monkeypatch, recwarn, make_model):
+    monkeypatch.setattr('vqmoe_vision.moe.layer._said', set())
+    model = make_model('smoe')
+    with pytest.raises(KeyError), collect_losses(model):
+        model(tokens())
+        raise KeyError
+    step(model, tokens())
+    with collect_losses(model), torch.no_grad():  # statistics alone
+        model(tokens())
+    step(model, tokens())
+    assert not recwarn

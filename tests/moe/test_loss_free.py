@@ -47,7 +47,7 @@ def tokens(seed: int, number: int = 40) -> Tensor:
 
 def collect(layer: RoutedMlp, *passes: Tensor) -> RoutedMlp:
     for x in passes:
-        with collect_losses(layer, update_state=False):
+        with torch.no_grad(), collect_losses(layer, update_state=False):
             layer(x)
     return layer
 
@@ -76,7 +76,7 @@ def test_a_bias_evens_a_load_that_is_uneven(method):
     layer, x = make(method, rate=0.002), tokens(0, 400)
     excess = []
     for _ in range(300):
-        with collect_losses(layer) as collected:
+        with torch.no_grad(), collect_losses(layer) as collected:
             layer(x + 2)  # a common mean: some experts win more
         excess.append(collected.stats['/load'].max().item() - 1 / E)
     assert excess[0] > 0.05 and sum(excess[-20:]) / 20 < excess[0] / 2

@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import check, check_type
-from .layer import MoeLayer
+from .layer import MoeLayer, warn_once
 from .losses import Loss, averaged_over_ranks
 from .optimizer import check_optimizer
 from .routing import perplexity
+
+UNREAD = (
+    'the losses of a collect_losses block were never read: add collected.total() to the loss, or '
+    'auxiliary losses are not part of it'
+)
 
 
 class Collected:
@@ -40,6 +45,12 @@ class Collected:
         self._added: list[tuple[str, Loss, int]] = []
         # of each layer, and of what was added, what is averaged over ranks already
         self._averaged: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
+        self._was_read = self._has_gradient = False
+
+    @property
+    def unread(self) -> bool:
+        """Whether there are losses of a training step that nobody has read."""
+        return not self._was_read and self._has_gradient
 
     def add(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
         """Let other losses be averaged over ranks, and be part of the total.
@@ -56,6 +67,10 @@ class Collected:
 
         Those of `add` come last.
         """
+        self._was_read = True
+        return self._read_losses()
+
+    def _read_losses(self) -> dict[str, Tensor]:
         if self._closed is not None:
             return self._closed[0]
         reported = {f'{name}/': layer.recorder.losses for name, layer in self._layers.items()}
@@ -95,6 +110,15 @@ class Collected:
             raise RuntimeError('collected.total() has no gradient after its block: call it inside')
         losses = list(self.losses.values())
         return torch.stack(losses).sum() if losses else torch.zeros(())  # of any device
+
+    def _close(self) -> None:
+        """Keep values alone: a kept graph would keep a whole training step alive."""
+        losses = self._read_losses()
+        self._has_gradient = any(value.requires_grad for value in losses.values())
+        detached = {name: value.detach() for name, value in losses.items()}
+        self._closed = (detached, self.stats)
+        self._averaged.clear()
+        self._added.clear()
 
     def summary(self) -> dict[str, float]:
         """One number per layer and statistic, for a log; see `summarize`."""
@@ -143,15 +167,17 @@ def collect_losses(
     if any(layer.recorder.active for layer in layers.values()):
         raise RuntimeError('collect_losses is already open for this model: blocks do not nest')
     collected = Collected(layers)
+    previous = {layer.recorder.collected for layer in layers.values()} - {None}
+    if any(block.unread for block in previous):
+        warn_once(UNREAD)
     try:
         for layer in layers.values():
+            layer.recorder.collected = collected
             if layer.apply_begin():
                 layer.guard.state_changed()
             layer.recorder.active = True
         yield collected
-        # losses lose their graph here, or a kept `Collected` would keep a whole step alive
-        losses = {name: value.detach() for name, value in collected.losses.items()}
-        collected._closed = (losses, collected.stats)
+        collected._close()
     except BaseException:
         for layer in layers.values():
             layer.observed = {}

@@ -52,6 +52,7 @@ class Recorder:
         # of what is decided for every token
         self.watcher: Callable[[Decisions, Tensor, Tensor], None] | None = None
         self.sums: Tensor | None = None  # over passes, which state learns from
+        self.collected: Any = None  # `Collected` of the last block
         self.stop()
 
     def stop(self) -> None:
