@@ -50,6 +50,19 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(trained, config, tmp_p
         assert same(resumed[name], whole[name]), name
 
 
+def test_a_forgotten_resume_leaves_the_earlier_run_as_it_is(trained, config, tmp_path):
+    run = shutil.copytree(trained, tmp_path / 'run')
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    with pytest.raises(SystemExit, match='--work-dir .*run holds .* --resume'):
+        train(config, run)
+    after = {path for path in run.rglob('*') if path.is_file()}
+    assert after - before.keys() <= {run / '.lock'}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    for path in run.glob('*.pth'):  # logs alone are in nobody's way
+        path.unlink()
+    train(config, run)
+
+
 @pytest.mark.parametrize('line', ['', "runner_type = 'Runner'\n"])
 def test_a_test_leaves_the_config_of_its_run(line, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / 'run')

@@ -27,7 +27,7 @@ from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.moe.config import check
 
 from .checkpoint import existing
-from .checkpoint_files import SaveError, in_use, newest_before, newest_checkpoint
+from .checkpoint_files import SaveError, in_use, newest_before, newest_checkpoint, newest_time
 from .checkpoint_hook import end_by
 from .config import (
     base_path,
@@ -172,6 +172,11 @@ def _latest(args: argparse.Namespace, folder: Path) -> str | None:
             return str(newest_checkpoint(folder, say, before))
         except FileNotFoundError:
             say('begins anew: nothing that this run has saved reads completely')
+    elif newest_time(folder):  # a new run would take its identity, and delete what is outdated
+        raise ValueError(
+            f'--work-dir {folder} holds the checkpoints of an earlier run: add --resume to go on '
+            'from them, or name another --work-dir'
+        )
     return None
 
 
