@@ -1,4 +1,5 @@
 import random
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,10 +19,12 @@ from timm.models import save_for_hf
 
 from vqmoe_vision.engine import checkpoint
 from vqmoe_vision.engine import model as model_module
-from vqmoe_vision.engine.checkpoint import read_state, start_from
+from vqmoe_vision.engine.checkpoint import read_content, read_state, start_from
 from vqmoe_vision.engine.model import read_normalization, start_model, weights_normalization
+from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.weights import network_of
 
 from .. import cases, refused
 from ..damaged import Call
@@ -149,6 +152,22 @@ def test_damage_is_found_where_torch_does_not_look(tmp_path):
         content[place] ^= bit
         path.write_bytes(content + bytes(more))
         refused('is damaged', read_state, str(path))
+
+
+@pytest.mark.parametrize('level', [0, 9])
+def test_compressed_entries_are_read_as_they_were_written(level, tmp_path):
+    content = {'state_dict': {'w': torch.arange(5000.0)}, 'meta': {STATED: {'img_size': [8, 8]}}}
+    torch.save(content, tmp_path / 'stored.pth')
+    path = tmp_path / 'deflated.pth'
+    with (
+        zipfile.ZipFile(tmp_path / 'stored.pth') as stored,
+        zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=level) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    torch.testing.assert_close(read_content(str(path)), content, rtol=0, atol=0)
+    network = network_of(str(path))
+    assert network is not None and network.img_size == (8, 8)
 
 
 def tiny(name: str, **kwargs: Any) -> Any:

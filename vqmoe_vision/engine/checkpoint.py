@@ -9,7 +9,6 @@ says the size and the checksum of each of them, and has a word in the place of e
 import os
 import re
 import threading
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from vqmoe_vision.models.weights import (
     beside_weights,
     describe,
     lacks_tensors,
+    load_content,
     network_of,
     reading,
     weights_in,
@@ -188,7 +188,7 @@ def check_content(path: str) -> None:
 
 def _load(file: str, verify: bool = True) -> Any:
     with _reading(file, verify):
-        return torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+        return load_content(file)
 
 
 def _checked_parts(content: Any, file: str) -> tuple[Path, dict[str, list[int]]]:

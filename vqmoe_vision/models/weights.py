@@ -130,6 +130,15 @@ def reading(source: str, verify: bool = True) -> Iterator[None]:
         ) from error
 
 
+def load_content(path: str) -> Any:
+    """Return all that a file of torch holds, mapped into memory where its entries are stored."""
+    mapped = zipfile.is_zipfile(path)
+    if mapped:  # torch would take the bytes of a compressed entry for those of its tensor
+        with zipfile.ZipFile(path) as archive:
+            mapped = {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+    return torch.load(path, 'cpu', weights_only=True, mmap=mapped)
+
+
 def unreadable(path: str) -> str:
     """What to say of a file whose bytes are no weights of torch."""
     if path.lower().endswith(('.npz', '.npy')):
@@ -253,9 +262,7 @@ def network_of(source: str) -> Network | None:
     if described.name or file.endswith('.safetensors') or not Path(file).is_file():
         return described.network(source)
     with reading(file, verify=False):
-        return network_of_run(
-            torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
-        )
+        return network_of_run(load_content(file))
 
 
 def check_one_source(arguments: Mapping) -> None:
