@@ -16,13 +16,14 @@ from vqmoe_vision.engine import cli, optim
 from vqmoe_vision.engine.checkpoint import read_content, read_state
 from vqmoe_vision.engine.cli import load_config, run
 from vqmoe_vision.engine.optim import suit_card, use_amp
+from vqmoe_vision.engine.publish import export, publish
 
 from .. import cases, refused
 from ..forked import spawn
 from ..rows import CONFIGS
 from ..runs import reports, score, train
 from ..soak.kinds import same
-from .tiny import write_config
+from .tiny import write_config, write_image
 
 
 @pytest.fixture
@@ -86,6 +87,30 @@ def test_a_run_goes_on_with_averages_if_it_has_them(saved, option, what, trained
     torch.save({**torch.load(file, weights_only=True), **saved}, file)
     with pytest.raises(SystemExit, match=what):
         train(config, file.parent, option, resume=True)
+
+
+@cases(
+    'change, message',
+    (lambda weight: weight.fill_(torch.nan), 'is damaged: model.head.weight has values nan or inf'),
+    (lambda weight: weight.fill_(torch.inf), 'is damaged: model.head.weight has values nan or inf'),
+    (lambda weight: weight.add(1).to(torch.int8), 'model.head.weight is torch.int8, not real'),
+)
+def test_weights_that_are_no_real_numbers_are_refused(change, message, trained, config, tmp_path):
+    work, image = tmp_path / 'run', tmp_path / 'a.png'
+    work.mkdir()
+    file = work / 'epoch_2.pth'
+    content = torch.load(trained / file.name, weights_only=True)
+    content['state_dict']['model.head.weight'] = change(content['state_dict']['model.head.weight'])
+    torch.save(content, file)
+    write_image(image)
+    for tool in (
+        lambda: score(config, file, tmp_path),
+        lambda: train(config, work, 'train_cfg.max_epochs=3', resume=True),
+        lambda: cli.predict([config, str(file), str(image), '--out-dir', str(tmp_path / 'out')]),
+        lambda: export([config, str(file), str(tmp_path / 'a.pt2')]),
+        lambda: publish([str(file), str(tmp_path / 'a.pth')]),
+    ):
+        refused(rf"epoch_2\.pth' .*{message}", tool, error=SystemExit)
 
 
 @pytest.mark.parametrize('linked', [False, True])

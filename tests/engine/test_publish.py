@@ -10,7 +10,13 @@ from mmengine.logging import HistoryBuffer
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import read_state
-from vqmoe_vision.engine.publish import export, publish, publish_folder, upcycle
+from vqmoe_vision.engine.publish import (
+    export,
+    publish,
+    publish_checkpoint,
+    publish_folder,
+    upcycle,
+)
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
 
@@ -42,6 +48,13 @@ def test_weights_config_and_classes_are_kept(tmp_path, capsys):
     network = network_of(str(file))
     assert network is not None and network.img_size == (32, 48)
     assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
+
+
+def test_a_mask_is_infinite_by_design(tmp_path):
+    file, mask = tmp_path / 'iter_2.pth', torch.tensor([0.0, -torch.inf])
+    content = torch.load(write(file), weights_only=True)
+    torch.save({**content, 'state_dict': {'mask': mask}}, file)
+    assert torch.equal(read_state(str(publish_checkpoint(str(file), str(file))))['mask'], mask)
 
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=5)

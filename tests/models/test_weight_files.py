@@ -16,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import load_from_local, start_from
+from vqmoe_vision.models.compat import refuse_values
 from vqmoe_vision.models.create import create_model, create_saved
 
 from .. import cases, refused
@@ -121,6 +122,14 @@ def test_tensors_without_values(name, change, tmp_path):
     for way, read in ways(path).items():
         if way != 'load_from' or name == 'head.weight':  # mmengine asks for values alone
             refused(rf'^checkpoint .* {re.escape(name)}', read)
+
+
+def test_a_buffer_may_be_infinite_where_it_is_built_so():
+    mask = torch.tensor([0.0, -torch.inf])
+    refuse_values({'mask': mask}, {'mask': mask}, 'a.pth')
+    for initial, value in ((mask.isinf().float(), mask), (mask, mask * 0), (mask.to('meta'), mask)):
+        state = {'mask': value}  # -inf * 0 is nan
+        refused(r"'a\.pth' .* mask has", refuse_values, {'mask': initial}, state, 'a.pth')
 
 
 @pytest.mark.parametrize('stated', [{}, {'mean': 0.1, 'std': 0.4}])

@@ -155,8 +155,7 @@ class CheckpointFitHook(Hook):
             with_kernels(checkpoint['optimizer'], runner.optim_wrapper.optimizer)
         path = os.path.expanduser(str(runner._load_from))
         check_experts(unwrapped(runner).routed_model, path, checkpoint)
-        if problem := unwrapped(runner).misfit(checkpoint.get('state_dict', checkpoint)):
-            raise ValueError(f'the checkpoint does not fit the model: {problem}')
+        unwrapped(runner).check_state_dict(checkpoint.get('state_dict', checkpoint), path)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Says as plain values what whoever loads the weights has to know of their run."""

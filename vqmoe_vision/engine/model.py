@@ -22,7 +22,14 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vqmoe_vision.models.compat import StateDict, compare, misfit_of, network_of_run, part_of
+from vqmoe_vision.models.compat import (
+    StateDict,
+    compare,
+    misfit_of,
+    network_of_run,
+    part_of,
+    refuse_values,
+)
 from vqmoe_vision.models.create import share_start, without_weights
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer, stated_normalization
 from vqmoe_vision.models.weights import check_one_source, describe, network_of, source_of
@@ -208,6 +215,14 @@ class MoeTrainingMixin:
                 return f'it looks like the checkpoint of a {kind}'
         return misfit_of(model, self.in_own_names({KEY: self.normalization, **own}))
 
+    def check_state_dict(self, state_dict: StateDict, path: str) -> None:
+        """Refuse weights of other names, shapes or kinds of numbers, and those that are none."""
+        model: Any = self
+        if problem := self.misfit(state_dict):
+            raise ValueError(f'checkpoint {path!r} does not fit the config: {problem}')
+        weights = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+        refuse_values(model.state_dict(), self.in_own_names(weights), path)
+
     def in_own_names(self, state: StateDict) -> StateDict:
         """The state of a file of timm in the names of a run, whose own stays as it is."""
         if self.routed_model.state_dict().keys().isdisjoint(state):
@@ -365,8 +380,7 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
     if (known := read_normalization(checkpoint)) is not None:
         state.setdefault(KEY, known.values())  # a folder of timm has it beside its weights
     check_experts(model.routed_model, checkpoint)
-    if problem := model.misfit(state):
-        raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
+    model.check_state_dict(state, checkpoint)
     load_state_dict(model, state, strict=True)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
 

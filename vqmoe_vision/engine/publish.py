@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -21,7 +21,7 @@ from mmengine.config import Config
 from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.arguments import parser_of
-from vqmoe_vision.models.compat import STATED, shorten
+from vqmoe_vision.models.compat import STATED, refuse_values, shorten
 from vqmoe_vision.models.create import create_model, create_saved
 from vqmoe_vision.models.export import (
     SUFFIXES,
@@ -76,12 +76,24 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
     # what starting from the file and a reader want to know, and mmseg's functions elsewhere
     kept = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
     meta = {k: v for k, v in _meta(content, checkpoint).items() if k in kept}
+    _check_values(content['state_dict'], checkpoint)
     torch.save({'meta': meta, 'state_dict': content['state_dict']}, buffer)
     digits = sha256(buffer.getvalue()).hexdigest()[:8]
     target = Path(out).with_name(f'{Path(out).stem}-{digits}.pth')
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, buffer.getvalue())
     return target
+
+
+def _check_values(state_dict: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse weights that are no numbers, or whole ones, as far as names and values tell."""
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    expected = {
+        name: value.to('meta', torch.float if name.endswith(('.weight', '.bias')) else value.dtype)
+        for name, value in tensors.items()
+        if value.float().nan_to_num(1, 1, 0).any()  # a mask has zeros and -inf alone
+    }
+    refuse_values(expected, {name: tensors[name] for name in expected}, checkpoint)
 
 
 def _meta(content: Any, checkpoint: str) -> dict[str, Any]:

@@ -232,13 +232,17 @@ def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
     for name, value in state.items():
         if name not in expected and layer_of(name) not in layers:
             continue
-        real = name not in expected or expected[name].is_floating_point()
+        initial = expected.get(name)
+        real = initial is None or initial.is_floating_point()
         if value.is_floating_point() != real:
             kind = 'real' if real else 'whole'
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: {name} is {value.dtype}, not {kind}'
             )
-        if real and not torch.isfinite(value.float()).all():
+        if not real or torch.isfinite(value.float()).all():
+            continue
+        # a buffer such as a mask may be built infinite
+        if initial is None or initial.is_meta or initial.isfinite().all() or value.isnan().any():
             raise ValueError(f'checkpoint {path!r} is damaged: {name} has values nan or infinite')
 
 
