@@ -151,6 +151,17 @@ def test_without_the_extra(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings('ignore')  # torch deprecates it
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_trace_answers_as_its_model(variant):
+    method, options = VARIANTS[variant]
+    model = make(method, **{**SMALL, **options}).eval()
+    with torch.no_grad():  # as torch checks a trace, and `rotation_trick` is another graph without
+        traced = torch.jit.trace(model, torch.randn(2, 3, 16, 16))
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(traced(images), model(images), **CLOSE)
+
+
+@pytest.mark.filterwarnings('ignore')  # torch deprecates it
 def test_a_trace_of_equal_groups_can_be_saved(tmp_path):
     model, images = make('softmoe', **SMALL).eval(), torch.randn(2, 3, 16, 16)
     torch.jit.save(torch.jit.trace(model, images), tmp_path / 'model.pt')

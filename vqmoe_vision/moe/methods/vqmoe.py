@@ -187,6 +187,8 @@ class ContinuousRouter(Router):
     renormalise either: renormalised, one weight is 1, as if the router were not trained.
     """
 
+    experts_per_token: float = 1  # `torch.jit.trace` reads every attribute
+
     def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
         super().__init__()
         self.config = config
