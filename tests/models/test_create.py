@@ -14,8 +14,10 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vqmoe_vision import collect_losses
 from vqmoe_vision.models import complexity
 from vqmoe_vision.models.create import create_model, options_in_full, share_start
+from vqmoe_vision.moe import METHODS
 
 from .. import cases
 from ..variants import VARIANTS
@@ -38,6 +40,27 @@ def test_a_dense_model_is_widened_by_mlps(extra_mlps, options, hidden):
     # 4 patches and the class token through two products of 12 x hidden, for each MLP
     one = 5 * 2 * 12 * plain.blocks[0].mlp.fc1.out_features
     assert complexity(model).macs - complexity(plain).macs == extra_mlps * one
+
+
+SIGLIP = 'vit_so400m_patch14_siglip_384'  # 384 = 27 * 14 + 6: timm leaves six rows out
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_experts_in_a_release_whose_images_are_no_whole_patches(method):
+    sizes = {'embed_dim': 16, 'depth': 1, 'num_heads': 1, 'num_classes': 3}
+    options = {'method': method, 'moe_layers': (0,), 'num_experts': 2}
+    model: Any = create_model(SIGLIP, options, **sizes)
+    images = torch.randn(2, 3, 384, 384)
+    with collect_losses(model) as collected:
+        assert model(images).isfinite().all() and collected.total().isfinite()
+    model.eval()
+    cut = images.clone()
+    cut[:, :, 27 * 14 :] = 5
+    if method != 'stablemoe':  # which averages all rows into its cells
+        assert torch.equal(model(cut), model(images))
+    for other in ({'img_size': 380}, {'patch_size': 10}):
+        with pytest.raises(ValueError, match='img_size=.* a multiple of patch_size'):
+            create_model(SIGLIP, options, **sizes, **other)
 
 
 SIZES = {'depth': 2, 'embed_dim': 24, 'num_heads': 2, 'img_size': 32, 'num_classes': 3}

@@ -72,14 +72,15 @@ class FeatureViT(VisionTransformer):
         return (*self.patch_embed.img_size, *self.patch_embed.patch_size)
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def grid_size(self: Any) -> tuple[int, int]:
         """Rows and columns of patches."""
-        height, width, rows, columns = self.sizes
-        return -(-height // rows), -(-width // columns)
+        return self.patch_embed.dynamic_feat_size(self.sizes[:2])
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in whole patches, as images of a model that pads them come."""
+    def image_size(self: Any) -> tuple[int, int]:
+        """Height and width of its images, in whole patches where the model pads them."""
+        if not self.patch_embed.dynamic_img_pad:
+            return self.sizes[:2]
         return self.grid_size[0] * self.sizes[2], self.grid_size[1] * self.sizes[3]
 
 

@@ -90,7 +90,8 @@ def create_model(
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
         model = _create(model_name, kwargs)
-    check_patches(model, kwargs)
+    published = timm.get_pretrained_cfg(model_name)
+    check_patches(model, kwargs, published.input_size if published else ())
     return model
 
 

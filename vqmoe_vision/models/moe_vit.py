@@ -169,13 +169,16 @@ def check_vit_arguments(kwargs: dict) -> None:
     check(int(width * ratio) >= 1, 'mlp_ratio', ratio, 'wide enough for one hidden feature')
 
 
-def check_patches(model: nn.Module, kwargs: dict) -> None:
-    """Refuse a size whose last pixels timm would cut off."""
+def check_patches(model: nn.Module, kwargs: dict, published: tuple[int, ...] = ()) -> None:
+    """Refuse a size whose last pixels timm would cut off, but for the size of published weights."""
     embed = getattr(model, 'patch_embed', None)
     size, patch = getattr(embed, 'img_size', None), getattr(embed, 'patch_size', None)
-    if size is not None and patch is not None:
+    size = kwargs.get('img_size', size)
+    if size is None or patch is None:
+        return
+    if 'patch_size' in kwargs or to_2tuple(size) != published[-2:]:
         padded = kwargs.get('dynamic_img_pad') and kwargs.get('dynamic_img_size')
-        _check_whole_patches(kwargs.get('img_size', size), patch, bool(padded))
+        _check_whole_patches(size, patch, bool(padded))
 
 
 def _check_whole_patches(img_size: Any, patch_size: Any, padded: bool) -> None:
