@@ -1,11 +1,13 @@
 """GELU computed again in the backward pass: same numbers, and what is kept until then."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from timm.layers import GELU, GELUTanh, QuickGELU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +56,8 @@ def test_the_docs_say_what_a_layer_keeps(method):
     assert found == pytest.approx([float(cell) for cell in row.split('|')[: len(found)]], rel=0.02)
 
 
-FORMS = ['batched', 'reference', 'compiled', 'checkpointed', 'autocast', 'frozen', 'tanh']
+ACTS = {'tanh': partial(nn.GELU, 'tanh'), 'timm': GELU, 'compiled timm tanh': GELUTanh}
+FORMS = ['batched', 'reference', 'compiled', 'checkpointed', 'autocast', 'frozen', *ACTS]
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -66,16 +69,16 @@ def test_numbers_are_equal_to_the_bit(form):
             return dispatch.run_experts(experts, x, routing)
 
     plain, x, indices, weights = make_case(T, E, K, D, H, bias=True)
-    again = Experts(E, D, H, recompute='gelu', dtype=torch.float64)
+    plain.act, act = ACTS.get(form, nn.GELU)(), ACTS.get(form, nn.GELU)
+    again = Experts(E, D, H, act, recompute='gelu', dtype=torch.float64)
     again.load_state_dict(plain.state_dict())
     found = []
     for experts in (plain.float(), again.float()):
         if form == 'frozen':
             experts.fc2.requires_grad_(False)
-        if form == 'tanh':
-            experts.act = nn.GELU('tanh')
         torch._dynamo.reset()
-        of = torch.compile(run, backend='aot_eager', fullgraph=True) if form == 'compiled' else run
+        compiled = form.startswith('compiled')
+        of = torch.compile(run, backend='aot_eager', fullgraph=True) if compiled else run
         with use_kernel('reference' if form == 'reference' else 'batched'):
             case = experts, x.float(), indices.contiguous(), weights.float()
             found.append(run_and_backward(of, *case))
@@ -83,6 +86,6 @@ def test_numbers_are_equal_to_the_bit(form):
 
 
 def test_what_cannot_be_computed_again_is_refused():
-    for options in ({'drop': 0.1}, {'act_layer': nn.ReLU}):
+    for options in ({'drop': 0.1}, {'act_layer': nn.ReLU}, {'act_layer': QuickGELU}):
         with pytest.raises(ValueError, match=r'^recompute='):
             Experts(E, D, H, recompute='gelu', **options)

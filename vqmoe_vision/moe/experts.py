@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 
 from .config import check
@@ -26,6 +27,13 @@ class Stacked(nn.Module):
 
     stacks_experts = True  # what `per_expert` looks for
     own: Callable[[Any], Tensor] = staticmethod(lambda whole: whole)  # takes this process's part
+
+
+def gelu_approximation(act: nn.Module) -> str | None:
+    """Return `approximate` of `F.gelu` for torch's or timm's GELU, None for any other activation."""
+    if type(act) is nn.GELU:
+        return act.approximate
+    return {GELU: 'none', GELUTanh: 'tanh'}.get(type(act))
 
 
 class StackedNorm(Stacked):
@@ -226,9 +234,10 @@ class Experts(Switched):
             self.norm = StackedNorm(num_experts, hidden_features, norm_eps, **factory)
         self.fc2 = StackedLinear(num_experts, hidden_features, in_features, bias, **factory)
         self.drop2 = nn.Dropout(drop)
-        again = type(self.act) is nn.GELU and drop == 0 and gate is None and norm_eps is None
-        allowed = 'None, but with GELU and neither gate, norm nor dropout'
-        check(again or not recompute, 'recompute', recompute, allowed)
+        is_gelu = gelu_approximation(self.act) is not None
+        possible = is_gelu and drop == 0 and gate is None and norm_eps is None
+        allowed = "None, but with torch's or timm's GELU and neither gate, norm nor dropout"
+        check(possible or not recompute, 'recompute', recompute, allowed)
 
     def first_layers(self) -> list[StackedLinear]:
         """Those that read the tokens; that of a gate comes first."""
@@ -270,7 +279,7 @@ class Experts(Switched):
         """Both layers, each by `apply`."""
         parts = [apply(layer, rows) for layer in self.first_layers()]
         if self.recompute:  # GELU alone, and nothing drops
-            return apply(self.fc2, *parts, gelu=self.act.approximate)
+            return apply(self.fc2, *parts, gelu=gelu_approximation(self.act))
         if self.gate is None:
             hidden = self.act(*parts)
         else:
