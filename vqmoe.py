@@ -37,7 +37,6 @@ def main() -> None:
             sys.exit(f'error: there is no config {config}')
     script = folder / 'tools' / f'{args.tool}.py'
     sys.argv = [str(script), *sys.argv[2:]]
-    sys.path.insert(0, '')  # as `python -m` does: a config may import modules beside it
     try:
         runpy.run_path(str(script), run_name='__main__')
     except SystemExit as end:
@@ -47,4 +46,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    if __spec__ is not None and not getattr(sys.flags, 'safe_path', False):
+        sys.path.pop(0)  # the current folder, which `python -m vqmoe` has put first
     main()

@@ -42,7 +42,7 @@ def run_tool(
     file_size: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Runs a program of `tools/`, or a module, as a shell would, in a folder of its own modules.
+    """Runs a program of `tools/`, or a module, as a shell would, in a folder.
 
     It may write `file_size` bytes into a file at most, and have variables beside those of this
     process.
@@ -71,7 +71,7 @@ def _run(tool, arguments, folder, files, environment, file_size) -> None:
     os.environ.update(environment)
     os.chdir(folder)
     script, is_file = str(ROOT / 'tools' / tool), tool.endswith('.py')
-    sys.path[:0] = [str(folder), str(ROOT)]
+    sys.path.insert(0, str(ROOT))
     sys.argv = [script, *arguments]
     sys.orig_argv = [sys.executable, *sys.argv]
     quicken()

@@ -195,14 +195,38 @@ def test_examples_in_the_help_of_a_tool_are_possible_and_reach_it_as_they_are(to
         return {}
 
     monkeypatch.setattr(runpy, 'run_path', run)
-    monkeypatch.setattr(sys, 'path', sys.path[1:])
+    before = [*sys.path]
     for example in examples:
         parser_of(tool).parse_args(shlex.split(example))
         words = [word if word != 'CONFIG' else __file__ for word in shlex.split(example)]
         monkeypatch.setattr(sys, 'argv', ['vqmoe', tool, *words])
         vqmoe.main()
         assert ran.pop() == [str(script), *words]
-        assert sys.path[0] == ''  # a config imports modules of the user's folder
+        assert sys.path == before  # what lies in the user's folder is not imported
+
+
+STARTS = ['tools/train.py'], ['vqmoe.py', 'train'], ['-m', 'vqmoe'], ['-m', 'vqmoe_vision']
+
+
+@pytest.mark.parametrize('start', STARTS, ids=' '.join)
+def test_no_module_comes_from_the_current_folder(start, tmp_path):
+    """`custom_imports` come from the folder of their config, behind what is installed."""
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    for folder in (here, there):
+        folder.mkdir()
+        for module in ('torch', 'timm', 'mmengine', 'absent'):
+            (folder / f'{module}.py').write_text('raise SystemExit(f"{__file__} was run")')
+    config = "_base_ = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'\n"
+    (there / 'a.py').write_text(f"{config}custom_imports = dict(imports=['beside'])")
+    (there / 'beside.py').write_text(
+        'import sys\nplaces = [path for path in sys.path if path in ("", %r, %r)]\n'
+        'raise ValueError(f"{places}")' % (str(here), str(there))
+    )  # fmt: skip
+    program = [start[0] if start[0] == '-m' else str(ROOT / start[0]), *start[1:]]
+    arguments = ['train'] * (start[0] == '-m') + ['../there/a.py']
+    ran = [sys.executable, *program, *arguments]
+    done = subprocess.run(ran, cwd=here, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"error: {[str(there)]}"
 
 
 @pytest.mark.long  # most of a minute, for it draws the whole report

@@ -12,5 +12,5 @@ where=(--standalone)  # on a free port
 if [ "${NNODES:-1}" != 1 ]; then
     where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")
 fi
-PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec torchrun "${where[@]}" --nproc_per_node="$3" \
+PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec torchrun "${where[@]}" --nproc_per_node="$3" \
     "$tools/test.py" "$1" "$2" --launcher pytorch "${@:4}"

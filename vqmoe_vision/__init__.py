@@ -1,5 +1,13 @@
 """Vision transformers with mixture-of-experts layers; importing registers them with timm."""
 
+import sys
+
+if (  # `python -m` has put the current folder first, where no file may stand for torch or timm
+    sys.argv[:1] == ['-m']
+    and sys.orig_argv[-len(sys.argv)].removeprefix('-m').partition('.')[0] == __name__
+    and not getattr(sys.flags, 'safe_path', False)
+):
+    sys.path.pop(0)
 from pathlib import Path
 
 from . import models

@@ -26,8 +26,7 @@ def main() -> None:
         parser.exit(2, f'script={args.script} is not possible: there is no such file\n')
     install()
     sys.argv = [args.script, *args.arguments]
-    # the modules beside the script, not those of the working directory
-    sys.path[0] = str(Path(args.script).resolve().parent)
+    sys.path.insert(0, str(Path(args.script).resolve().parent))
     runpy.run_path(args.script, run_name='__main__')
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,7 +21,7 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
-from mmengine.utils import track_iter_progress
+from mmengine.utils import import_modules_from_strings, track_iter_progress
 from torch import nn
 
 from vqmoe_vision.arguments import parser_of
@@ -84,10 +85,26 @@ def load_config(
     with ExitStack() as patched:
         for name, own in ours:
             patched.enter_context(patch.object(Config, name, staticmethod(own)))
-        config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
+        config = Config.fromfile(find_config(path), import_custom_modules=False)
+    if import_modules and (modules := config.get('custom_imports')):
+        import_modules_beside(config.filename, **modules)
     merge_options(config, options or {})
     expand(config)
     return config
+
+
+def import_modules_beside(
+    path: str, imports: str | list[str], allow_failed_imports: bool = False
+) -> None:
+    """Import the `custom_imports` of a config: installed modules, or those in its own folder."""
+    folder = str(Path(path).resolve().parent)
+    for name in [imports] if isinstance(imports, str) else imports:
+        if find_spec(package := name.partition('.')[0]) is None:
+            sys.path.append(folder)  # behind the installed packages
+            is_there = allow_failed_imports or find_spec(package) is not None
+            allowed = f'a module that is installed, in {folder}, or in a folder of PYTHONPATH'
+            check(is_there, 'custom_imports', name, allowed)
+    import_modules_from_strings(imports, allow_failed_imports)
 
 
 def make_folder(folder: Path) -> None:
