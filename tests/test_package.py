@@ -219,14 +219,14 @@ def test_no_module_comes_from_the_current_folder(start, tmp_path):
     config = "_base_ = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'\n"
     (there / 'a.py').write_text(f"{config}custom_imports = dict(imports=['beside'])")
     (there / 'beside.py').write_text(
-        'import sys\nplaces = [path for path in sys.path if path in ("", %r, %r)]\n'
-        'raise ValueError(f"{places}")' % (str(here), str(there))
-    )  # fmt: skip
+        f'import sys\nfolders = {["", str(here), str(there)]}\n'
+        'raise ValueError([path for path in sys.path if path in folders])'
+    )
     program = [start[0] if start[0] == '-m' else str(ROOT / start[0]), *start[1:]]
     arguments = ['train'] * (start[0] == '-m') + ['../there/a.py']
     ran = [sys.executable, *program, *arguments]
     done = subprocess.run(ran, cwd=here, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == f"error: {[str(there)]}"
+    assert done.stderr.splitlines()[-1] == f'error: {[str(there)]}'
 
 
 @pytest.mark.long  # most of a minute, for it draws the whole report

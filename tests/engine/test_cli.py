@@ -54,7 +54,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(trained, config, tmp_p
 def test_a_forgotten_resume_leaves_the_earlier_run_as_it_is(trained, config, tmp_path):
     run = shutil.copytree(trained, tmp_path / 'run')
     before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
-    with pytest.raises(SystemExit, match='--work-dir .*run holds .* --resume'):
+    with pytest.raises(SystemExit, match=r'--work-dir .*run holds .* --resume'):
         train(config, run)
     after = {path for path in run.rglob('*') if path.is_file()}
     assert after - before.keys() <= {run / '.lock'}

@@ -59,7 +59,7 @@ def test_experts_in_a_release_whose_images_are_no_whole_patches(method):
     if method != 'stablemoe':  # which averages all rows into its cells
         assert torch.equal(model(cut), model(images))
     for other in ({'img_size': 380}, {'patch_size': 10}):
-        with pytest.raises(ValueError, match='img_size=.* a multiple of patch_size'):
+        with pytest.raises(ValueError, match=r'img_size=.* a multiple of patch_size'):
             create_model(SIGLIP, options, **sizes, **other)
 
 

@@ -244,3 +244,39 @@ def test_dev_is_set_aside_of_train_in_runs_of_neighbours():
     assert sum(b - a > 1 for a, b in pairwise(dev)) + 1 <= 4
     # as in the rows that are checked in: with others their scores would not compare
     assert dev == [*range(40, 80), *range(196, 215), 272]
+
+
+BINARY = """
+classes = ('background', 'leaf')
+for loader in (train_dataloader, val_dataloader):
+    loader['dataset']['metainfo'] = dict(classes=classes, palette=[[0, 0, 0], [0, 128, 0]])
+model['decode_head']['num_classes'] = 2
+del loader
+"""
+
+
+@cases(
+    'values, option, warns',
+    ((0, 255), '', None),  # a mask as people paint it: its 255 is ignored
+    ((1, 255), '', None),
+    ((0, 1), '', False),
+    ((0, 1, *[255] * 98), '', True),
+    ((0, 1, *[255] * 98), 'train_dataloader.dataset.max_ignored_share=1.0', False),
+)
+def test_label_maps_of_one_class_are_refused_and_those_all_but_ignored_are_said(
+    values, option, warns, tmp_path, capsys
+):
+    data = tmp_path / 'data'
+    labels = np.resize(np.array(values), (20, 30))
+    for name in ('train/a', 'train/b', 'val/a', 'val/b'):
+        write_pair(data, f'images/{name}.jpg', f'masks/{name}.png', labels)
+    (tmp_path / 'mine.py').write_text(printed_config('Segmentation', str(data)) + BINARY)
+    (tmp_path / 'tiny.py').write_text(TINY)
+    config, options = str(tmp_path / 'tiny.py'), [option] if option else []
+    if warns is None:
+        with pytest.raises(SystemExit, match=r'masks/train/a\.png .* reduce_zero_label'):
+            train(config, tmp_path / 'w', *options)
+        return
+    train(config, tmp_path / 'w', *options)
+    printed = capsys.readouterr()
+    assert ('are ignored' in printed.err + printed.out) == warns

@@ -1,11 +1,15 @@
 """Segmentation data sets that say what is missing, where it belongs and where to get it."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from mmengine.logging import print_log
 from mmseg.datasets import ADE20KDataset, BaseSegDataset, CityscapesDataset, PascalContextDataset59
+from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.config import STOCK_LOADING, renamed
@@ -19,7 +23,7 @@ from vqmoe_vision.engine.images import (
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
-from .transforms import LOADING, named
+from .transforms import LOADING, UNREADABLE, named
 
 PARTS = ('all', 'train', 'dev')
 _PAGE = 'docs/how-to/segmentation.md says where to get the data set, and how to lay it out'
@@ -69,6 +73,43 @@ def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
     return sorted(dev if part == 'dev' else {*range(num_pairs)} - {*dev})
 
 
+def check_label_maps(dataset: Any, ignore_index: int) -> None:
+    """Refuse label maps of one class alone, and warn where most pixels are ignored.
+
+    Args:
+        dataset: The training data, of which up to 200 label maps are read, spread evenly.
+        ignore_index: The label that no loss counts.
+
+    Raises:
+        ValueError: Other labels than one class and `ignore_index` are in none of the label maps.
+    """
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(200, len(dataset))).astype(int))
+    samples = [dataset.get_data_info(int(index)) for index in indices]
+    samples = [sample for sample in samples if sample.get('seg_map_path')]
+    counts = np.zeros(256, np.int64)
+    for sample in samples:
+        with suppress(*UNREADABLE):  # whoever loads the sample for training names its file
+            label_map = LoadAnnotations().transform(dict(sample))['gt_seg_map']
+            counts += np.bincount(label_map.ravel().astype(np.uint8), minlength=256)
+    if not counts.any() or len(dataset.metainfo['classes']) < 2:
+        return
+    ignored_share = counts[ignore_index] / counts.sum()
+    classes = np.delete(counts, ignore_index).nonzero()[0]
+    path, mend = samples[0]['seg_map_path'], 'reduce_zero_label or metainfo'
+    if len(classes) < 2:
+        raise ValueError(
+            f'{path} and {len(samples) - 1} other label maps hold the class {classes.tolist()} and '
+            f'the ignored {ignore_index} alone: see {mend} in docs/how-to/own-data.md'
+        )
+    if ignored_share > getattr(dataset, 'max_ignored_share', 0.95):
+        print_log(
+            f'{ignored_share:.1%} of the pixels of {len(samples)} label maps, such as {path}, are '
+            f'ignored: see {mend}, or set max_ignored_share=1.0 in train_dataloader.dataset',
+            'current',
+            logging.WARNING,
+        )
+
+
 @DATASETS.register_module()
 class CheckedDataset(BaseSegDataset):
     """A folder of images and one of label maps, complete or refused.
@@ -79,6 +120,7 @@ class CheckedDataset(BaseSegDataset):
         part: 'all' of the pairs, or 'train' or 'dev': what is set aside to choose by, always the
             same.
         dev_size: Number of pairs of 'dev', which 'train' leaves out.
+        max_ignored_share: Share of ignored pixels above which a training warns; 1 never does.
         metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
             colour (R, G, B) of 0..255 for each; of a data set with classes, some of them.
         **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
@@ -95,7 +137,12 @@ class CheckedDataset(BaseSegDataset):
     source = 'docs/how-to/own-data.md says how to lay out a data set'
 
     def __init__(
-        self, metainfo: dict | None = None, part: str = 'all', dev_size: int = 0, **kwargs: Any
+        self,
+        metainfo: dict | None = None,
+        part: str = 'all',
+        dev_size: int = 0,
+        max_ignored_share: float = 0.95,
+        **kwargs: Any,
     ) -> None:
         metainfo = coloured(type(self), metainfo)
         if 'data_prefix' in kwargs:
@@ -105,7 +152,9 @@ class CheckedDataset(BaseSegDataset):
             kwargs['data_prefix'] = named
         # a config has the stock names, for which mmseg's inference looks in a pipeline
         kwargs['pipeline'] = renamed(kwargs.get('pipeline', []), STOCK_LOADING, set())
+        check(0 <= max_ignored_share <= 1, 'max_ignored_share', max_ignored_share, 'from 0 to 1')
         self.part, self.dev_size = part, dev_size
+        self.max_ignored_share = max_ignored_share
         super().__init__(metainfo=metainfo, **kwargs)
 
     @property

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.config import ConfigDict
+from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.logging import print_log
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
@@ -28,6 +31,7 @@ from vqmoe_vision.moe.config import check
 
 from . import mmseg_patches
 from .backbone import TimmViT
+from .datasets import check_label_maps
 from .inference import Overlays
 from .preprocessor import (
     class_of,
@@ -204,6 +208,18 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def _window(self) -> tuple[int, int]:
         return self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
+
+    @override
+    def check_batches(self, loader: DataLoader) -> None:
+        problem: list[ValueError | None] = [None]
+        if get_rank() == 0:  # the others hear of it
+            try:
+                check_label_maps(loader.dataset, self.decode_head.ignore_index)
+            except ValueError as error:
+                problem = [error]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise problem[0]
 
     def source(self, dataset: Any, folder: str | None = None) -> Source:
         """As the classifier's, what one window of a test sees."""

@@ -31,7 +31,7 @@ LOADING_LABELS = frozenset({'LoadAnnotations', 'LoadLabels'})
 LOADING_IMAGES = frozenset({'LoadImageFromFile', 'LoadImage'})
 LOADING = LOADING_LABELS | LOADING_IMAGES
 # What decoders raise for a damaged file.
-_UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, struct.error, cv2.error)
+UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, struct.error, cv2.error)
 
 
 @contextmanager
@@ -179,7 +179,7 @@ class LoadLabels(LoadAnnotations):
                 # all other modes have 8 bits or fewer
                 wide = np.asarray(file) if file.mode.startswith(('I', 'F')) else np.empty(0)
             results = super().transform(results)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f'{path} cannot be read as a label map: {error}') from error
         labels, size = results['gt_seg_map'], results['ori_shape']
         if bands > 1 or labels.size != math.prod(shape):
