@@ -41,7 +41,7 @@ def fill(text: str, find: Callable[[str], Made], folder: Path) -> str:
     Args:
         text: Of the page.
         find: Gives a comparison by its name.
-        folder: Where `control.json` and `scenes.json` lie.
+        folder: Where `control.json`, `scenes.json` and `generators.json` lie.
     """
 
     def table(block: re.Match[str]) -> str:
@@ -132,6 +132,15 @@ def _scenes(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.
     return _shown(scores.join(way.rename(columns='of the way, {:g}'.format)))
 
 
+def _generators(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.DataFrame:
+    """Return accuracy by generator and row, the separations of a cell in rising order."""
+    frame = pd.DataFrame(json.loads((folder / 'generators.json').read_text())['rows'])
+    means = frame.groupby(['generator', 'row', 'separation'], sort=False).accuracy.mean()
+    cells = means.map('{:.0f}'.format).groupby(['generator', 'row'], sort=False).agg(' / '.join)
+    table = cells.unstack('row')[[*rows]].reindex(frame.generator.unique())
+    return _shown(table.rename(columns=_name))
+
+
 def _means(path: Path, kind: str = 'mean') -> pd.DataFrame:
     frame = pd.DataFrame(json.loads(path.read_text())['rows'])
     return frame.pivot_table(index='row', columns='separation', values='accuracy', aggfunc=kind)
@@ -153,4 +162,5 @@ _KINDS: dict[str, Callable[[Mapping[str, Made], Sequence[str], Path], pd.DataFra
     'rows': _rows,
     'control': _control,
     'scenes': _scenes,
+    'generators': _generators,
 }

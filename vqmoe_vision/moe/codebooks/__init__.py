@@ -36,6 +36,8 @@ class Quantized:
     indices: Tensor  # (T,) int64 in [0, M)
     loss: Tensor  # 0-dim float32, unweighted
     error: Tensor  # 0-dim, mean squared distance of tokens and `codes` per channel; no gradient
+    weights: Tensor | None = None  # (T, 1) float32, ones, with a gradient for the choice
+    probs: Tensor | None = None  # (T, M) float32, of the choice
 
 
 def nearest_code(x: Tensor, codes: Tensor, on: Tensor | None = None) -> Tensor:
@@ -124,6 +126,11 @@ class Codebook(Switched):
             # mean over channels, of directions the sum: for LayerNorm's tokens the same number
             channels = 1 if self.use_cosine_sim else self.dim
             return (distance / -(channels * TEMPERATURE)).softmax(dim=-1)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Return the mean square of tokens (T, D), which an error is relative to; 0-dim."""
+        flat = x.detach().flatten()
+        return torch.dot(flat, flat) / max(flat.shape[0], 1)
 
     def as_long_as(self, x: Tensor, codes: Tensor) -> Tensor:
         """What stands for tokens (..., D): their codes, with `use_cosine_sim` at their length."""

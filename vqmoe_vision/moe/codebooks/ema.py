@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..routing import ExactBuffers, full_precision
 from . import Codebook, SimVQCodebook
+from .projected import ProjectedCodebook
 from .usage import (
     CodeUsage,
     anchor_probabilities,
@@ -246,4 +247,5 @@ CODEBOOKS: dict[str, type[Codebook]] = {
     'plain': Codebook,
     'simvq': SimVQCodebook,
     'cvq': CVQCodebook,
+    'projected': ProjectedCodebook,
 }

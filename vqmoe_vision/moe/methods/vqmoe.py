@@ -61,6 +61,9 @@ _OF_FULL = {'router.weight', 'gate.weight', 'gate.bias'}
 # Where options of the branches have no effect.
 _NO_CODES = {'form': 'continuous'}
 _NO_ROUTER = {'form': 'discrete'}
+_OF_GRADIENT = 'plain', 'simvq', 'projected'  # codebooks that do not learn from usage
+_PROJECTED = {**_NO_CODES, 'codebook': 'projected'}
+_NOT_FULL = {'form': ('discrete', 'continuous')}
 _PLAIN = {'codebook': 'plain', 'balance_weight': 0.0}
 # An expert has to be fed the token alone, as the dense MLP was, and not its norm.
 _AS_DENSE = {'expert_input': 'token', 'input_norm': False}
@@ -73,7 +76,9 @@ class VQMoEConfig(BalancedConfig):
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
         num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        codebook: 'ema' starts by k-means and replaces dead codes, 'plain' is VQ-VAE's.
+        codebook: 'ema' starts by k-means and replaces dead codes, 'plain' is VQ-VAE's, and
+            'projected' learns from the task in a space of its own.
+        code_dim: R, the channels of that space.
         vq_weight: alpha of (6).
         commitment: beta of (6).
         use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
@@ -88,10 +93,12 @@ class VQMoEConfig(BalancedConfig):
         balance_weight: Weight of the router's balance loss.
         diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0).
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Of the router's weight, not of losses.
+        routed_scaling_factor: Of the router's weight, not of losses; None is E / 2.
+        router_drop: Share of tokens that training sends to the code's expert alone, as the
+            discrete form does.
 
-    Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults;
-    'official', the released code.
+    Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults; 'official',
+    the released code; 'projected', whose codes find what the task needs.
     """
 
     PRESETS: ClassVar[Named] = {
@@ -104,6 +111,11 @@ class VQMoEConfig(BalancedConfig):
             'output_norm': True,
             'train_router': False,
         },
+        'projected': {
+            'codebook': 'projected',
+            'routed_scaling_factor': None,
+            'router_drop': 0.3,
+        },
     }
     # The weight of the continuous branch is a probability, below 1, unless its router is frozen.
     EXACT_UPCYCLING: ClassVar[Named] = {
@@ -115,44 +127,52 @@ class VQMoEConfig(BalancedConfig):
         'full', 'discrete', 'continuous', of_weights=False
     )
     num_codes: int | None = option(None, 48, bounds='[1, inf)', of_weights=False, idle=_NO_CODES)
-    codebook: Literal['ema', 'plain', 'simvq', 'cvq'] = option(
-        'ema', 'simvq', 'cvq', idle=_NO_CODES
+    codebook: Literal['ema', 'plain', 'simvq', 'cvq', 'projected'] = option(
+        'ema', 'simvq', 'cvq', 'projected', idle=_NO_CODES
     )
-    vq_weight: float = loss_weight(0.08, 0.5, idle=_NO_CODES)
-    commitment: float = loss_weight(0.25, 0.5, idle={**_NO_CODES, 'vq_weight': 0})
-    use_cosine_sim: bool = option(False, True, idle=_NO_CODES)
+    code_dim: int = option(
+        24,
+        {'codebook': 'projected', 'code_dim': 3},
+        bounds='[2, inf)',
+        of_weights=False,
+        idle={**_NO_CODES, 'codebook': ('ema', 'plain', 'simvq', 'cvq')},
+    )
+    vq_weight: float = loss_weight(0.08, 0.5, idle=_PROJECTED)
+    commitment: float = loss_weight(0.25, 0.5, idle={**_PROJECTED, 'vq_weight': 0})
+    use_cosine_sim: bool = option(False, True, idle=_PROJECTED)
     ema_decay: float = option(
         0.99,
         0.9,
         bounds='[0, 1)',
         of_weights=False,
-        idle={**_NO_CODES, 'codebook': ('plain', 'simvq'), 'train_codebook': False},
+        idle={**_NO_CODES, 'codebook': _OF_GRADIENT, 'train_codebook': False},
     )
     dead_code_threshold: float = option(
         0.01,
         0.1,
         bounds='[0, 1)',
         of_weights=False,
-        idle={**_NO_CODES, 'codebook': ('plain', 'simvq', 'cvq'), 'train_codebook': False},
+        idle={**_NO_CODES, 'codebook': (*_OF_GRADIENT, 'cvq'), 'train_codebook': False},
     )
     train_codebook: bool = option(
         True, {'train_codebook': False, 'form': 'discrete'}, of_weights=False, idle=_NO_CODES
     )
     expert_input: Literal['mix', 'ste', 'token', 'official'] = option(
-        'mix', 'ste', 'token', idle=_NO_CODES
+        'mix', 'ste', 'token', idle=_PROJECTED
     )
     code_share: float = option(
-        0.05, 0.3, bounds='[0, 1]', idle={**_NO_CODES, 'expert_input': (*FIXED_SHARES,)}
+        0.05, 0.3, bounds='[0, 1]', idle={**_PROJECTED, 'expert_input': (*FIXED_SHARES,)}
     )
-    rotation_trick: bool = option(False, True, of_weights=False, idle=_NO_CODES)
-    input_norm: bool = option(True, False, idle=_NO_CODES)
+    rotation_trick: bool = option(False, True, of_weights=False, idle=_PROJECTED)
+    input_norm: bool = option(True, False, idle=_PROJECTED)
     output_norm: bool = option(False, idle=_NO_CODES)
     balance_weight: float = loss_weight(0.01, balances=True, idle=_NO_ROUTER)
     diversity_weight: float = loss_weight(0.0, 0.1, balances=True, idle=_NO_CODES)
     train_router: bool = option(True, idle=_NO_ROUTER)
-    routed_scaling_factor: float = option(
-        1.0, 2.75, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
+    routed_scaling_factor: float | None = option(
+        1.0, 2.75, None, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
     )
+    router_drop: float = option(0.0, 0.3, bounds='[0, 1)', of_weights=False, idle=_NOT_FULL)
 
     @property
     def learns_routing(self) -> bool:
@@ -219,8 +239,10 @@ class ContinuousRouter(Router):
             # by logit: small probabilities underflow to equals
             indices = top_k_experts(logits, 1)[1]
             weights = probs.gather(1, indices)
-            if config.routed_scaling_factor != 1:
-                weights = config.routed_scaling_factor * weights
+            factor = config.routed_scaling_factor
+            factor = config.num_experts / 2 if factor is None else factor
+            if factor != 1:
+                weights = factor * weights
             load = expert_load(indices, config.num_experts) if self.training else None
             terms = losses.weighted(self, balance=lambda: losses.load_balance(probs, indices, load))
         if not config.train_router:
@@ -253,9 +275,13 @@ class Quantizer(nn.Module):
         self.codebook = kind(num_codes, in_features, **options, **factory)
         if not config.train_codebook:
             self.codebook.freeze()
-        self.norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
-        self.reading, self.rotation_trick = config.expert_input, config.rotation_trick
-        self.code_share = FIXED_SHARES.get(config.expert_input, config.code_share)
+        # codes of a space of their own are no input of an expert
+        fed = config.codebook != 'projected'
+        norms = fed and config.input_norm
+        self.norm = nn.LayerNorm(in_features, **factory) if norms else nn.Identity()
+        self.reading = config.expert_input if fed else 'token'
+        self.rotation_trick = config.rotation_trick
+        self.code_share = FIXED_SHARES.get(self.reading, config.code_share)
 
     def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
         """Quantize tokens (T, D), and the same in float32; first comes what the expert is fed."""
@@ -277,8 +303,7 @@ class Quantizer(nn.Module):
 
     def observe(self, tokens: Tensor, quantized: Quantized, per_image: int) -> dict[str, Tensor]:
         """Statistics of tokens (T, D) float32; a codebook in training sees them."""
-        flat = tokens.detach().flatten()
-        energy = torch.dot(flat, flat) / max(flat.shape[0], 1)
+        energy = self.codebook.energy(tokens)
         stats = {
             'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
             # of the tokens' energy
@@ -318,7 +343,8 @@ class VQMoEMlp(MoeLayer):
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
         # float when the rest is int8, as a router is
         self.gate = NonDynamicallyQuantizableLinear(in_features, 2, **factory) if full else None
-        self.needs_collecting = discrete or config.balance_weight > 0
+        learns_apart = discrete and config.codebook != 'projected'
+        self.needs_collecting = learns_apart or config.balance_weight > 0
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -346,15 +372,24 @@ class VQMoEMlp(MoeLayer):
             experts = quantized.indices
             if self.quantizer.codebook.num_codes > self.experts.num_experts:
                 experts = quantized.indices % self.experts.num_experts
-            branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
-            if self.training:
+            weights = quantized.weights
+            weights = torch.ones_like(precise[:, :1]) if weights is None else weights
+            branches.append(Branch(inputs, experts, weights))
+            if self.training and quantized.probs is not None and config.balance_weight > 0:
+                chosen = quantized.indices[:, None]
+                balance = losses.load_balance(quantized.probs, chosen)
+                terms['code_balance'] = config.balance_weight * balance
+            if self.training and config.codebook != 'projected':
                 terms['vq'] = BalanceLoss(quantized.loss, losses.itself, config.vq_weight)
-                if config.diversity_weight > 0:
-                    probs = self.quantizer.codebook.soft_assignment(precise)
-                    terms['diversity'] = config.diversity_weight * losses.diversity(probs)
+            if self.training and config.diversity_weight > 0:
+                probs = self.quantizer.codebook.soft_assignment(precise)
+                terms['diversity'] = config.diversity_weight * losses.diversity(probs)
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = None if of_gate is None else probabilities(of_gate)
+        if gates is not None and self.training and config.router_drop > 0:
+            dropped = torch.rand_like(gates[:, :1]) < config.router_drop
+            gates = torch.where(dropped, gates.new_tensor([0.0, 1.0]), gates)
         out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
         if self.listens:
             stats = {'load': self._load(decisions, stats), **stats}
