@@ -13,13 +13,13 @@ from vqmoe_vision.moe.experts import Experts
 from .. import refused
 from ..forked import spawn
 from ..groups import begin
-from .codebooks import STREAM, M, same, state
+from .codebooks import BY_DISTANCE, STREAM, M, same, state
 from .conftest import D, OneLayer
 
 WORLD = 2
 VARIANTS = {
     **{name: (name, {}) for name in CODEBOOKS},
-    **{f'{name}, cosine': (name, {'use_cosine_sim': True}) for name in CODEBOOKS},
+    **{f'{name}, cosine': (name, {'use_cosine_sim': True}) for name in BY_DISTANCE},
     # the first batch of one rank is empty, and of the other one is usable or not
     **{f'empty, {name}': (name, {}) for name in ('ema', 'cvq')},
     **{f'spoilt, {name}': (name, {}) for name in ('ema', 'cvq')},

@@ -324,6 +324,8 @@ _ADDED: dict[str, Any] = {
     'moe.recompute': None,
     'moe.score': 'softmax',
     'moe.num_shared_experts': 0,
+    'moe.code_dim': 24,
+    'moe.router_drop': 0,
 }
 
 

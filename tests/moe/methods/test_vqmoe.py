@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses
-from vqmoe_vision.moe.codebooks.ema import CODEBOOKS
 from vqmoe_vision.moe.methods.vqmoe import Quantizer, VQMoEConfig
 
 from ... import cases
 from ..by_hand import assert_by_hand, expert, moved
+from ..codebooks import BY_DISTANCE
 
 D, E = 8, 4
 SHARE = 0.3  # of the code; the default 0.05 would hide a mistake
@@ -29,6 +29,15 @@ def read(config, token, code):
     }[config.expert_input]
 
 
+def nearest(codes, token, cosine):
+    """Index of the nearest code, and the code, at the length of the token for cosines."""
+    if cosine:
+        q = int((codes @ token).argmax())
+        return q, codes[q] * token.norm()
+    q = int((codes - token).square().sum(dim=1).argmin())
+    return q, codes[q]
+
+
 def naive(layer, x):
     """Equations (1) to (5) for images (B, N, D), one token after the other."""
     config, out = layer.config, []
@@ -37,18 +46,22 @@ def naive(layer, x):
         if config.form != 'discrete':
             probs = (layer.router.weight @ token).softmax(dim=0)
             best = int(probs.argmax())
-            weight = config.routed_scaling_factor * probs[best] if config.train_router else 1.0
+            factor = config.routed_scaling_factor or E / 2
+            weight = factor * probs[best] if config.train_router else 1.0
             branches.append(weight * expert(layer.experts, best, token))
         if config.form != 'continuous':
-            codes = layer.quantizer.codebook.codes()
-            if config.use_cosine_sim:
-                q = int((codes @ token).argmax())
-                codes = codes * token.norm()
+            book = layer.quantizer.codebook
+            if config.codebook == 'projected':
+                z, v = book.project @ token, book.embed
+                cosines = v @ z / (v.norm(dim=1) * z.norm())
+                probs = (cosines / 0.3).softmax(dim=0)
+                q = int(cosines.argmax())
+                branches.append(probs[q] / probs[q].detach() * expert(layer.experts, q % E, token))
             else:
-                q = int((codes - token).square().sum(dim=1).argmin())
-            fed = layer.quantizer.norm(read(config, token, codes[q]))
-            answer = expert(layer.experts, q % E, fed)
-            branches.append(layer.output_norm(answer) if config.output_norm else answer)
+                q, code = nearest(book.codes(), token, config.use_cosine_sim)
+                fed = layer.quantizer.norm(read(config, token, code))
+                answer = expert(layer.experts, q % E, fed)
+                branches.append(layer.output_norm(answer) if config.output_norm else answer)
         if config.form == 'full':
             gate = (layer.gate.weight @ token + layer.gate.bias).softmax(dim=0)
             out.append(gate[0] * branches[0] + gate[1] * branches[1])
@@ -72,9 +85,14 @@ READINGS += [{'expert_input': name, 'code_share': SHARE} for name in ('mix', 'of
     {'preset': 'official', 'code_share': SHARE},
     *(dict([each]) for each in (('preset', 'paper'), ('output_norm', True), ('input_norm', False))),
     {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
-    *({'codebook': name} for name in CODEBOOKS),
-    *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
-    {'routed_scaling_factor': 2.75},
+    *({'codebook': name} for name in BY_DISTANCE),
+    *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in BY_DISTANCE),
+    *(
+        {'codebook': 'projected', 'code_dim': dim, 'num_codes': codes}
+        for dim, codes in ((3, E), (5, 2 * E))
+    ),
+    {'codebook': 'projected', 'form': 'discrete'},
+    *({'routed_scaling_factor': factor} for factor in (2.75, None)),
     ids=str,
 )
 def test_output_and_every_gradient(make_layer, options):
@@ -88,6 +106,8 @@ def test_output_and_every_gradient(make_layer, options):
     found = assert_by_hand(net, lambda x: naive(net.layer, x), x, rtol=1e-4, atol=1e-4)
     still = {name for name, value in found.items() if not value.any()}
     codes = {name for name in found if '.codebook.' in name}
+    if options.get('codebook') == 'projected':  # its weight is 1, and has a gradient
+        codes = set()
     frozen = {'layer.router.weight'} if options.get('preset') == 'official' else set()
     assert still == codes | frozen
 
@@ -138,7 +158,7 @@ def test_statistics(make_layer):
     assert not any(value.requires_grad for value in collected.stats.values())
 
 
-@pytest.mark.parametrize('name', CODEBOOKS)
+@pytest.mark.parametrize('name', BY_DISTANCE)
 @pytest.mark.parametrize('learns', [True, False], ids=['learning', 'fixed'])
 def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, snapshot, name, learns):
     # token -> code -> expert: with the token alone no gradient but that of the loss reaches it
@@ -162,7 +182,7 @@ def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, snapsho
         assert x.grad.abs().amax() > 0
 
 
-@pytest.mark.parametrize('codebook', CODEBOOKS)
+@pytest.mark.parametrize('codebook', BY_DISTANCE)
 @pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
 def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine):
     options = {'diversity_weight': 0.5, 'codebook': codebook, 'use_cosine_sim': cosine}
@@ -220,3 +240,38 @@ def test_the_paper_preset_is_the_papers_equations_known_answer(make_layer):
     # (6): alpha (1 + beta) = 0.08 * 1.25 times the mean square, and nothing else
     loss = 0.08 * 1.25 * nearest.values.square().mean() / D
     torch.testing.assert_close(dict(collected.losses), {'layer/vq': loss})
+
+
+def test_codes_of_a_learned_space_are_balanced_as_the_router(make_layer):
+    net, x = make_layer('vqmoe', preset='projected', router_drop=0.0), torch.randn(3, 20, D)
+    book, tokens = net.layer.quantizer.codebook, x.flatten(0, 1)
+    cosines = F.normalize(tokens @ book.project.T, dim=1) @ F.normalize(book.embed, dim=1).T
+    probs, q = (cosines / 0.3).softmax(dim=1), cosines.argmax(dim=1)
+    shares = torch.bincount(q, minlength=E) / len(q)
+    with collect_losses(net, update_state=False) as collected:
+        net(x)
+        assert moved(net, collected.losses['layer/code_balance']) == {
+            'quantizer.codebook.project', 'quantizer.codebook.embed',
+        }  # fmt: skip
+    # 0.01 E sum_i f_i P_i
+    expected = 0.01 * E * (shares * probs.mean(dim=0)).sum()
+    torch.testing.assert_close(collected.losses['layer/code_balance'], expected.detach())
+    assert collected.losses.keys() == {'layer/balance', 'layer/code_balance'}
+    # |z - v|^2 of vectors of length one
+    error = (2 - 2 * cosines.amax(dim=1)).mean().detach()
+    torch.testing.assert_close(collected.stats['layer/quantization_error'], error)
+
+
+def test_dropped_tokens_are_trained_as_the_discrete_form_computes_them(make_layer):
+    net = make_layer('vqmoe', preset='projected', router_drop=0.25)
+    x = torch.randn(8, 500, D)
+    with torch.no_grad():
+        full = net.eval()(x)
+        with collect_losses(net.train(), update_state=False):
+            mixed = net(x)
+        net.layer.to_discrete()
+        discrete = net.eval()(x)
+    like = [(mixed - other).abs().amax(dim=-1) < 1e-5 for other in (discrete, full)]
+    assert (like[0] | like[1]).all()
+    # of 4,000 tokens five standard deviations are 0.034
+    assert like[0].float().mean().item() == pytest.approx(0.25, abs=0.035)

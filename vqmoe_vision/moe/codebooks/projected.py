@@ -52,7 +52,9 @@ class ProjectedCodebook(Codebook):
     def init_weights(self) -> None:
         nn.init.trunc_normal_(self.project, std=0.02)
         init_orthogonal(self.embed)
-        with torch.no_grad():  # of the length that XMoE's have, which says how far a step turns them
+        with (
+            torch.no_grad()
+        ):  # of the length that XMoE's have, which says how far a step turns them
             self.embed.copy_(1.5 * F.normalize(self.embed.float(), dim=-1))
 
     @override
