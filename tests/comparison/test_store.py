@@ -70,6 +70,13 @@ def having(**changes: Any) -> Callable[[str], str]:
     (having(metric='mAcc'), "metric='mAcc'"),
     (having(stage='dev'), "stage='dev'"),
     (lambda text: '<<<<<<< HEAD', 'Expecting value'),
+    *((having(**{name: 'long'}), name) for name in ('minutes', 'macs', 'test', 'data', 'checked')),
+    (having(seed=1.5), 'seed'),
+    (having(test={'mIoU': 3.0, 'mAcc': [1]}), 'test'),
+    (having(training_loss=[[1, 2.0, 3]]), 'training_loss'),
+    (having(data={'test': {'digest': None}}), 'samples'),
+    (having(starting_weights={'model.start': 'a' * 16}), 'model.start'),  # of another config
+    (lambda text: '[' * 10_000, 'recursion'),
     (lambda text: '[]', 'version None'),
 )
 def test_a_damaged_row_is_left_out_alone(fill, says, harm, said):
@@ -79,6 +86,31 @@ def test_a_damaged_row_is_left_out_alone(fill, says, harm, said):
     says('table', path)
     (line,) = [line for line in table().splitlines() if line.startswith('- `same-seed1.json`: ')]
     assert said in line and '| 24.50 ' in table()  # of the seeds that are left
+
+
+@cases(
+    'changes',
+    {'data': []},
+    {'test': {'mIoU': 3.0}, 'seed': '1'},
+    {'checked': 'x'},
+    {'metric': []},
+)
+def test_a_damaged_row_of_another_comparison_stops_no_table(fill, says, changes):
+    path = fill(SCORES)
+    content = {**json.loads((ROWS / 'same-seed1.json').read_text()), **changes}
+    for seed in (1, 2):
+        file = ROWS.parent / f'other/same-seed{seed}.json'
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+    assert says('table', path).startswith('docs/results/tables/spec.md')
+
+
+def test_what_routing_lacks_is_said_with_the_name_of_the_file(fill, says):
+    path = fill(SCORES)
+    layers = {'blocks.1.mlp': {'router/load_entropy': 1.0}}
+    change('same-seed2', routing={'images': 5, 'layers': layers, 'changes': []})
+    said = says('table', path)
+    assert said.startswith('error: same-seed2.json is damaged: ') and 'shifts' in said
 
 
 def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys):

@@ -4,6 +4,7 @@ import math
 from base64 import b64decode
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,22 @@ LAYERS = {
 
 def tidy(comparison: Comparison, results: Results) -> pd.DataFrame:
     """What tests gave of every run: a line each of row, seed, split, name and value."""
-    lines = [
-        (row, seed, *number)
-        for row in comparison.rows
-        for (own, seed), content in results.usable.items()
-        if own == row
-        for number in _numbers(comparison, content)
-    ]
+    lines = []
+    for row in comparison.rows:
+        for (other, seed), content in results.usable.items():
+            if other == row:
+                with _naming_file(row, seed):
+                    lines += [(row, seed, *n) for n in _numbers(comparison, content)]
     return pd.DataFrame(lines, columns=['row', 'seed', 'split', 'name', 'value'])
+
+
+@contextmanager
+def _naming_file(row: str, seed: int) -> Iterator[None]:
+    """Name the file of a row in the error that its content causes."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{row}-seed{seed}.json is damaged: {error!r}') from error
 
 
 def _numbers(comparison: Comparison, content: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -182,8 +191,9 @@ def _over_images(comparison: Comparison, results: Results) -> dict[str, tuple[fl
     bits: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for (row, seed), content in results.usable.items():
         if content.get('correct') and comparison.metric == 'accuracy/top1':
-            packed = np.frombuffer(b64decode(content['correct']), np.uint8)
-            bits[row][seed] = np.unpackbits(packed, count=content['data']['test']['samples'])
+            with _naming_file(row, seed):
+                packed = np.frombuffer(b64decode(content['correct']), np.uint8)
+                bits[row][seed] = np.unpackbits(packed, count=content['data']['test']['samples'])
     base = bits.pop(comparison.reference, {})
     return {row: over_images(of_row, base) for row, of_row in bits.items()}
 

@@ -23,7 +23,7 @@ from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write
 from vqmoe_vision.engine.cli import as_typed, load_config, one_line
 from vqmoe_vision.engine.config import flat, parse_options
 from vqmoe_vision.engine.model import check_model
-from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.config import check, has_type
 
 from .spec import SOURCE, Comparison, recipe_of
 from .statistics import pooled_noise
@@ -164,11 +164,23 @@ _RECORDED = (
 )  # fmt: skip
 # What tables, figures and commands use of every row. The first rows have neither `data` nor
 # `correct`, a bit per test image; `checked`, `shifts`, `shift_routing` and `routing` come later.
-FIELDS = (
-    'row', 'seed', 'recipe', 'budget', 'metric', 'stage', 'test', 'commit', 'device', 'hardware',
-    'minutes', 'cpu_minutes', 'iterations', 'images', 'params', 'active_params', 'macs',
-    'first_losses', 'training_loss', 'held_out',
-)  # fmt: skip
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(('row', 'recipe', 'budget', 'metric', 'stage'), str),
+    **dict.fromkeys(('commit', 'device', 'hardware'), str),
+    **dict.fromkeys(('seed', 'iterations', 'images', 'params', 'active_params', 'macs'), int),
+    **dict.fromkeys(('minutes', 'cpu_minutes'), float),
+    'test': dict[str, float],
+    'first_losses': list[float],
+    **dict.fromkeys(('training_loss', 'held_out'), list[tuple[int, float]]),
+}
+_LATER: dict[str, Any] = {
+    'correct': str,
+    'starting_weights': dict[str, str],
+    'data': dict[str, dict[str, int | str | None]],
+    'checked': dict[str, bool | float | str | None],
+    **dict.fromkeys(('shifts', 'shift_routing'), dict[str, dict[str, float]]),
+    'routing': dict,
+}
 Usable = dict[tuple[str, int], dict[str, Any]]
 SPLITS = ('train', 'val', 'test')
 
@@ -211,9 +223,12 @@ class Store:
                 content = load(path)
                 if reason := damage(content, run) or (None if refuted else refutation(content)):
                     raise ValueError(reason)
+                dict(_inputs(run, content))  # which may be of another config
                 results.usable[run.place] = content
             except ValueError as error:
                 results.left_out[path.name] = str(error)
+            except (AttributeError, KeyError, TypeError) as error:
+                results.left_out[path.name] = f'it is damaged: {error!r}'
         return results
 
     def collect(self, run: Run) -> None:
@@ -292,11 +307,16 @@ def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
     budgets = {(content['budget'], content['metric']) for content in usable.values()}
     data = set(map(_trained_on, usable.values())) | {None}  # which the first rows do not say
     for path in rows.glob('*/*-seed*.json'):
-        with suppress(ValueError, KeyError, TypeError):  # of a damaged one
+        with suppress(AttributeError, KeyError, TypeError, ValueError):  # of a damaged one
             content = load(path)
             score = content['test'][content['metric']]
             same = (content['budget'], content['metric']) in budgets and math.isfinite(score)
-            if same and _trained_on(content) in data and refutation(content) is None:
+            if (
+                same
+                and not _mistyped(content)
+                and _trained_on(content) in data
+                and refutation(content) is None
+            ):
                 found[path.parent][content['row']][content['seed']] = score
     return pooled_noise(found[folder] for folder in sorted(found))
 
@@ -316,7 +336,7 @@ def load(path: Path) -> dict[str, Any]:
     """The object of JSON in a file."""
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is damaged: {error}') from error
 
 
@@ -326,6 +346,8 @@ def damage(content: Mapping[str, Any], run: Run) -> str | None:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
     if missing := [name for name in FIELDS if content.get(name) is None]:
         return f'it is damaged: {missing} are missing'
+    if mistyped := _mistyped(content):
+        return f'it is damaged: {mistyped} are of another type'
     metric, stage = run.comparison.metric, run.comparison.stage
     own = {'row': run.row, 'seed': run.seed, 'metric': metric, 'stage': stage}
     if others := [name for name in own if content[name] != own[name]]:
@@ -336,6 +358,11 @@ def damage(content: Mapping[str, Any], run: Run) -> str | None:
     if (then := content['recipe']) != run.recipe:
         return f'stale: recipe {then} of commit {content["commit"]}, today {run.recipe}'
     return None
+
+
+def _mistyped(content: Mapping[str, Any]) -> list[str]:
+    types = {**FIELDS, **_LATER}
+    return [n for n, hint in types.items() if n in content and not has_type(content[n], hint)]
 
 
 def refutation(content: Mapping[str, Any]) -> str | None:

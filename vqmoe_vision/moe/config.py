@@ -214,19 +214,23 @@ def check_renormalize(renormalize: bool, top_k: int) -> None:
 
 
 def check_type(name: str, hint: Any, value: object) -> None:
-    """Refuse a value of another type: numbers, `Literal`, tuples, callables or unions of these."""
-    check(_has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
+    """Refuse a value of another type; see `has_type`."""
+    check(has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+def has_type(value: Any, hint: Any) -> bool:
+    """Return True for a value of a type, with that of its parts, and of no other type."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_has_type(value, part) for part in parts)
+        return any(has_type(value, part) for part in parts)
     if origin is Literal:
         return value in parts
     if origin is tuple:  # a config may have it as a list
         listed = isinstance(value, list | tuple) and len(value) == len(parts)
-        return listed and all(map(_has_type, value, parts))
+        return listed and all(map(has_type, value, parts))
+    if origin in (list, dict):
+        values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(has_type(part, parts[-1]) for part in values)
     if hint is Callable or origin in (type, Callable):
         return callable(value)
     # bool is an int to Python, but no number of experts
