@@ -1,5 +1,6 @@
 """Rows lose nothing to who else writes, and a damaged file is one file less."""
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -103,6 +104,26 @@ def test_a_damaged_row_of_another_comparison_stops_no_table(fill, says, changes)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content))
     assert says('table', path).startswith('docs/results/tables/spec.md')
+
+
+def test_rows_put_no_markup_and_no_formula_into_tables(fill, says):
+    path, tag = fill(SCORES), '<img src=x>|`\n# A'
+    for name in ('dense-seed1', 'same-seed1'):
+        data = {'test': {'samples': 9, 'digest': tag}}
+        checked = {'equal': True, 'commit': f'{tag}2'}
+        routing = {'images': 5, 'changes': [{}], 'shifts': {'flip': {}, 'fog 3': {}}}
+        routing['layers'] = {'blocks.1.mlp': {f'{tag}3/load_entropy': 1.0}}
+        fields = {'commit': '=1+1', 'hardware': f'@{tag}{{\\', 'data': data, 'routing': routing}
+        change(name, checked=checked, **fields)
+    change('same-seed2', recipe=f'{tag}\x1b[31m')
+    (ROWS / '`<u>`-seed7.json').write_text('{}')
+    assert says('table', path).startswith('docs/results/tables/spec.md')
+    texts = {kind: Path(f'docs/results/tables/spec.{kind}').read_text() for kind in ('md', 'tex')}
+    assert '<img' not in ''.join(texts.values()) and '\x1b' not in ''.join(texts.values())
+    assert texts['md'].count('&lt;img src=x&gt;&#124;&#96;&#92;n# A') == 6
+    assert "`'<u>'-seed7.json`" in texts['md']  # as code, which ends nowhere earlier
+    (line, *_) = csv.DictReader(Path('docs/results/tables/spec.csv').read_text().splitlines())
+    assert line['commit'] == "'=1+1, abc" and line['hardware'].startswith("'@<img src=x>|`\\n# A")
 
 
 def test_what_routing_lacks_is_said_with_the_name_of_the_file(fill, says):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.engine.cli import load_config, make_folder, run
 from vqmoe_vision.engine.config import parse_options
+from vqmoe_vision.engine.escaping import printable
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
@@ -86,7 +87,7 @@ class Work:
         results.stored = {*results.usable}  # one of other inputs would end as it did
         leave_out_other_inputs(results, self._all)
         for name, reason in results.left_out.items():
-            print(f'left out: {name}: {reason}', file=sys.stderr)
+            print(printable(f'left out: {name}: {reason}'), file=sys.stderr)
         results.missing = [r for r in results.missing if r.place not in results.stored]
         results.noise = noise_of(self._rows, results.usable)
         return results

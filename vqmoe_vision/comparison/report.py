@@ -10,6 +10,7 @@ import matplotlib
 import pandas as pd
 
 from vqmoe_vision.engine.cli import make_folder
+from vqmoe_vision.engine.escaping import as_cell, as_markdown, printable
 from vqmoe_vision.moe.config import check
 
 from .figures import plot_curves, plot_differences
@@ -35,7 +36,9 @@ _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
 _BY_NOISE = 'by the noise of the budget'
 _ERROR = 'quantization error'
-_LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
+_LATEX = str.maketrans(
+    {sign: f'\\{sign}' for sign in '%_&#${}'}
+)  # pandas leaves a caption as it is
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
@@ -171,7 +174,7 @@ def routing_table(values: pd.DataFrame) -> pd.DataFrame:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for (row, name), each in of.groupby(['row', 'name'], sort=False)['value']:
         decider, _, measure = name.rpartition('/')
-        line = lines.setdefault((row, decider), {'row': row, 'decider': decider})
+        line = lines.setdefault((row, decider), {'row': row, 'decider': as_markdown(decider)})
         line |= {'seeds': str(len(each)), measure: _mean_cell(each.mean(), each.std())}
     return pd.DataFrame([*lines.values()])
 
@@ -206,7 +209,7 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
             f'image times images seen in training differ by more than {UNEQUAL:.0%}.'
         )
     rows = results.usable.values()
-    machines = sorted({content['hardware'] for content in rows})
+    machines = sorted({as_markdown(content['hardware']) for content in rows})
     kind = 'processor' if (frame['device'] == 'cpu').all() else 'wall-clock'
     if len(machines) > 1:
         said.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
@@ -214,11 +217,13 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
         said.append(f'Minutes are {kind} time of training: {machines[0]}.')
     seen = {s: {d: 0 for c in rows for n, d in data_of(c) if n == s} for s in SPLITS}
     if parts := [f'{split} {" and ".join(data)}' for split, data in seen.items() if data]:
-        said.append(f'Data: {"; ".join(parts)}.')
+        said.append(f'Data: {as_markdown("; ".join(parts))}.')
     if unknown := sum('data' not in content for content in rows):
         said.append(f'Which data they saw is not recorded of {unknown} of {len(rows)} runs.')
     right = [
-        content['checked']['commit'] or 'outside git' for content in rows if 'checked' in content
+        as_markdown(content['checked']['commit'] or 'outside git')
+        for content in rows
+        if 'checked' in content
     ]
     if not right:
         return [
@@ -239,11 +244,14 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     frame = summary(comparison, results, values)
     first = contrast_table(comparison, contrasts(comparison, results, values))
     table, said = shown(comparison, results, values, frame), notes(comparison, results, frame)
-    left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
+    names = {name: printable(name).replace('`', "'") for name in results.left_out}
+    left_out = [f'`{names[n]}`: {as_markdown(why)}' for n, why in results.left_out.items()]
     routed = sorted({content['routing']['images'] for content in rows if content.get('routing')})
     told = _ROUTED.format(images=' or '.join(map(str, routed)))
     further = {_SHIFTED: shift_table(comparison, values), told: routing_table(values)}
-    commits = ', '.join(sorted({content['commit'] for content in rows}))
+    commits = as_markdown(', '.join(sorted({content['commit'] for content in rows})))
+    of_machines = ['device', 'hardware', 'commit']
+    frame[of_machines] = frame[of_machines].map(as_cell)
     parts = [
         f'# {comparison.name}',
         f'Made from the rows by `python tools/compare.py table`; commits {commits}.',

@@ -309,14 +309,11 @@ def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
     for path in rows.glob('*/*-seed*.json'):
         with suppress(AttributeError, KeyError, TypeError, ValueError):  # of a damaged one
             content = load(path)
+            if _mistyped(content):
+                continue
             score = content['test'][content['metric']]
             same = (content['budget'], content['metric']) in budgets and math.isfinite(score)
-            if (
-                same
-                and not _mistyped(content)
-                and _trained_on(content) in data
-                and refutation(content) is None
-            ):
+            if same and _trained_on(content) in data and refutation(content) is None:
                 found[path.parent][content['row']][content['seed']] = score
     return pooled_noise(found[folder] for folder in sorted(found))
 

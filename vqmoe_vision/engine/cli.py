@@ -43,6 +43,7 @@ from .config import (
     share_batch,
     take_ours,
 )
+from .escaping import printable
 from .hooks import check_hooks, check_training_data
 from .images import list_images
 from .model import check_model, unwrapped, without_sources
@@ -315,7 +316,7 @@ def run(
             raise
         rank, cause = error.args if isinstance(error, RankError) else (None, error)
         where = '' if rank is None else f'rank {rank}: '
-        sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
+        sys.exit(printable(f'error: {where}{as_typed(one_line(cause), options)}'))
 
 
 def _end_if_nobody_reads() -> None:

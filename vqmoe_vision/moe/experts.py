@@ -30,7 +30,7 @@ class Stacked(nn.Module):
 
 
 def gelu_approximation(act: nn.Module) -> str | None:
-    """Return `approximate` of `F.gelu` for torch's or timm's GELU, None for other activations."""
+    """Return `approximate` of `F.gelu` for torch's or timm's GELU, None for others."""
     if type(act) is nn.GELU:
         return act.approximate
     return {GELU: 'none', GELUTanh: 'tanh'}.get(type(act))
