@@ -16,6 +16,7 @@ from vqmoe_vision.engine.publish import (
     publish_checkpoint,
     publish_folder,
     upcycle,
+    without_folders,
 )
 from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.weights import network_of
@@ -25,7 +26,8 @@ from ..runs import NORMALIZATION, leave_run
 
 
 def write(path: Path) -> str:
-    meta: Any = {'cfg': 'model = dict()\n', 'iter': 2, 'dataset_meta': {'classes': 'ab'}}
+    cfg = "model = dict()\nload_from = '/home/me/a.pth'\n"
+    meta: Any = {'cfg': cfg, 'iter': 2, 'dataset_meta': {'classes': 'ab'}}
     meta[STATED] = {'img_size': [32, 48]}
     meta['hook_msgs'] = {'last_ckpt': '/home/me/iter_2.pth'}
     weights, hub = {'w': torch.ones(2)}, {'log': HistoryBuffer([1.0], [1])}
@@ -44,6 +46,7 @@ def test_weights_config_and_classes_are_kept(tmp_path, capsys):
     content = torch.load(file, weights_only=True)
     assert content.keys() == {'state_dict', 'meta'}
     assert content['meta'].keys() == {'cfg', STATED, 'dataset_meta', 'iter'}
+    assert content['meta']['cfg'] == "model = dict()\nload_from = 'a.pth'\n"
     assert read_state(str(file))['w'].tolist() == [1, 1]
     network = network_of(str(file))
     assert network is not None and network.img_size == (32, 48)
@@ -157,6 +160,34 @@ def test_a_work_dir_and_what_is_published_of_it(run, tmp_path):
         about = json.loads(extra['about.json'])
         assert about['classes'] == list('0123456789')
         assert about['std'] == pytest.approx(NORMALIZATION.std)
+
+
+@cases(
+    'text, expected',
+    ("'/data/mine/'", "'mine'"),
+    ('"~me/data"', '"data"'),
+    ("'local-dir:/home/me/vit'", "'local-dir:vit'"),
+    ("['/a/b', 'c/d', '/', '../e']", "['b', 'c/d', '/', '../e']"),
+    (r"'/a/it\'s'", r"'it\'s'"),
+    ("'https://a.org/b'", "'https://a.org/b'"),
+)
+def test_of_paths_the_names_are_published(text, expected):
+    assert without_folders(f'a = {text}\n') == f'a = {expected}\n'
+
+
+def test_a_card_takes_no_markup_and_a_config_no_folders_of_a_checkpoint(tmp_path):
+    home = {'load_from': '/home/me/start.pth', 'test_dataloader.dataset.data_root': '/home/me/data'}
+    leave_run(tmp_path / 'run', CONFIG, OF_RUN | home, '0123456789')
+    content = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
+    tag = '<img src=x>|`\n# A'
+    content['message_hub'] = {'log_scalars': {f'val/{tag}': HistoryBuffer([1.0], [1])}}
+    content['meta'] |= {'seed': tag, 'epoch': tag}
+    torch.save({**content, 'run_record': {'commits': [tag]}}, tmp_path / 'run/best_a.pth')
+    out = publish_folder(str(tmp_path / 'run'), str(tmp_path / 'published'))
+    card = (out / 'README.md').read_text()
+    assert '<img' not in card and card.count('&lt;img src=x&gt;&#124;&#96;&#92;n# A') == 4
+    assert "load_from='start.pth'" in (out / 'run.py').read_text()
+    assert all(b'/home/me' not in path.read_bytes() for path in out.iterdir())
 
 
 def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path):

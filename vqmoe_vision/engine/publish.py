@@ -45,11 +45,16 @@ from .checkpoint import classes_of, read_content
 from .checkpoint_files import BEST, POINTER, last_checkpoint, write_atomically
 from .cli import load_config, make_folder, run
 from .config import as_arguments
+from .escaping import as_markdown
 from .model import load_trained, scope_of, weights_normalization
 from .record import PACKAGES, read_numbers
 from .web import export_web, photos_of
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
+# A string of a config that is the path of a file, from the root or a home on.
+_PATH = re.compile(
+    r"""(['"])((?:local-dir:|file://)?)(?:/|~[\w.-]*/)(?:[^'"\n]*/)?([^/'"\n]+)/*\1"""
+)
 
 
 def publish(argv: Sequence[str] | None = None) -> None:
@@ -77,6 +82,8 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
     kept = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
     meta = {k: v for k, v in _meta(content, checkpoint).items() if k in kept}
     _check_values(content['state_dict'], checkpoint)
+    if isinstance(meta.get('cfg'), str):
+        meta['cfg'] = without_folders(meta['cfg'])
     torch.save({'meta': meta, 'state_dict': content['state_dict']}, buffer)
     digits = sha256(buffer.getvalue()).hexdigest()[:8]
     target = Path(out).with_name(f'{Path(out).stem}-{digits}.pth')
@@ -94,6 +101,11 @@ def _check_values(state_dict: Mapping[str, Any], checkpoint: str) -> None:
         if value.float().nan_to_num(1, 1, 0).any()  # a mask has zeros and -inf alone
     }
     refuse_values(expected, {name: tensors[name] for name in expected}, checkpoint)
+
+
+def without_folders(config: str) -> str:
+    """Return the text of a config with the names of files in place of absolute paths."""
+    return _PATH.sub(r'\1\2\3\1', config)
 
 
 def _meta(content: Any, checkpoint: str) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def publish_folder(
     }
     layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
     scores = [
-        (use, name, value)
+        (use, as_markdown(name), value)
         for use, values in (('validation', best), ('test', tested))
         for name, value in values.items()
         if not name.startswith(layers)
@@ -135,12 +147,15 @@ def publish_folder(
         arguments = _write_model(model, config, meta, folder, license_id)
         of_machine = ('work_dir', 'resume', 'launcher')
         shared = Config({k: v for k, v in config.items() if k not in of_machine})
-        shared.dump(folder / config_file.name)
+        (folder / config_file.name).write_text(
+            without_folders(shared.pretty_text), encoding='utf-8'
+        )
         _write_card(
             folder, model.routed_model, config, license_id,
-            name=target.name, meta=meta, checkpoint=file.name, scores=scores,
+            name=target.name, meta={n: as_markdown(v) for n, v in meta.items() if v is not None},
+            checkpoint=file.name, scores=scores,
             arguments=json.dumps(arguments, indent=2), config_name=config_file.name,
-            commits=(content.get('run_record') or {}).get('commits', []),
+            commits=[*map(as_markdown, (content.get('run_record') or {}).get('commits', []))],
             chosen='validation' if best else None,
         )  # fmt: skip
     return target

@@ -243,6 +243,8 @@ def read_numbers(path: str, model: nn.Module, checkpoint: Path) -> dict[str, flo
     own = weights_digest(model)
     allowed = f'scores of {checkpoint.name}, whose weights are {own}, and these are of {tested}'
     check(tested == own, 'numbers', path, allowed)
+    for name, value in values.items():
+        check_type(f'numbers: {name}', float, value)
     return values
 
 
