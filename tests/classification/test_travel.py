@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -238,3 +239,23 @@ def test_images_without_labels_are_classified(trained, tmp_path, capsys):
     Path(files[2]).write_bytes(b'no image')  # of which the others are not lost
     refused('2\\.png', predict, command, error=SystemExit)
     assert json.loads((out / 'predictions.json').read_text()) == found[:4]
+
+
+def test_names_of_classes_and_files_steer_no_terminal_and_no_spreadsheet(trained, tmp_path, capfd):
+    content = torch.load(trained / 'epoch_1.pth', weights_only=False)
+    content['meta']['dataset_meta'] = {'classes': ['\x1b[31m', '=1+1', '+2', '-3', '@4', *'56789']}
+    torch.save(content, tmp_path / 'a.pth')
+    image = tmp_path / os.fsdecode(b'caf\xe9.png')  # Latin-1, which is no UTF-8
+    Image.new('RGB', (28, 28)).save(image)
+    command = [str(trained / 'tiny.py'), str(tmp_path / 'a.pth'), str(image), '--topk', '10']
+    predict([*command, '--out-dir', str(tmp_path), '--device', 'cpu'])
+    said = capfd.readouterr().out
+    assert '\x1b' not in said and '\\x1b[31m ' in said and 'caf\\udce9.png: ' in said
+    rows = [*csv.DictReader((tmp_path / 'predictions.csv').read_text().splitlines())]
+    names = {'\\x1b[31m', "'=1+1", "'+2", "'-3", "'@4", *'56789'}
+    assert {row['class'] for row in rows} == names and 'caf\\udce9' in rows[9]['image']
+    exact = json.loads((tmp_path / 'predictions.json').read_text())
+    assert exact[9]['image'] == str(image) and {row['class'] for row in exact} >= {
+        '\x1b[31m',
+        '=1+1',
+    }

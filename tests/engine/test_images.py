@@ -1,6 +1,7 @@
 """Image files: which way is up, what deep pixels mean, and what is refused."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
+from vqmoe_vision.engine.images import displayed, list_images, opened, orientation, read_rgb, stored
 
 from .. import cases, refused
 from ..damaged import damaged
@@ -109,3 +110,11 @@ def test_a_damaged_file_is_an_image_or_one_line(content):
             assert read_rgb(image, 'a.file').mode == 'RGB'
     except ValueError as error:
         assert str(error).startswith('a.file ') and '\n' not in str(error)
+
+
+def test_of_a_folder_regular_files_alone_are_images(tmp_path):
+    Image.new('RGB', (2, 2)).save(tmp_path / 'a.png')
+    (tmp_path / 'b.png').symlink_to(tmp_path / 'a.png')
+    (tmp_path / 'c.png').mkdir()
+    os.mkfifo(tmp_path / 'd.png')
+    assert [path.name for path in list_images(tmp_path)] == ['a.png', 'b.png']

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 from collections.abc import Sequence
+from io import StringIO
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from vqmoe_vision.engine.checkpoint import classes_of
+from vqmoe_vision.engine.checkpoint_files import write_atomically
 from vqmoe_vision.engine.cli import load_config, make_folder
+from vqmoe_vision.engine.escaping import as_cell, printable
 from vqmoe_vision.engine.model import load_trained
 from vqmoe_vision.moe.config import check
 
@@ -53,13 +56,14 @@ class TopClasses:
 
     def end(self) -> str:
         """Writes both files; a line for each image."""
-        self._file.with_suffix('.json').write_text(json.dumps(self._rows, indent=1))
-        with self._file.open('w', newline='') as file:
-            table = csv.DictWriter(file, ('image', 'rank', 'class', 'probability'))
-            table.writeheader()
-            table.writerows(self._rows)
+        write_atomically(self._file.with_suffix('.json'), json.dumps(self._rows, indent=1).encode())
+        table = csv.DictWriter(text := StringIO(), ('image', 'rank', 'class', 'probability'))
+        table.writeheader()
+        for row in self._rows:
+            table.writerow(row | {name: as_cell(row[name]) for name in ('image', 'class')})
+        write_atomically(self._file, text.getvalue().encode())
         lines = [
             f'{image}: ' + ', '.join('{class} {probability:.3f}'.format_map(row) for row in rows)
             for image, rows in groupby(self._rows, itemgetter('image'))
         ]
-        return '\n'.join([*lines, f'wrote {self._file} and predictions.json'])
+        return '\n'.join(map(printable, [*lines, f'wrote {self._file} and predictions.json']))

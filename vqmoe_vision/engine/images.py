@@ -25,8 +25,9 @@ def list_images(place: str | Path) -> list[Path]:
     if Path(place).is_file():
         return [Path(place)]
     check(Path(place).is_dir(), 'images', str(place), 'a file or a folder')
-    if files := sorted(p for p in Path(place).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-        return files
+    files = (path for path in Path(place).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if images := sorted(filter(Path.is_file, files)):  # a pipe would be waited for
+        return images
     raise ValueError(f'{place} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
 
 
