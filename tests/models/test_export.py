@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException
 
 from vqmoe_vision.models import export
 from vqmoe_vision.models.export import Exportable, differences, export_onnx, load_exported
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
-from .. import mostly_long, needs_onnx
+from .. import mostly_long, needs_onnx, refused
+from ..forked import spawn
 from ..variants import VARIANTS
 from .conftest import WITH_GATE, make, shaken
 
@@ -142,6 +146,27 @@ def test_differences_tell_numbers_and_labels():
     assert str(found) == f'batch 3, pixels: {equal} of 12 predictions equal, largest difference 8'
     (spoiled,) = differences(model, lambda images: [images * torch.nan], (1,))
     assert str(spoiled).endswith('largest difference nan')
+
+
+def write_and_die(_rank: int, target: Path) -> None:
+    def save(file: Path) -> None:
+        file.write_bytes(b'half')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    export.write_whole(target, save)
+
+
+def test_a_kill_leaves_nothing_that_the_next_call_does_not_replace(tmp_path):
+    target = tmp_path / 'model.pt2'
+    for _ in range(2):
+        with pytest.raises(ProcessExitedException):
+            spawn(write_and_die, (target,), 1)
+        assert len([*tmp_path.iterdir()]) == 1 and not target.exists()
+    with export.scratch_beside(target) as scratch:
+        refused('^out=.*model.pt2', export.write_whole, target, Path.touch)
+        assert [*scratch.iterdir()] == []
+    export.write_whole(target, lambda file: file.write_bytes(b'whole'))
+    assert target.read_bytes() == b'whole' and [*tmp_path.iterdir()] == [target]
 
 
 def test_without_the_extra(tmp_path, monkeypatch):

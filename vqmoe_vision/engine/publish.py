@@ -11,7 +11,6 @@ from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -33,6 +32,7 @@ from vqmoe_vision.models.export import (
     require_packages,
     save,
     save_program,
+    scratch_beside,
 )
 from vqmoe_vision.models.layers import method_of, moe_options
 from vqmoe_vision.models.normalization import Normalization
@@ -173,8 +173,8 @@ def free_folder(out: str) -> Path:
 def written_whole(target: Path) -> Iterator[Path]:
     """A folder to write to, which gets its name when all is in it, and is gone after an error."""
     make_folder(target.parent)
-    with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
-        folder = Path(scratch) / target.name
+    with scratch_beside(target) as scratch:
+        folder = scratch / target.name
         folder.mkdir()
         yield folder
         mask = os.umask(0o077)  # there is no other way to read it

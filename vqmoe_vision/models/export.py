@@ -4,16 +4,17 @@ Legend: B images of C channels, H height, W width.
 """
 
 import copy
+import fcntl
 import importlib.util
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
@@ -220,14 +221,37 @@ def target_of(path: str | Path, *suffixes: str) -> Path:
     return target
 
 
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a target, if need be the one that a killed call has left."""
+    folder = target.with_name(f'.{target.name}.writing')
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)  # a link would be followed elsewhere
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            check(False, 'out', str(target), 'one that no other process writes now')
+        except OSError:  # a file system without locks
+            pass
+        try:
+            for path in folder.iterdir():
+                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(target: Path, save: Callable[[Path], object]) -> None:
     """Writes a file, and what belongs to it, whole or not at all."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
-            save(Path(scratch) / target.name)
+        with scratch_beside(target) as scratch:
+            save(scratch / target.name)
             # the graph comes last, when all that it names is there
-            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == target.name):
+            for file in sorted(scratch.iterdir(), key=lambda file: file.name == target.name):
                 os.replace(file, target.with_name(file.name))
     except OSError as error:
         raise ValueError(f'{str(target)!r} cannot be written: {error.strerror or error}') from error
