@@ -1,5 +1,6 @@
 """A package, or processes that tests spawn would import the `tests` that soft-moe installs."""
 
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,17 @@ def refused(message: str, call: Callable, *args: Any, error: Any = ValueError, *
 
 
 FILL = {'uniform_', 'erfinv_', 'mul_', 'add_', 'clamp_', 'normal_', 'fill_', 'zero_'}
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Files of this process end after `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class _Undrawn(TorchFunctionMode):

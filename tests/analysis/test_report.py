@@ -22,6 +22,7 @@ from vqmoe_vision.analysis.tally import Codes
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
+from .. import full_disk
 from .conftest import make
 from .surveys import CODEBOOK, EXPERTS, NAME, ROUTER, history, layer_survey, soft_survey, survey
 
@@ -57,6 +58,14 @@ def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page):
 def test_names_are_text_and_no_markup(tmp_path):
     page = write_report([survey('<b>x</b> & "y"', layers=1)], tmp_path)[0].read_text()
     assert '<h3>&lt;b&gt;x&lt;/b&gt; &amp; &#34;y&#34;</h3>' in page and '<b>' not in page
+
+
+def test_on_a_full_disk_the_earlier_report_stays(tmp_path):
+    files = write_report([survey(layers=1)], tmp_path)
+    before = [file.read_bytes() for file in files]
+    with full_disk(5000), pytest.raises(OSError, match=r'report\.html'):
+        write_report([survey(layers=1)], tmp_path)
+    assert [file.read_bytes() for file in files] == before and len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.usefixtures('unpainted')

@@ -19,7 +19,7 @@ from vqmoe_vision.comparison.frame import contrasts, tidy
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run, Store, images_seen
 
-from .. import cases
+from .. import cases, full_disk
 from ..rows import CONFIGS
 from .conftest import ROWS, change, table
 
@@ -257,6 +257,23 @@ def test_tables_of_a_page_are_made_where_they_stand(fill, says):
     assert Path('page.md').read_text() == made
     Path('page.md').write_text(page.format('scroes', ''))
     assert says('pages', 'page.md').startswith("error: compare='scroes' is not possible")
+
+
+@pytest.mark.parametrize('action', ['pages', 'table'])
+def test_on_a_full_disk_the_earlier_file_stays(fill, says, action):
+    Path('configs/comparisons').mkdir(parents=True)
+    Path(fill(SCORES)).rename('configs/comparisons/spec.py')
+    page = '<!-- compare scores dense better : spec -->\n<!-- end -->\n'
+    files = [Path('page.md'), *(TABLES / f'spec.{kind}' for kind in ('md', 'tex', 'csv'))]
+    files[0].write_text('old\n' * 1000 + page)
+    call = {'pages': 'page.md', 'table': 'configs/comparisons/spec.py'}
+    for each in call.items():
+        says(*each)
+    before = [file.read_bytes() for file in files]
+    with full_disk(500):
+        said = says(action, call[action])
+    assert said.startswith('error: ') and ' could not be written' in said
+    assert [file.read_bytes() for file in files] == before
 
 
 def entries(file: Path) -> list[tuple[str, int, dict]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vqmoe_vision.engine.checkpoint_files import write_atomically
 from vqmoe_vision.moe.config import check
 
 from . import figures, verdicts
@@ -98,7 +99,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     files = {out / 'report.html': page, out / 'numbers.json': json.dumps(numbers, indent=1)}
     for file, text in files.items():
-        file.write_text(text)
+        write_atomically(file, text.encode())
     return [*files]
 
 

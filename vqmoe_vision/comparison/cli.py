@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from vqmoe_vision.arguments import parser_of
+from vqmoe_vision.engine.checkpoint_files import write_atomically
 from vqmoe_vision.engine.cli import load_config, make_folder, run
 from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.escaping import printable
@@ -28,7 +29,7 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
 from . import control
-from .figures import plot_forest
+from .figures import plot_forest, save_figure
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
 from .pages import Made, fill
@@ -162,7 +163,8 @@ def _forest(args: argparse.Namespace) -> None:
         raise ValueError(f'contrasts: the rows of none are finished in {", ".join(found)}')
     print(frame.to_markdown(index=False, floatfmt='+.2f'))
     make_folder(args.out.parent)
-    plot_forest(frame, margins.pop() if len(margins) == 1 else None).savefig(args.out, dpi=110)
+    figure = plot_forest(frame, margins.pop() if len(margins) == 1 else None)
+    save_figure(figure, args.out, dpi=110)
     print(args.out)
 
 
@@ -174,7 +176,7 @@ def _pages(args: argparse.Namespace) -> None:
         return Made(*made, tidy(*made))
 
     for page in args.pages:
-        page.write_text(fill(page.read_text(), find, args.results))
+        write_atomically(page, fill(page.read_text(), find, args.results).encode())
         print(page)
 
 
@@ -248,7 +250,8 @@ def _control(args: argparse.Namespace) -> None:
         for name, row, s, seed in tqdm(runs, unit='run', disable=None)
     ]
     print(control.table_of(scores))
-    control.plot_control(scores, structures[runs[0][0]]).savefig(out.with_suffix('.png'), dpi=100)
+    figure = control.plot_control(scores, structures[runs[0][0]])
+    save_figure(figure, out.with_suffix('.png'), dpi=100)
     print(out.with_suffix('.png'))
     if args.out is not None:
         made = {'commit': commit(), 'processor': processor(), 'core_seconds': time.process_time()}

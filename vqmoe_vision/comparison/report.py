@@ -9,11 +9,12 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
+from vqmoe_vision.engine.checkpoint_files import write_atomically
 from vqmoe_vision.engine.cli import make_folder
 from vqmoe_vision.engine.escaping import as_cell, as_markdown, printable
 from vqmoe_vision.moe.config import check
 
-from .figures import plot_curves, plot_differences
+from .figures import plot_curves, plot_differences, save_figure
 from .frame import (
     HELD_OUT,
     LAYERS,
@@ -269,7 +270,7 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     latex = table.to_latex(index=False, escape=True, caption=caption).replace('<', r'\textless{}')
     texts = '\n\n'.join(parts), latex, frame.to_csv(index_label='row')
     for file, text in zip(files, texts, strict=True):
-        file.write_text(text.rstrip() + '\n')
+        write_atomically(file, f'{text.rstrip()}\n'.encode())
     return files
 
 
@@ -307,7 +308,7 @@ def draw_figures(
             files[images / f'{name}.png'] = kind, drawn_by
     for file, (name, software) in files.items():
         if (figure := figures.get(name)) is not None:
-            figure.savefig(file, metadata={'Software': software}, dpi=110)
+            save_figure(figure, file, metadata={'Software': software}, dpi=110)
             written.append(file)
         else:
             drawn = ', '.join(name for name, figure in figures.items() if figure is not None)
