@@ -112,10 +112,16 @@ def test_neck_and_heads_have_the_width_and_heads_of_the_backbone():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+PRETRAINED = {'type': 'Pretrained', 'checkpoint': 'a.pth'}
+
+
 @cases(
     'field, config',
     ('decode_head', dict(decode_head=[LINEAR] * 2)),
-    ('init_cfg', dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth'))),
+    ('init_cfg', dict(init_cfg=PRETRAINED)),
+    ('decode_head.init_cfg', dict(decode_head=dict(LINEAR, init_cfg=PRETRAINED))),
+    ('auxiliary_head.init_cfg', dict(auxiliary_head=[dict(AUXILIARY, init_cfg=[PRETRAINED])])),
+    ('neck.init_cfg', dict(neck=dict(NECK, init_cfg=PRETRAINED))),
     ('auxiliary_head.num_classes', dict(auxiliary_head=[dict(AUXILIARY, num_classes=5)])),
     *((f'test_cfg.{name}', dict(test_cfg={name: (8, 8)})) for name in ('strid', 'crop_sise')),
 )
