@@ -7,13 +7,16 @@ checkpoint, starts with ```py and is not.
 import html
 import importlib
 import operator
+import os
 import re
 import runpy
+import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from vqmoe_vision.moe import METHODS
 
@@ -89,6 +92,30 @@ def test_links_lead_somewhere(page):
         target = page.parent / file if file else page
         assert target.is_file(), file  # Sphinx copies no folder
         assert not anchor or anchor in anchors(target), (file, anchor)
+
+
+# Arguments of torchrun, as pages write them.
+COMMANDS = sorted(
+    {
+        command
+        for page in [*PAGES, ROOT / 'vqmoe_vision/arguments.py']
+        for command in re.findall(r'torchrun (-.*? --launcher pytorch)', page.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize('script', ['train C', 'test C P', *COMMANDS])
+def test_torchrun_leaves_options_to_the_tool(script, tmp_path):
+    words = script.split()
+    if len(words) < 4:  # of a script that calls torchrun
+        (tmp_path / 'torchrun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / 'torchrun').chmod(0o755)
+        path = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+        call = [ROOT / f'tools/dist_{words[0]}.sh', *words[1:], '8']
+        done = subprocess.run(call, capture_output=True, text=True, env=path, check=True)
+        words = done.stdout.split()
+    args = get_args_parser().parse_args([*words, '--log', 'plain'])
+    assert args.training_script_args[-2:] == ['--log', 'plain']
 
 
 @pytest.mark.pages

@@ -13,4 +13,4 @@ if [ "${NNODES:-1}" != 1 ]; then
     where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")
 fi
 PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec torchrun "${where[@]}" --nproc_per_node="$3" \
-    "$tools/test.py" "$1" "$2" --launcher pytorch "${@:4}"
+    -- "$tools/test.py" "$1" "$2" --launcher pytorch "${@:4}"

@@ -14,4 +14,4 @@ if [ "${NNODES:-1}" != 1 ]; then
     where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")
 fi
 PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec torchrun "${where[@]}" --nproc_per_node="$2" \
-    "$tools/train.py" "$1" --launcher pytorch "${@:3}"
+    -- "$tools/train.py" "$1" --launcher pytorch "${@:3}"

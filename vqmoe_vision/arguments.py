@@ -11,7 +11,7 @@ _DIGITS = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'
 TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     'train': ('Train the model of a config.',
               'The best checkpoint and the last one are kept. Several processes:\n'
-              'torchrun --nproc_per_node=8 -m vqmoe_vision train CONFIG --launcher pytorch',
+              'torchrun --nproc_per_node=8 -m -- vqmoe_vision train CONFIG --launcher pytorch',
               (_DIGITS, 'CONFIG --cfg-options model.moe.top_k=1', 'CONFIG --resume')),
     'test': ('Test a checkpoint on the test data of its config.',
              'A segmentation may be augmented and drawn.',
