@@ -151,6 +151,18 @@ def test_names_reach_nothing_outside_the_folder(tmp_path):
     assert files.last_checkpoint(work) == work / 'thesis.pth'
 
 
+@pytest.mark.parametrize('saved_at', [float('nan'), float('inf'), 'now'])
+def test_a_checkpoint_of_no_time_is_passed_over_by_its_name(tmp_path, saved_at):
+    write(tmp_path / 'a.pth', 2, saved_at)
+    lines: list[str] = []
+    with pytest.raises(FileNotFoundError, match=r'a\.pth.* saved_at='):
+        files.newest_checkpoint(tmp_path, lines.append)
+    write(tmp_path / 'b.pth', 1, 5.0)
+    assert files.newest_checkpoint(tmp_path, lines.append).name == 'b.pth'
+    assert files.newest_time(tmp_path) == 5.0
+    assert len(lines) == 2 and all('a.pth' in line and 'saved_at=' in line for line in lines)
+
+
 def test_a_restart_knows_which_checkpoints_are_older(tmp_path, monkeypatch):
     known: list[float | None] = []
 

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -217,5 +217,8 @@ def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[st
             wrong.append(f'{str(path)!r} is no checkpoint of a run, which has {needed}')
         else:  # its file knows better than the folder of a copy when it was written
             saved_at = meta.get('saved_at', path.stat().st_mtime)
-            found.append(((saved_at if isinstance(saved_at, float) else 0.0, meta['iter']), path))
+            if not isinstance(saved_at, float) or not isfinite(saved_at):
+                wrong.append(f'{str(path)!r} has saved_at={saved_at!r}, which is no time')
+            else:
+                found.append(((saved_at, meta['iter']), path))
     return found, wrong
