@@ -35,12 +35,12 @@ FILL = {'uniform_', 'erfinv_', 'mul_', 'add_', 'clamp_', 'normal_', 'fill_', 'ze
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """Files of this process end after `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class _Undrawn(TorchFunctionMode):

@@ -112,8 +112,7 @@ def test_torchrun_leaves_options_to_the_tool(script, tmp_path):
         (tmp_path / 'torchrun').chmod(0o755)
         path = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
         call = [ROOT / f'tools/dist_{words[0]}.sh', *words[1:], '8']
-        done = subprocess.run(call, capture_output=True, text=True, env=path, check=True)
-        words = done.stdout.split()
+        words = subprocess.check_output(call, text=True, env=path).split()
     args = get_args_parser().parse_args([*words, '--log', 'plain'])
     assert args.training_script_args[-2:] == ['--log', 'plain']
 

@@ -62,10 +62,11 @@ def test_names_are_text_and_no_markup(tmp_path):
 
 def test_on_a_full_disk_the_earlier_report_stays(tmp_path):
     files = write_report([survey(layers=1)], tmp_path)
-    before = [file.read_bytes() for file in files]
+    earlier_bytes = [file.read_bytes() for file in files]
     with full_disk(5000), pytest.raises(OSError, match=r'report\.html'):
         write_report([survey(layers=1)], tmp_path)
-    assert [file.read_bytes() for file in files] == before and len([*tmp_path.iterdir()]) == 2
+    assert [file.read_bytes() for file in files] == earlier_bytes
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.usefixtures('unpainted')

@@ -242,15 +242,17 @@ def test_images_without_labels_are_classified(trained, tmp_path, capsys):
 
 
 def test_names_of_classes_and_files_steer_no_terminal_and_no_spreadsheet(trained, tmp_path, capfd):
-    content = torch.load(trained / 'epoch_1.pth', weights_only=False)
-    content['meta']['dataset_meta'] = {'classes': ['\x1b[31m', '=1+1', '+2', '-3', '@4', *'56789']}
-    torch.save(content, tmp_path / 'a.pth')
+    checkpoint = torch.load(trained / 'epoch_1.pth', weights_only=False)
+    checkpoint['meta']['dataset_meta'] = {
+        'classes': ['\x1b[31m', '=1+1', '+2', '-3', '@4', *'56789']
+    }
+    torch.save(checkpoint, tmp_path / 'a.pth')
     image = tmp_path / os.fsdecode(b'caf\xe9.png')  # Latin-1, which is no UTF-8
     Image.new('RGB', (28, 28)).save(image)
     command = [str(trained / 'tiny.py'), str(tmp_path / 'a.pth'), str(image), '--topk', '10']
     predict([*command, '--out-dir', str(tmp_path), '--device', 'cpu'])
-    said = capfd.readouterr().out
-    assert '\x1b' not in said and '\\x1b[31m ' in said and 'caf\\udce9.png: ' in said
+    output = capfd.readouterr().out
+    assert '\x1b' not in output and '\\x1b[31m ' in output and 'caf\\udce9.png: ' in output
     rows = [*csv.DictReader((tmp_path / 'predictions.csv').read_text().splitlines())]
     names = {'\\x1b[31m', "'=1+1", "'+2", "'-3", "'@4", *'56789'}
     assert {row['class'] for row in rows} == names and 'caf\\udce9' in rows[9]['image']

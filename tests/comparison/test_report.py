@@ -264,16 +264,16 @@ def test_on_a_full_disk_the_earlier_file_stays(fill, says, action):
     Path('configs/comparisons').mkdir(parents=True)
     Path(fill(SCORES)).rename('configs/comparisons/spec.py')
     page = '<!-- compare scores dense better : spec -->\n<!-- end -->\n'
-    files = [Path('page.md'), *(TABLES / f'spec.{kind}' for kind in ('md', 'tex', 'csv'))]
+    files = [Path('page.md'), *(TABLES / f'spec.{suffix}' for suffix in ('md', 'tex', 'csv'))]
     files[0].write_text('old\n' * 1000 + page)
-    call = {'pages': 'page.md', 'table': 'configs/comparisons/spec.py'}
-    for each in call.items():
-        says(*each)
-    before = [file.read_bytes() for file in files]
+    commands = {'pages': 'page.md', 'table': 'configs/comparisons/spec.py'}
+    for command in commands.items():
+        says(*command)
+    earlier_bytes = [file.read_bytes() for file in files]
     with full_disk(500):
-        said = says(action, call[action])
-    assert said.startswith('error: ') and ' could not be written' in said
-    assert [file.read_bytes() for file in files] == before
+        error = says(action, commands[action])
+    assert error.startswith('error: ') and ' could not be written' in error
+    assert [file.read_bytes() for file in files] == earlier_bytes
 
 
 def entries(file: Path) -> list[tuple[str, int, dict]]:

@@ -98,11 +98,11 @@ def test_a_damaged_row_is_left_out_alone(fill, says, harm, said):
 )
 def test_a_damaged_row_of_another_comparison_stops_no_table(fill, says, changes):
     path = fill(SCORES)
-    content = {**json.loads((ROWS / 'same-seed1.json').read_text()), **changes}
+    fields = {**json.loads((ROWS / 'same-seed1.json').read_text()), **changes}
     for seed in (1, 2):
         file = ROWS.parent / f'other/same-seed{seed}.json'
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(fields))
     assert says('table', path).startswith('docs/results/tables/spec.md')
 
 
@@ -118,7 +118,7 @@ def test_rows_put_no_markup_and_no_formula_into_tables(fill, says):
     change('same-seed2', recipe=f'{tag}\x1b[31m')
     (ROWS / '`<u>`-seed7.json').write_text('{}')
     assert says('table', path).startswith('docs/results/tables/spec.md')
-    texts = {kind: Path(f'docs/results/tables/spec.{kind}').read_text() for kind in ('md', 'tex')}
+    texts = {s: Path(f'docs/results/tables/spec.{s}').read_text() for s in ('md', 'tex')}
     assert '<img' not in ''.join(texts.values()) and '\x1b' not in ''.join(texts.values())
     assert texts['md'].count('&lt;img src=x&gt;&#124;&#96;&#92;n# A') == 6
     assert "`'<u>'-seed7.json`" in texts['md']  # as code, which ends nowhere earlier
@@ -130,8 +130,8 @@ def test_what_routing_lacks_is_said_with_the_name_of_the_file(fill, says):
     path = fill(SCORES)
     layers = {'blocks.1.mlp': {'router/load_entropy': 1.0}}
     change('same-seed2', routing={'images': 5, 'layers': layers, 'changes': []})
-    said = says('table', path)
-    assert said.startswith('error: same-seed2.json is damaged: ') and 'shifts' in said
+    error = says('table', path)
+    assert error.startswith('error: same-seed2.json is damaged: ') and 'shifts' in error
 
 
 def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys):

@@ -178,11 +178,11 @@ def test_of_paths_the_names_are_published(text, expected):
 def test_a_card_takes_no_markup_and_a_config_no_folders_of_a_checkpoint(tmp_path):
     home = {'load_from': '/home/me/start.pth', 'test_dataloader.dataset.data_root': '/home/me/data'}
     leave_run(tmp_path / 'run', CONFIG, OF_RUN | home, '0123456789')
-    content = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
+    checkpoint = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
     tag = '<img src=x>|`\n# A'
-    content['message_hub'] = {'log_scalars': {f'val/{tag}': HistoryBuffer([1.0], [1])}}
-    content['meta'] |= {'seed': tag, 'epoch': tag}
-    torch.save({**content, 'run_record': {'commits': [tag]}}, tmp_path / 'run/best_a.pth')
+    checkpoint['message_hub'] = {'log_scalars': {f'val/{tag}': HistoryBuffer([1.0], [1])}}
+    checkpoint['meta'] |= {'seed': tag, 'epoch': tag}
+    torch.save({**checkpoint, 'run_record': {'commits': [tag]}}, tmp_path / 'run/best_a.pth')
     out = publish_folder(str(tmp_path / 'run'), str(tmp_path / 'published'))
     card = (out / 'README.md').read_text()
     assert '<img' not in card and card.count('&lt;img src=x&gt;&#124;&#96;&#92;n# A') == 4

@@ -58,9 +58,9 @@ def test_experts_in_a_release_whose_images_are_no_whole_patches(method):
     cut[:, :, 27 * 14 :] = 5
     if method != 'stablemoe':  # which averages all rows into its cells
         assert torch.equal(model(cut), model(images))
-    for other in ({'img_size': 380}, {'patch_size': 10}):
+    for sizing in ({'img_size': 380}, {'patch_size': 10}):
         with pytest.raises(ValueError, match=r'img_size=.* a multiple of patch_size'):
-            create_model(SIGLIP, options, **sizes, **other)
+            create_model(SIGLIP, options, **sizes, **sizing)
 
 
 SIZES = {'depth': 2, 'embed_dim': 24, 'num_heads': 2, 'img_size': 32, 'num_classes': 3}

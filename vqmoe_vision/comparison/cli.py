@@ -29,7 +29,7 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
 from . import control
-from .figures import plot_forest, save_figure
+from .figures import plot_forest
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
 from .pages import Made, fill
@@ -163,8 +163,7 @@ def _forest(args: argparse.Namespace) -> None:
         raise ValueError(f'contrasts: the rows of none are finished in {", ".join(found)}')
     print(frame.to_markdown(index=False, floatfmt='+.2f'))
     make_folder(args.out.parent)
-    figure = plot_forest(frame, margins.pop() if len(margins) == 1 else None)
-    save_figure(figure, args.out, dpi=110)
+    plot_forest(frame, margins.pop() if len(margins) == 1 else None).savefig(args.out, dpi=110)
     print(args.out)
 
 
@@ -251,7 +250,7 @@ def _control(args: argparse.Namespace) -> None:
     ]
     print(control.table_of(scores))
     figure = control.plot_control(scores, structures[runs[0][0]])
-    save_figure(figure, out.with_suffix('.png'), dpi=100)
+    figure.savefig(out.with_suffix('.png'), dpi=100)
     print(out.with_suffix('.png'))
     if args.out is not None:
         made = {'commit': commit(), 'processor': processor(), 'core_seconds': time.process_time()}

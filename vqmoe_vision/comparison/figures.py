@@ -1,8 +1,6 @@
 """Figures of comparisons: differences with their intervals, learning curves, and a forest."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vqmoe_vision.engine.checkpoint_files import write_atomically
 from vqmoe_vision.models.create import STARTS
 
 from .spec import STARTED, Comparison
@@ -31,12 +28,6 @@ _STYLES = (
 )
 _OTHERS: dict[str, Any] = {'color': '0.8', 'linestyle': '-', 'linewidth': 0.8}
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
-
-
-def save_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a figure as its file's name says."""
-    figure.savefig(content := BytesIO(), format=path.suffix[1:] or 'png', **options)
-    write_atomically(path, content.getvalue())
 
 
 def colour_of(number: int) -> tuple[float, float, float]:

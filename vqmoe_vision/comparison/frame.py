@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vqmoe_vision.engine.escaping import as_cell
 from vqmoe_vision.moe.config import check
 
 from .figures import TOGETHER
@@ -44,8 +45,8 @@ def tidy(comparison: Comparison, results: Results) -> pd.DataFrame:
     """What tests gave of every run: a line each of row, seed, split, name and value."""
     lines = []
     for row in comparison.rows:
-        for (other, seed), content in results.usable.items():
-            if other == row:
+        for (result_row, seed), content in results.usable.items():
+            if result_row == row:
                 with _naming_file(row, seed):
                     lines += [(row, seed, *n) for n in _numbers(comparison, content)]
     return pd.DataFrame(lines, columns=['row', 'seed', 'split', 'name', 'value'])
@@ -173,7 +174,7 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
             'minutes': pd.Series([c[clock] for c in contents]).mean() if one else math.nan,
             **{name: of_layers(values, TEST, of, [row])[0] for name, of in LAYERS.items()},
             **{
-                name: ', '.join(sorted({c[name] for c in contents}))
+                name: as_cell(', '.join(sorted({c[name] for c in contents})))
                 for name in ('device', 'hardware', 'commit')
             },
         }

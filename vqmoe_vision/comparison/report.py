@@ -11,10 +11,10 @@ import pandas as pd
 
 from vqmoe_vision.engine.checkpoint_files import write_atomically
 from vqmoe_vision.engine.cli import make_folder
-from vqmoe_vision.engine.escaping import as_cell, as_markdown, printable
+from vqmoe_vision.engine.escaping import as_markdown, printable
 from vqmoe_vision.moe.config import check
 
-from .figures import plot_curves, plot_differences, save_figure
+from .figures import plot_curves, plot_differences
 from .frame import (
     HELD_OUT,
     LAYERS,
@@ -221,11 +221,8 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
         said.append(f'Data: {as_markdown("; ".join(parts))}.')
     if unknown := sum('data' not in content for content in rows):
         said.append(f'Which data they saw is not recorded of {unknown} of {len(rows)} runs.')
-    right = [
-        as_markdown(content['checked']['commit'] or 'outside git')
-        for content in rows
-        if 'checked' in content
-    ]
+    findings = [content['checked'] for content in rows if 'checked' in content]
+    right = [as_markdown(finding['commit'] or 'outside git') for finding in findings]
     if not right:
         return [
             *said,
@@ -251,8 +248,6 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     told = _ROUTED.format(images=' or '.join(map(str, routed)))
     further = {_SHIFTED: shift_table(comparison, values), told: routing_table(values)}
     commits = as_markdown(', '.join(sorted({content['commit'] for content in rows})))
-    of_machines = ['device', 'hardware', 'commit']
-    frame[of_machines] = frame[of_machines].map(as_cell)
     parts = [
         f'# {comparison.name}',
         f'Made from the rows by `python tools/compare.py table`; commits {commits}.',
@@ -308,7 +303,7 @@ def draw_figures(
             files[images / f'{name}.png'] = kind, drawn_by
     for file, (name, software) in files.items():
         if (figure := figures.get(name)) is not None:
-            save_figure(figure, file, metadata={'Software': software}, dpi=110)
+            figure.savefig(file, metadata={'Software': software}, dpi=110)
             written.append(file)
         else:
             drawn = ', '.join(name for name, figure in figures.items() if figure is not None)

@@ -169,17 +169,14 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys(('commit', 'device', 'hardware'), str),
     **dict.fromkeys(('seed', 'iterations', 'images', 'params', 'active_params', 'macs'), int),
     **dict.fromkeys(('minutes', 'cpu_minutes'), float),
-    'test': dict[str, float],
-    'first_losses': list[float],
+    **{'test': dict[str, float], 'first_losses': list[float]},
     **dict.fromkeys(('training_loss', 'held_out'), list[tuple[int, float]]),
 }
 _LATER: dict[str, Any] = {
-    'correct': str,
-    'starting_weights': dict[str, str],
+    **{'correct': str, 'routing': dict, 'starting_weights': dict[str, str]},
     'data': dict[str, dict[str, int | str | None]],
     'checked': dict[str, bool | float | str | None],
     **dict.fromkeys(('shifts', 'shift_routing'), dict[str, dict[str, float]]),
-    'routing': dict,
 }
 Usable = dict[tuple[str, int], dict[str, Any]]
 SPLITS = ('train', 'val', 'test')
@@ -341,10 +338,8 @@ def damage(content: Mapping[str, Any], run: Run) -> str | None:
     """Says why a row cannot be read, or is none of today's."""
     if content.get('version') != VERSION:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
-    if missing := [name for name in FIELDS if content.get(name) is None]:
-        return f'it is damaged: {missing} are missing'
     if mistyped := _mistyped(content):
-        return f'it is damaged: {mistyped} are of another type'
+        return f'it is damaged: {mistyped} are missing or of another type'
     metric, stage = run.comparison.metric, run.comparison.stage
     own = {'row': run.row, 'seed': run.seed, 'metric': metric, 'stage': stage}
     if others := [name for name in own if content[name] != own[name]]:
@@ -358,8 +353,8 @@ def damage(content: Mapping[str, Any], run: Run) -> str | None:
 
 
 def _mistyped(content: Mapping[str, Any]) -> list[str]:
-    types = {**FIELDS, **_LATER}
-    return [n for n, hint in types.items() if n in content and not has_type(content[n], hint)]
+    types = FIELDS | {name: hint for name, hint in _LATER.items() if name in content}
+    return [name for name, hint in types.items() if not has_type(content.get(name), hint)]
 
 
 def refutation(content: Mapping[str, Any]) -> str | None:

@@ -82,8 +82,7 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
     kept = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
     meta = {k: v for k, v in _meta(content, checkpoint).items() if k in kept}
     _check_values(content['state_dict'], checkpoint)
-    if isinstance(meta.get('cfg'), str):
-        meta['cfg'] = without_folders(meta['cfg'])
+    meta |= {'cfg': without_folders(str(meta['cfg']))} if 'cfg' in meta else {}
     torch.save({'meta': meta, 'state_dict': content['state_dict']}, buffer)
     digits = sha256(buffer.getvalue()).hexdigest()[:8]
     target = Path(out).with_name(f'{Path(out).stem}-{digits}.pth')

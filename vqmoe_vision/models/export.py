@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -227,21 +227,17 @@ def scratch_beside(target: Path) -> Iterator[Path]:
     folder = target.with_name(f'.{target.name}.writing')
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)  # a link would be followed elsewhere
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        except BlockingIOError:
-            check(False, 'out', str(target), 'one that no other process writes now')
-        except OSError:  # a file system without locks
-            pass
-        try:
-            for path in folder.iterdir():
-                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+    with ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        with suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+            except BlockingIOError:
+                check(False, 'out', str(target), 'one that no other process writes now')
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for path in folder.iterdir():
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+        yield folder
 
 
 def write_whole(target: Path, save: Callable[[Path], object]) -> None:

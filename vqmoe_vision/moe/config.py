@@ -230,7 +230,7 @@ def has_type(value: Any, hint: Any) -> bool:
         return listed and all(map(has_type, value, parts))
     if origin in (list, dict):
         values = value.values() if isinstance(value, dict) else value
-        return isinstance(value, origin) and all(has_type(part, parts[-1]) for part in values)
+        return isinstance(value, origin) and all(has_type(v, parts[-1]) for v in values)
     if hint is Callable or origin in (type, Callable):
         return callable(value)
     # bool is an int to Python, but no number of experts

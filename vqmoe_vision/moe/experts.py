@@ -31,9 +31,8 @@ class Stacked(nn.Module):
 
 def gelu_approximation(act: nn.Module) -> str | None:
     """Return `approximate` of `F.gelu` for torch's or timm's GELU, None for others."""
-    if type(act) is nn.GELU:
-        return act.approximate
-    return {GELU: 'none', GELUTanh: 'tanh'}.get(type(act))
+    of_timm = {GELU: 'none', GELUTanh: 'tanh'}
+    return act.approximate if type(act) is nn.GELU else of_timm.get(type(act))
 
 
 class StackedNorm(Stacked):
