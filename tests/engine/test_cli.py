@@ -113,6 +113,26 @@ def test_weights_that_are_no_real_numbers_are_refused(change, message, trained, 
         refused(rf"epoch_2\.pth' .*{message}", tool, error=SystemExit)
 
 
+def test_a_training_writes_through_no_link(config, tmp_path, monkeypatch):
+    work, outside = tmp_path / 'run', tmp_path / 'outside'
+    work.mkdir()
+    outside.mkdir()
+    names = {'tiny.py', '.before_restarts', '.writable', '.lock'}
+    for name in names:
+        (outside / name).write_text(name)
+        os.utime(outside / name, (1, 1))
+        (work / name).symlink_to(outside / name)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')  # as torchrun sets
+    with pytest.raises(SystemExit, match=r'--work-dir=.*\.lock'):
+        train(config, work)
+    (work / '.lock').unlink()
+    train(config, work, 'train_cfg.max_epochs=1')
+    assert 'num_experts=2' in (work / 'tiny.py').read_text()
+    assert {path.name for path in outside.iterdir()} == names
+    assert all(path.read_text() == path.name for path in outside.iterdir())
+    assert all(path.stat().st_mtime == 1 for path in outside.iterdir())
+
+
 @pytest.mark.parametrize('linked', [False, True])
 def test_test_writes_metrics_and_routing(linked, trained, config, tmp_path):
     out = tmp_path / ('link.json' if linked else 'new/metrics.json')

@@ -13,6 +13,8 @@ from uuid import uuid4
 
 from mmengine.fileio import LocalBackend, register_backend
 
+from vqmoe_vision.moe.config import check
+
 from .checkpoint import (
     RUN_FILE,
     check_content,
@@ -89,7 +91,10 @@ def last_checkpoint(folder: Path) -> Path:
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Keeps a work dir for one training, until that ends or is killed."""
-    with (folder / '.lock').open('a') as file:
+    lock = folder / '.lock'
+    allowed = f'a folder whose {lock.name} is no link, which would be followed'
+    check(not lock.is_symlink(), '--work-dir', str(folder), allowed)
+    with lock.open('a') as file:
         try:
             # one that ends with the process, and that no worker of its data loaders inherits
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +121,7 @@ def identify(folder: Path, resumed: bool, stated: Any) -> str:
 
 def remove_partial(folder: Path, run: str) -> None:
     """Removes what a run that was killed has written in part."""
-    for name in ('*.pth', POINTER, RUN_FILE):  # as `write_atomically` calls them
+    for name in ('*.pth', '*.py', POINTER, RUN_FILE):  # as `write_atomically` calls them
         for path in folder.glob(f'.{name}.part'):
             if path.is_file():
                 path.unlink()
@@ -197,7 +202,7 @@ def newest_before(folder: Path) -> float | None:
     if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) and known[1:] == [torchrun]:
         return before if (before := float(known[0])) < newest else None
     if 'TORCHELASTIC_RUN_ID' in os.environ:
-        note.write_text(f'{newest!r} {torchrun}')
+        write_atomically(note, f'{newest!r} {torchrun}'.encode())
     return None
 
 

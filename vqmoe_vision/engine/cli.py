@@ -14,21 +14,30 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from typing import Any
 from unittest.mock import patch
 
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list, get_rank, get_world_size
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size, master_only
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings, track_iter_progress
 from torch import nn
+from typing_extensions import override
 
 from vqmoe_vision.arguments import parser_of
 from vqmoe_vision.moe.config import check
 
 from .checkpoint import existing
-from .checkpoint_files import SaveError, in_use, newest_before, newest_checkpoint, newest_time
+from .checkpoint_files import (
+    SaveError,
+    in_use,
+    newest_before,
+    newest_checkpoint,
+    newest_time,
+    write_atomically,
+)
 from .checkpoint_hook import end_by
 from .config import (
     base_path,
@@ -112,8 +121,7 @@ def make_folder(folder: Path) -> None:
     """Makes a folder, before the work whose results go there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / '.writable').touch()
-        (folder / '.writable').unlink(missing_ok=True)  # others may try the same folder meanwhile
+        TemporaryFile(dir=folder).close()  # no link can stand in the place of its name
     except OSError as error:
         raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
 
@@ -249,6 +257,12 @@ class ToolRunner(Runner):
         for handler in of_terminal(logger):
             handler.setLevel(max(handler.level, logging.WARNING))
         return logger
+
+    @override
+    @master_only
+    def dump_config(self) -> None:
+        name = f'{self.timestamp}.py' if self.cfg.filename is None else self.cfg.filename
+        write_atomically(Path(self.work_dir, Path(name).name), self.cfg.dump().encode())
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wraps models for a CPU too, but none that `parallel` spreads; the config stays as is."""
