@@ -218,10 +218,9 @@ def test_no_module_comes_from_the_current_folder(start, tmp_path):
             (folder / f'{module}.py').write_text('raise SystemExit(f"{__file__} was run")')
     config = "_base_ = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'\n"
     (there / 'a.py').write_text(f"{config}custom_imports = dict(imports=['beside'])")
-    (there / 'beside.py').write_text(
-        f'import sys\nfolders = {["", str(here), str(there)]}\n'
-        'raise ValueError([path for path in sys.path if path in folders])'
-    )
+    places = '', str(here), str(there)
+    beside = f'import sys\nraise ValueError([path for path in sys.path if path in {places}])'
+    (there / 'beside.py').write_text(beside)
     program = [start[0] if start[0] == '-m' else str(ROOT / start[0]), *start[1:]]
     arguments = ['train'] * (start[0] == '-m') + ['../there/a.py']
     ran = [sys.executable, *program, *arguments]

@@ -1,7 +1,7 @@
 # 2,400 iterations of CamVid on a CPU, from scratch, compute matched. Seeds differ by several
 # points, so that few rows are worth their time; each method starts from a trained dense model in
 # camvid_pretrained, where pairs share more. docs/how-to/compare.md
-config = 'configs/segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
+config = 'vqmoe_vision::segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 metric = 'mIoU'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]

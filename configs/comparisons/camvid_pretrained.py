@@ -2,11 +2,11 @@
 # dense checkpoint of cifar10_budget, and VQMoE from its own, with both branches, with the discrete
 # one alone, and with its codes fixed. A dense model of matched width cannot start from the dense
 # one, and begins from nothing as dense does. docs/how-to/compare.md
-config = 'configs/segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
+config = 'vqmoe_vision::segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 metric = 'mIoU'
 reference = 'dense_1x_started'
 seeds = [1, 2, 3, 4, 5]
-start = 'configs/comparisons/cifar10_budget.py dense_1x epoch_6.pth'
+start = 'vqmoe_vision::comparisons/cifar10_budget.py dense_1x epoch_6.pth'
 all_started = True
 # named when the runs were there
 contrasts = [

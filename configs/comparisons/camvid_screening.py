@@ -3,7 +3,7 @@
 # that no table of CamVid has, on the 60 pairs that are held out of its training set. Rows of
 # several scales train at 0.4 to 1.25 of the size, where the others have 0.54 to 0.8, and are tested
 # at 0.65 like all. docs/how-to/compare.md
-config = 'configs/segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
+config = 'vqmoe_vision::segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 stage = 'dev'
 metric = 'mIoU'
 also = ['code_usage_unused', 'quantization_error']

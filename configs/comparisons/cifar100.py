@@ -1,5 +1,5 @@
 # The primary contrasts on CIFAR-100 in four epochs, with the paper's VQMoE and the released one.
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
 reference = 'dense_2x'

@@ -3,7 +3,7 @@
 # were named before the first run.
 _base_ = 'cifar100.py'
 reference = 'smoe'
-start = 'configs/comparisons/cifar100_routing.py dense_1x epoch_4.pth'
+start = 'vqmoe_vision::comparisons/cifar100_routing.py dense_1x epoch_4.pth'
 contrasts = [
     'smoe_sigmoid - smoe',
     'smoe_shared - smoe',

@@ -1,5 +1,5 @@
 # Six epochs of CIFAR-10 on a CPU, compute matched: docs/how-to/compare.md.
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]

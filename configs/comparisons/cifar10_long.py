@@ -1,5 +1,5 @@
 # 40 epochs of CIFAR-10 on a CPU, 18 to 65 minutes a run: docs/how-to/compare.md.
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_1x'
 seeds = [1, 2, 3]

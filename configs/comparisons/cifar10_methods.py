@@ -5,7 +5,7 @@
 # with it: XMoE's router is half as wide as there are experts, and each form of its gate has its own
 # temperatures. Expert choice and hash routing have one option of their own each, and six and three
 # trials. MoCLE, which needs a dense model of these images, has none. docs/how-to/compare.md
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 stage = 'dev'
 metric = 'accuracy/top1'
 reference = 'xmoe'

@@ -1,5 +1,5 @@
 # Nearer to convergence: CIFAR-10 in patches of 4, with Muon in bfloat16 and eight epochs.
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4]

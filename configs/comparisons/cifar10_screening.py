@@ -2,7 +2,7 @@
 # are held out of CIFAR-10's training set. Each trial changes one thing of the row of its method.
 # VQMoE has twenty-four trials, and so has SMoE, with which it is compared. What is found here is
 # said of these two; trials of other methods are in cifar10_methods.py. docs/how-to/compare.md
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 stage = 'dev'
 metric = 'accuracy/top1'
 also = ['code_usage_unused', 'quantization_error']

@@ -1,7 +1,7 @@
 # Six rows of cifar10_budget once more, with a loss that keeps the residual stream small. How it was
 # found, with this weight and these blocks, on held-out images and at other seeds, is in
 # docs/archive/residual-stream.md.
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]

@@ -2,7 +2,7 @@
 # cifar10_budget has in six, at half its width: a run takes five to eight minutes of a core. Rows
 # are codebooks, so that the reference is one; dense and the controls say what any of them is worth.
 # docs/how-to/compare.md
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/head', 'accuracy/medium', 'accuracy/tail', 'code_usage_unused']
 reference = 'ema'

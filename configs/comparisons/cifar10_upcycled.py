@@ -1,10 +1,10 @@
 # Six epochs of CIFAR-10 more for the dense ViT of cifar10_budget: as it is, with each method's
 # experts made of its MLPs, and each method from scratch. docs/how-to/compare.md
-config = 'configs/classification/cifar10_budget.py'
+config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_1x_started'
 seeds = [1, 2, 3, 4, 5]
-start = 'configs/comparisons/cifar10_budget.py dense_1x epoch_6.pth'
+start = 'vqmoe_vision::comparisons/cifar10_budget.py dense_1x epoch_6.pth'
 all_started = True
 all_methods = True
 # named when the runs were there

@@ -1,6 +1,6 @@
 # Two rows at two seeds on the scans of digits that scikit-learn has: a minute each, and no data to
 # fetch. It shows what comparisons do, and decides nothing.
-config = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+config = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'
 metric = 'accuracy/top1'
 reference = 'dense_1x'
 seeds = [1, 2]

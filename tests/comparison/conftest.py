@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vqmoe_vision.comparison import cli
+from vqmoe_vision.comparison import cli, store
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Run, Store
@@ -78,6 +78,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     (tmp_path / 'tools/train.py').write_text(TRAIN)
     (tmp_path / 'tools/test.py').write_text(TEST)
     (tmp_path / 'config.py').write_text(CONFIG)
+    monkeypatch.setattr(store, 'FOLDER', tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -71,7 +71,10 @@ def slurm(tmp_path, monkeypatch) -> None:
     """The commands of Slurm that submitit calls, of a cluster that begins no job."""
     folder = tmp_path / 'bin'
     folder.mkdir()
-    commands = {'sbatch': 'cp "$1" submitted.sh\necho Submitted batch job 12', 'srun': '"$@"'}
+    commands = {
+        'sbatch': 'cp "$1" submitted.sh\necho $PYTHONSAFEPATH > safe\necho Submitted batch job 12',
+        'srun': '"$@"',
+    }
     for name, text in {**commands, 'sacct': 'echo "JobID|State|NodeList"'}.items():
         (folder / name).write_text(f'#!/bin/sh\n{text}\n')
         (folder / name).chmod(0o755)
@@ -90,6 +93,7 @@ def test_runs_are_an_array_of_slurm(spec, slurm):
     flags = set(re.findall('^#SBATCH --(.*)', Path('submitted.sh').read_text(), re.M))
     asked = {'array=0-1%1', 'time=90', 'mem=64GB', 'partition=gpu', 'requeue', 'job-name=spec'}
     assert flags >= asked | {'nodes=1', 'gpus-per-node=2', 'cpus-per-task=8', 'ntasks-per-node=1'}
+    assert Path('safe').read_text() == '1\n'  # a job begins in the current folder
     jobs = sorted((given[0].parent / 'jobs').glob('12_*_submitted.pkl'))
     kept = [pickle.loads(job.read_bytes()).function for job in jobs]
     assert [job.task.run.name for job in kept] == ['dense-seed1', 'other-seed1']

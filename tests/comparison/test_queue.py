@@ -13,6 +13,7 @@ from shutil import rmtree
 
 import pytest
 
+from vqmoe_vision.comparison import store
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.queue import lock_of, visible_gpus
 from vqmoe_vision.comparison.spec import read_comparison
@@ -41,6 +42,7 @@ def collected(name: str = 'spec') -> set[str]:
 
 
 def work_through(path: str, folder: Path) -> None:
+    store.FOLDER = folder  # of this process, as `repository` of the other
     os.chdir(folder)
     os.dup2(os.open('said', os.O_WRONLY | os.O_CREAT), 2)
     compare(['run', path])

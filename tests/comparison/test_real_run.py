@@ -14,10 +14,8 @@ from vqmoe_vision.comparison import measured
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.measured import expanded, routing_numbers
 
-from ..rows import CONFIGS
-
 SPEC = """
-config = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+config = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'
 metric = 'accuracy/top1'
 reference = 'vqmoe'
 seeds = [3]
@@ -35,7 +33,7 @@ shifts = dict(
 
 
 def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.chdir(tmp_path)
     spec, file = tmp_path / 'digits.py', tmp_path / 'rows/digits/vqmoe-seed3.json'
     spec.write_text(SPEC)
     given = [str(spec), '--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]

@@ -130,8 +130,6 @@ class Queue:
     stopped = 'stopped; the same command goes on from the last checkpoints'
 
     def __init__(self, tasks: Sequence[Task], jobs: int | None, pause: Path) -> None:
-        if not Path('tools/train.py').is_file():
-            raise ValueError('tools/train.py is not here: start this at the root of the repository')
         self._gpus = visible_gpus(os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.device_count())
         self._slots = range(jobs or max(len(self._gpus), 1))
         self._waiting, self._pause = list(tasks), pause

@@ -19,6 +19,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from vqmoe_vision import FOLDER
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 from vqmoe_vision.engine.cli import as_typed, load_config, one_line
 from vqmoe_vision.engine.config import flat, parse_options
@@ -30,6 +31,11 @@ from .statistics import pooled_noise
 
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+# as `python -m torch.distributed.run`, without the modules of the current folder
+_TORCHRUN = (
+    'import sys; sys.path[:] = filter(None, sys.path); '
+    'from torch.distributed.run import main; main()'
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,10 @@ class Run:
         return self._command('test', processes, given)
 
     def _command(self, tool: str, processes: int, given: list[str]) -> list[str]:
-        command = [f'tools/{tool}.py', self.comparison.config, *given]
+        command = [str(FOLDER / f'tools/{tool}.py'), self.comparison.config, *given]
         if processes == 1:
             return [sys.executable, *command]
-        started = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        started = ['-c', _TORCHRUN, '--standalone', f'--nproc_per_node={processes}']
         # in front of the options, which end with the command
         return [sys.executable, *started, *command[:2], '--launcher=pytorch', *command[2:]]
 
