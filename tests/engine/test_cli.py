@@ -77,6 +77,49 @@ def test_a_test_leaves_the_config_of_its_run(line, trained, tmp_path):
     assert 'batch_size=50' in of_test.read_text()
 
 
+OTHER_SETTINGS = """
+    model.drop_path_rate=0.2 train_dataloader.batch_size=50 optim_wrapper.optimizer.lr=0.05
+    optim_wrapper.optimizer.weight_decay=0.5 param_scheduler.1.T_max=7
+"""
+
+
+def test_a_resumed_run_says_what_it_has_of_its_checkpoint(trained, config, tmp_path):
+    work = shutil.copytree(trained, tmp_path / 'run')
+    for epochs in (3, 4):
+        train(config, work, *OTHER_SETTINGS.split(), f'train_cfg.max_epochs={epochs}', resume=True)
+    logs = [log.read_text() for log in sorted(work.glob('*/*.log'))]
+    lines = [line for log in logs for line in log.splitlines() if '--resume: ' in line]
+    assert len(lines) == 2
+    scheduled = 'param_scheduler.1.T_max is 38 in the checkpoint and 7 in the config, the checkp'
+    for line in lines:
+        for name, former, value in (('lr', 0.002, 0.05), ('weight_decay', 0.05, 0.5)):
+            differing = f'{name} is {former} in the checkpoint and {value} in the config, the check'
+            assert f'optim_wrapper.optimizer.{differing}' in line
+        assert scheduled in line and 'max_epochs' not in line and 'drop_path' not in line
+    # of which the second has what the first went on with
+    batch = 'total_batch_size is 100 in the checkpoint and 50 in the config, the config counts'
+    assert batch in lines[0] and 'total_batch_size' not in lines[1]
+    saved = read_content(str(work / 'epoch_4.pth'))
+    for group in saved['optimizer']['param_groups']:
+        assert group['initial_lr'] == 0.002 and group['weight_decay'] in (0.0, 0.05)
+    assert saved['param_schedulers'][1]['T_max'] == 38 * 3  # iterations of 100 of 309 images
+
+
+@cases(
+    'option, field',
+    ('model.moe.code_share=0.3', 'code_share'),
+    ('optim_wrapper.optimizer.type=Adam', r'optim_wrapper\.optimizer\.type'),
+    ('param_scheduler.1.type=CosineAnnealingMomentum', r'param_scheduler\.1\.type'),
+    ('train_dataloader.dataset.imbalance=50', r'len\(train_dataloader\.dataset\)=\d+ .* 309,'),
+)
+def test_a_run_goes_on_with_the_model_states_and_data_of_its_checkpoint(
+    option, field, trained, config, tmp_path
+):
+    work = shutil.copytree(trained, tmp_path / 'run')
+    with pytest.raises(SystemExit, match=field):
+        train(config, work, option, 'train_cfg.max_epochs=3', resume=True)
+
+
 @cases(
     'saved, option, what',
     ({'ema_state_dict': {}}, 'log_level=INFO', 'EMAHook=False is not possible: True, as wh'),

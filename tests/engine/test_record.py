@@ -73,10 +73,10 @@ def test_the_first_losses_can_be_had_alone(whole, tmp_path):
 
 def test_a_run_is_not_resumed_with_other_defaults_or_data(tmp_path, monkeypatch):
     trained(config_of(tmp_path / 'parts', **ONCE))
-    with pytest.raises(ValueError, match=r'data.train=.* is not possible: .* as when the run'):
-        trained(resumed(tmp_path / 'parts', **RECORD, **{'train_dataloader.dataset.imbalance': 2}))
-    monkeypatch.setitem(METHODS['vqmoe'].config.__init__.__kwdefaults__, 'code_share', 0.3)
-    with pytest.raises(ValueError, match=r'moe.code_share=0.3 is not possible: 0.05, as when'):
+    with pytest.raises(ValueError, match=r'data.val=.* is not possible: .* as when the run'):
+        trained(resumed(tmp_path / 'parts', **RECORD, **{'val_dataloader.dataset.split': 'test'}))
+    monkeypatch.setitem(METHODS['vqmoe'].config.__init__.__kwdefaults__, 'balance_weight', 0.3)
+    with pytest.raises(ValueError, match=r'moe.balance_weight=0.3 is not possible: 0.01, as when'):
         trained(resumed(tmp_path / 'parts', **RECORD))
 
 

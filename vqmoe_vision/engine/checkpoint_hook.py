@@ -45,9 +45,12 @@ from .checkpoint_files import (
 from .processes import timeout_of
 from .seeding import (
     SEEN,
+    SETTINGS,
     VALIDATED,
+    check_settings,
     keep_accumulated,
     progress_of,
+    read_settings,
     restore_accumulated,
     validation_was_cut_off,
 )
@@ -90,6 +93,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._outdated: list[str] = []
         self._saved_iter, self._saved_at = -1, 0.0
         self._resumed_from = self._run = ''
+        self._settings: dict[str, Any] = {}
         self._validating = self._training = False
 
     def before_run(self, runner: Runner) -> None:
@@ -104,12 +108,14 @@ class AtomicCheckpointHook(CheckpointHook):
         self._resumed_from = Path(str(runner._load_from)).name
         if not runner._resume:
             return
+        self._settings = check_settings(runner, checkpoint)
         restore_accumulated(runner, checkpoint)
         _files_in(runner.work_dir, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
         """Removes what a kill has left, and makes up for a validation that was cut off."""
         hub, folder = runner.message_hub, Path(runner.work_dir)
+        self._settings = self._settings or read_settings(runner)
         if is_main_process():
             self._run = identify(folder, runner._resume, hub.get_info(RUN))
             hub.update_info(RUN, self._run)
@@ -192,7 +198,7 @@ class AtomicCheckpointHook(CheckpointHook):
         """Leaves names without folders in a checkpoint, and when it was written."""
         # later than all others, also where the clock was set back
         self._saved_at = max(time.time(), nextafter(self._saved_at, inf))
-        checkpoint['meta']['saved_at'] = self._saved_at
+        checkpoint['meta'].update({'saved_at': self._saved_at, SETTINGS: self._settings})
         keep_accumulated(runner, checkpoint)
         _files_in('', checkpoint)
 

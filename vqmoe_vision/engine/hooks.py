@@ -154,7 +154,7 @@ class CheckpointFitHook(Hook):
         if runner._resume and 'optimizer' in checkpoint:
             with_kernels(checkpoint['optimizer'], runner.optim_wrapper.optimizer)
         path = os.path.expanduser(str(runner._load_from))
-        check_experts(unwrapped(runner).routed_model, path, checkpoint)
+        check_experts(unwrapped(runner).routed_model, path, checkpoint, runner._resume)
         unwrapped(runner).check_state_dict(checkpoint.get('state_dict', checkpoint), path)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

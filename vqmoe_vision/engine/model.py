@@ -405,8 +405,13 @@ def start_model(
     return weights
 
 
-def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
-    """Refuses weights of another method, and logs which options of the experts were others."""
+def check_experts(model: nn.Module, path: str, content: Any = None, resumes: bool = False) -> None:
+    """Refuses weights of another method, and logs which options of the experts were others.
+
+    A run that resumes goes on with the same options.
+    """
     network = network_of(path) if content is None else describe(path).network(path)
     for line in compare(model, network or network_of_run(content), path):
+        if resumes:
+            raise ValueError(f'--resume {path}: {line}')
         print_log(f'{path}: {line}', 'current', logging.WARNING)

@@ -2,6 +2,7 @@
 
 import operator
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -20,7 +21,9 @@ from torch import Tensor
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 
-from .model import unwrapped
+from .config import flat
+from .model import unwrapped, without_sources
+from .optim import KERNELS_FOR_LISTS
 
 
 def seed_generators(*parts: int) -> None:
@@ -240,6 +243,51 @@ def validation_was_cut_off(runner: Runner) -> bool:
         and not runner.message_hub.get_info(SEEN, 0)
         and runner.message_hub.get_info(VALIDATED) != runner.iter
     )
+
+
+SETTINGS = 'settings'
+_LENGTH = 'len(train_dataloader.dataset)'
+# A run that resumes has these of its checkpoint, and all others of its config.
+_RESTORED = r'optim_wrapper\.(optimizer|paramwise_cfg|constructor)\b|param_scheduler|auto_scale_lr'
+_TYPES = r'(optim_wrapper\.optimizer|param_scheduler(\.\d+)?)\.type'  # whose states differ
+
+
+def read_settings(runner: Runner) -> dict[str, Any]:
+    """Return the fields that decide how a run trains, by name and as plain values."""
+    config = {n: runner.cfg.get(n) for n in ('optim_wrapper', 'param_scheduler', 'auto_scale_lr')}
+    config['model'] = without_sources(runner.cfg.get('model') or {})
+    settings = {
+        name: value if isinstance(value, str | int | float | None) else str(value)
+        for name, value in flat(config).items()
+        if name.rpartition('.')[2] not in KERNELS_FOR_LISTS  # which are the card's
+    }
+    batches = get_world_size() * runner.optim_wrapper._accumulative_counts
+    settings['total_batch_size'] = (runner.train_dataloader.batch_size or 1) * batches
+    return settings | {_LENGTH: len(runner.train_dataloader.dataset)}
+
+
+def check_settings(runner: Runner, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that resumes, and warn where config and checkpoint differ.
+
+    A state that does not fit is refused, and data of another length that are read in random order.
+    """
+    settings, differences = read_settings(runner), []
+    saved = checkpoint['meta'].get(SETTINGS) or settings
+    shuffles = getattr(runner.train_dataloader.sampler, 'shuffle', True)
+    for name in {**saved, **settings}:
+        former, value = saved.get(name), settings.get(name)
+        restored = re.match(_RESTORED, name)
+        settings[name] = former if restored else value
+        if former != value:
+            fits = not re.fullmatch(_TYPES, name) and (name != _LENGTH or not shuffles)
+            check(fits, name, value, f'{former!r}, as in the checkpoint that --resume goes on with')
+            differences.append(
+                f'{ascii(name)[1:-1]} is {former!r} in the checkpoint and {value!r} in the config, '
+                f'the {"checkpoint" if restored else "config"} counts'
+            )
+    if differences:
+        runner.logger.warning(f'--resume: {"; ".join(differences)}')
+    return settings
 
 
 def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
