@@ -93,7 +93,8 @@ class VQMoEConfig(BalancedConfig):
         balance_weight: Weight of the router's balance loss.
         diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0).
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Of the router's weight, not of losses; None is E / 2.
+        routed_scaling_factor: Of the router's weight, not of losses; None, which a preset may have,
+            is E / 2.
         router_drop: Share of tokens that training sends to the code's expert alone, as the
             discrete form does.
 
@@ -170,7 +171,7 @@ class VQMoEConfig(BalancedConfig):
     diversity_weight: float = loss_weight(0.0, 0.1, balances=True, idle=_NO_CODES)
     train_router: bool = option(True, idle=_NO_ROUTER)
     routed_scaling_factor: float | None = option(
-        1.0, 2.75, None, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
+        1.0, 2.75, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
     )
     router_drop: float = option(0.0, 0.3, bounds='[0, 1)', of_weights=False, idle=_NOT_FULL)
 
@@ -389,7 +390,8 @@ class VQMoEMlp(MoeLayer):
         gates = None if of_gate is None else probabilities(of_gate)
         if gates is not None and self.training and config.router_drop > 0:
             dropped = torch.rand_like(gates[:, :1]) < config.router_drop
-            gates = torch.where(dropped, gates.new_tensor([0.0, 1.0]), gates)
+            both = zip(gates.split(1, dim=1), (0.0, 1.0), strict=True)
+            gates = torch.cat([gate.masked_fill(dropped, value) for gate, value in both], dim=1)
         out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
         if self.listens:
             stats = {'load': self._load(decisions, stats), **stats}
