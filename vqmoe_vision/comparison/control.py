@@ -358,11 +358,13 @@ def table_of(scores: Sequence[Mapping[str, Any]]) -> str:
     """
     lines = []
     frame = pd.DataFrame(scores)
-    keys = [key for key in ('generator',) if key in frame and frame[key].nunique() > 1]
-    for (*generator, row), of_row in frame.groupby([*keys, 'row'], sort=False):
+    has_several = 'generator' in frame and frame.generator.nunique() > 1
+    columns = ['generator', 'row'] if has_several else ['row']
+    for names, of_row in frame.groupby(columns, sort=False):
         deciders = ' / '.join(of_row.deciders.iloc[0])
-        accuracy = dict(zip(keys, generator, strict=True))
-        accuracy['row'] = f'{row} ({deciders})' if ' / ' in deciders else row
+        accuracy = dict(zip(columns, names, strict=True))
+        if ' / ' in deciders:
+            accuracy['row'] += f' ({deciders})'
         nats: dict[str, str] = {}
         for s, at in of_row.groupby('separation'):
             deviation = f' ± {at.accuracy.std():.1f}' if len(at) > 1 else ''

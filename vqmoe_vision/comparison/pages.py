@@ -134,15 +134,19 @@ def _scenes(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.
 
 def _generators(found: Mapping[str, Made], rows: Sequence[str], folder: Path) -> pd.DataFrame:
     """Return accuracy by generator and row, the separations of a cell in rising order."""
-    frame = pd.DataFrame(json.loads((folder / 'generators.json').read_text())['rows'])
+    frame = _read_rows(folder / 'generators.json')
     means = frame.groupby(['generator', 'row', 'separation'], sort=False).accuracy.mean()
     cells = means.map('{:.0f}'.format).groupby(['generator', 'row'], sort=False).agg(' / '.join)
     table = cells.unstack('row')[[*rows]].reindex(frame.generator.unique())
     return _shown(table.rename(columns=_name))
 
 
+def _read_rows(path: Path) -> pd.DataFrame:
+    return pd.DataFrame(json.loads(path.read_text())['rows'])
+
+
 def _means(path: Path, kind: str = 'mean') -> pd.DataFrame:
-    frame = pd.DataFrame(json.loads(path.read_text())['rows'])
+    frame = _read_rows(path)
     return frame.pivot_table(index='row', columns='separation', values='accuracy', aggfunc=kind)
 
 

@@ -37,9 +37,8 @@ _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
 _BY_NOISE = 'by the noise of the budget'
 _ERROR = 'quantization error'
-_LATEX = str.maketrans(
-    {sign: f'\\{sign}' for sign in '%_&#${}'}
-)  # pandas leaves a caption as it is
+# pandas leaves a caption as it is
+_LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#${}'})
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '

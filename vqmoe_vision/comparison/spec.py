@@ -248,8 +248,9 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
         check(len(words) == 3, f'{path}: start', given['start'], "'COMPARISON ROW CHECKPOINT'")
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     if 'start' in given:
+        start_file = Path(find_config(words[0]))
         if (
-            Path(find_config(words[0])).resolve() == Path(path).resolve()
+            start_file.resolve() == Path(path).resolve()
         ):  # a row of its own that starts from nothing
             alone = {n: v for n, v in fields.items() if n in _OF_A_RUN}
             alone['rows'] = {r: o for r, o in given['rows'].items() if '{start' not in str(o)}

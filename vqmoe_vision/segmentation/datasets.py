@@ -86,10 +86,10 @@ def check_label_maps(dataset: Any, ignore_index: int) -> None:
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(200, len(dataset))).astype(int))
     samples = [dataset.get_data_info(int(index)) for index in indices]
     samples = [sample for sample in samples if sample.get('seg_map_path')]
-    counts = np.zeros(256, np.int64)
+    load_labels, counts = LoadAnnotations(), np.zeros(256, np.int64)
     for sample in samples:
         with suppress(*UNREADABLE):  # whoever loads the sample for training names its file
-            label_map = LoadAnnotations().transform(dict(sample))['gt_seg_map']
+            label_map = load_labels.transform(dict(sample))['gt_seg_map']
             counts += np.bincount(label_map.ravel().astype(np.uint8), minlength=256)
     if not counts.any() or len(dataset.metainfo['classes']) < 2:
         return

@@ -71,10 +71,14 @@ class ProjectedCodebook(Codebook):
     def energy(self, x: Tensor) -> Tensor:
         return torch.ones((), device=x.device)
 
+    def cosines(self, x: Tensor) -> Tensor:
+        """Return the cosine of every token (T, D) with every code, (T, M) float32."""
+        return F.linear(self.compared(x.float()), self.codes())
+
     @override
     def forward(self, x: Tensor) -> Quantized:
         with full_precision(x):
-            cosines = F.linear(self.compared(x.float()), self.codes())  # (T, M)
+            cosines = self.cosines(x)
             if self.switches is not None:  # code j is of expert j mod E
                 off = ~self.switches.repeat(self.num_codes // len(self.switches))
                 cosines = cosines.masked_fill(off, -1e30)
@@ -91,8 +95,7 @@ class ProjectedCodebook(Codebook):
     @override
     def soft_assignment(self, x: Tensor) -> Tensor:
         with full_precision(x):
-            cosines = F.linear(self.compared(x.float()), self.codes())
-            return (cosines / _TEMPERATURE).softmax(dim=-1)
+            return (self.cosines(x) / _TEMPERATURE).softmax(dim=-1)
 
     @override
     def as_long_as(self, x: Tensor, codes: Tensor) -> Tensor:

@@ -390,8 +390,9 @@ class VQMoEMlp(MoeLayer):
         gates = None if of_gate is None else probabilities(of_gate)
         if gates is not None and self.training and config.router_drop > 0:
             dropped = torch.rand_like(gates[:, :1]) < config.router_drop
-            both = zip(gates.split(1, dim=1), (0.0, 1.0), strict=True)
-            gates = torch.cat([gate.masked_fill(dropped, value) for gate, value in both], dim=1)
+            continuous, discrete = gates.split(1, dim=1)
+            parts = continuous.masked_fill(dropped, 0.0), discrete.masked_fill(dropped, 1.0)
+            gates = torch.cat(parts, dim=1)
         out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
         if self.listens:
             stats = {'load': self._load(decisions, stats), **stats}
