@@ -14,6 +14,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
+from mmengine.utils import dl_utils
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
@@ -57,6 +58,7 @@ def test_no_loader_of_mmengine_runs_code(variable, tmp_path, monkeypatch):
     file, address = str(tmp_path / 'a.pth'), 'https://example.org/a.pth'
     readers = [partial(_load_checkpoint, n) for n in (file, address, 'open-mmlab://theirs')]
     readers += [partial(read_state, file), partial(upstream.load_from_http, address)]
+    readers += [partial(module.load_url, address) for module in (upstream, dl_utils)]
     if hasattr(upstream, '_safe_torch_load'):  # of onedl, for every store
         readers.append(partial(upstream._safe_torch_load, file))
     reaches = Call(getattr, Call(getattr, HistoryBuffer, 'mean'), '__globals__')

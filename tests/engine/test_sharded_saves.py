@@ -5,7 +5,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +205,9 @@ def test_code_in_a_part_is_not_run(work, tmp_path):
     lambda said: said['files'].update({'../../secret': [1, 1]}),
     lambda said: said['files'].popitem(),
     lambda said: said.pop('files'),
+    # 2**30 paths lead to the number, and 40 lists
+    lambda said: said.update(more=reduce(lambda inner, _: [inner, inner], range(30), 1)),
+    lambda said: said.update(more=reduce(lambda inner, _: [inner], range(40), 1)),
 )
 def test_what_no_save_has_written_is_refused(work, change):
     refused("iter_2.pth' is damaged, or holds more than weights", read_content, forge(work, change))

@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from vqmoe_vision.engine.checkpoint import load_from_local, start_from
 from vqmoe_vision.models.compat import refuse_values
 from vqmoe_vision.models.create import create_model, create_saved
+from vqmoe_vision.models.weights import network_of
 
 from .. import cases, refused
 from ..damaged import Call, flip
@@ -227,3 +228,64 @@ def test_checkpoint_path_takes_the_network_out_of_a_run(prefix, tmp_path):
     model = create_model('vit_tiny_smoe', checkpoint_path=file, **TINY)
     torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
     refused('of its weights$', create_model, 'vit_tiny_xmoe', checkpoint_path=file, **TINY)
+
+
+@pytest.fixture
+def saved_smoe(tmp_path):
+    """A folder of timm, and a function that changes what its config.json says."""
+    folder = folder_of(tmp_path, make('smoe'))
+    content = json.loads((folder / 'config.json').read_text())
+
+    def change(where: str, **given: Any) -> str:
+        changed = content | {where: content[where] | given} if where else content | given
+        (folder / 'config.json').write_text(json.dumps(changed))
+        return f'local-dir:{folder}'
+
+    return change
+
+
+BUILDERS = (
+    lambda source: timm.create_model(source, pretrained=True),
+    create_saved,
+    lambda source: make('smoe', upcycle=source),
+)
+
+
+@cases(
+    'where, given, named',
+    ('model_args', {'depth': 1_000_000}, 'depth'),
+    ('model_args', {'num_experts': 10**9}, 'num_experts'),
+    ('model_args', {'img_size': [32, 10**9]}, 'img_size'),
+    ('', {'architecture': 'local-dir:/elsewhere'}, 'architecture|Unknown model'),
+    ('', {'architecture': 'vit_of_nobody'}, 'architecture|Unknown model'),
+)
+def test_a_folder_asks_for_no_size_and_no_model_beyond_reason(where, given, named, saved_smoe):
+    source = saved_smoe(where, **given)
+    for build in BUILDERS:
+        with pytest.raises((ValueError, RuntimeError), match=named):
+            build(source)
+
+
+@cases(
+    'where, given',
+    ('model_args', {'upcycle': 'OTHER'}),
+    ('pretrained_cfg', {'file': 'OTHER', 'url': 'OTHER', 'state_dict': {}, 'hf_hub_id': 'a/b'}),
+    ('pretrained_cfg', {'custom_load': True}),
+)
+def test_a_folder_names_no_other_weights(where, given, saved_smoe, tmp_path):
+    other = tmp_path / 'other.pth'
+    torch.save(dense().state_dict(), other)
+    filled = {k: str(other) if v == 'OTHER' else v for k, v in given.items()}
+    expected = timm.create_model(saved_smoe('', num_classes=10), pretrained=True).state_dict()
+    source = saved_smoe(where, **filled)
+    for build in BUILDERS[:2]:
+        found = build(source).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize('name', ['checkpoint_path', 'pretrained', 'upcycle'])
+def test_a_folder_names_no_file_for_its_network(name, saved_smoe, tmp_path):
+    source = saved_smoe('model_args', **{name: str(tmp_path / 'nowhere.pth')})
+    network_of(source.removeprefix('local-dir:'))
+    if name != 'pretrained':  # which timm itself refuses there
+        create_saved(source)

@@ -22,6 +22,7 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
+from mmengine.utils import dl_utils
 from timm.models import load_state_dict
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
 from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
@@ -53,6 +54,9 @@ _FOLDER = re.compile(r'(?P<stem>[^/.][^/]*)\.\d+\.sharded')
 _FILE = re.compile(r'shard-[\w-]+\.safetensors')
 # In such a folder, and in the work dir: the run that has made it.
 RUN_FILE = '.run_id'
+# Of a checkpoint in parts, whose values are found by the keys that lead to them. States of an
+# optimizer are six dictionaries deep and have a few values for each parameter.
+_DEEPEST, _MOST_VALUES = 32, 1_000_000
 # `torch.load` takes no file at all where both are set
 _FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 _ENVIRONMENT = threading.RLock()
@@ -91,6 +95,17 @@ def dotted(path: Any) -> str:
 def _require(true: bool) -> None:
     if not true:
         raise UnpicklingError('not what a save in parts writes')
+
+
+def _require_small_tree(content: Any) -> None:
+    """Refuses what holds itself, or one list so often that a walk over all paths has no end."""
+    containers, count = [(content, 0)], 0
+    while containers:
+        container, depth = containers.pop()
+        values = container.values() if isinstance(container, dict) else container
+        count += len(values)
+        _require(depth < _DEEPEST and count < _MOST_VALUES)
+        containers += [(v, depth + 1) for v in values if isinstance(v, dict | list | tuple)]
 
 
 def checksum(path: Path) -> tuple[int, int]:
@@ -212,6 +227,7 @@ def _in_one_piece(content: Any, file: str) -> Any:
     place, files = _checked_parts(content, file)
     with _reading(file, verify=False):
         if files:
+            _require_small_tree(content)
             _require({path.name for path in place.glob('*.safetensors')} == files.keys())
             reader = HuggingFaceStorageReader(str(place))
             metadata = reader.read_metadata()
@@ -309,5 +325,7 @@ for _prefix, _loader in list(CheckpointLoader._schemes.items()):
     _own = load_from_local if _prefix == '' else _guarded(_loader)
     CheckpointLoader.register_scheme(_prefix, _own, force=True)
     setattr(upstream, _loader.__name__, _own)  # where it is called by its name
+for _module in (upstream, dl_utils, dl_utils.hub):
+    _module.load_url = as_data()(_module.load_url)
 if hasattr(upstream, '_safe_torch_load'):  # of onedl, which runs code that torch refuses
     upstream._safe_torch_load = as_data()(torch.load)

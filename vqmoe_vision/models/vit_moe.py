@@ -29,7 +29,16 @@ from .layers import moe_options
 from .moe_vit import MoeVisionTransformer
 from .normalization import check_normalization, stated_normalization
 from .upcycle import read_upcycling, refuse_unused
-from .weights import Described, load_weights, overlay_for, place_of, source_of
+from .weights import (
+    CONFIG,
+    Described,
+    checked_arguments,
+    load_weights,
+    of_one_place,
+    overlay_for,
+    place_of,
+    source_of,
+)
 
 __all__ = ['SIZES']  # register_model adds each entry point
 
@@ -135,8 +144,13 @@ def build(
 ) -> Any:
     """A model with experts of any class, and its weights, which timm may know by another name."""
     check(isinstance(pretrained, bool), 'pretrained', pretrained, 'True or False')
-    check(not (pretrained and upcycle), 'pretrained', True, f'False with upcycle={upcycle!r}')
     saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
+    allowed = checked_arguments(saved, f'{CONFIG} of {name}')
+    # timm adds what the file says to the arguments of the call
+    refused = {k: v for k, v in saved.items() if k not in allowed}
+    upcycle = None if upcycle == refused.get('upcycle') else upcycle
+    kwargs = {k: v for k, v in kwargs.items() if k not in refused or v != refused[k]}
+    check(not (pretrained and upcycle), 'pretrained', True, f'False with upcycle={upcycle!r}')
     if saved:
         # without those of saved weights that the other options leave without effect
         options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
@@ -185,7 +199,7 @@ class Source:
         channels = channels if type(channels) is int and channels > 0 else 3  # the model says it
         numbers = stated_normalization(overlay, 'pretrained_cfg_overlay.', channels=channels)
         self.overlay = overlay if numbers is None else {**overlay, **vars(numbers)}
-        self.name, self.config = '', {} if isinstance(stated, str) else stated
+        self.name, self.config = '', {} if isinstance(stated, str) else of_one_place(stated)
         if isinstance(stated, dict):
             check_normalization(stated, 'pretrained_cfg.')
         else:

@@ -61,6 +61,12 @@ _PLACES = (*_SOURCES, 'source', 'hf_hub_filename', 'custom_load')
 _NOT_OF_WEIGHTS = (*_PLACES, 'architecture', 'tag', 'label_offset')
 # Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
 GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
+# Arguments of `create_model` that name a file or an address: what a file says may not do so.
+_NAMING = (*GIVEN, 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')
+# The largest numbers that a file may ask for. Larger ones would hold the process for hours, or fill
+# its memory, before a weight is compared.
+_LARGEST = {'depth': 1000, 'embed_dim': 32768, 'mlp_ratio': 64, 'num_experts': 65536}
+_LARGEST_OF_OTHERS = 2**24
 _ALLOWED = (
     "a VisionTransformer of timm such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', "
     f"'hf-hub:NAME', 'local-dir:FOLDER', or a file ({', '.join((*_OF_TORCH, '.safetensors'))})"
@@ -217,7 +223,8 @@ class Described:
     def of(cls, config: dict, name: str, arguments: Any = None) -> 'Described':
         """Of what timm's functions return, without what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in _NOT_OF_WEIGHTS}
-        given = {k: v for k, v in (arguments or {}).items() if k not in BEGINNING}
+        given = checked_arguments(arguments or {}, f'{CONFIG} of {name}')
+        given = {k: v for k, v in given.items() if k not in BEGINNING}
         if given and 'num_classes' in config:  # beside the arguments, where `save` leaves it alone
             given.setdefault('num_classes', config['num_classes'])
         return cls(kept, name, given)
@@ -251,6 +258,8 @@ def describe(source: str) -> Described:
     if not isinstance(content, dict) or not isinstance(content.get('architecture'), str):
         return Described()
     config, name, arguments = load_model_config_from_path(folder)
+    allowed = 'the name of a model in timm.list_models()'
+    check(timm.is_model(name), f'{str(file)!r}: architecture', name, allowed)
     check_normalization(config, f'{str(file)!r}: ')
     return Described.of(config, name, arguments)
 
@@ -287,6 +296,27 @@ def place_of(config: Mapping) -> dict:
     return {**dict.fromkeys(_PLACES), **found, 'custom_load': False}
 
 
+def of_one_place(config: Mapping) -> dict:
+    """A configuration without the places that a folder or a repository names beside itself."""
+    kept = {'local-dir': ('file',), 'hf-hub': ('hf_hub_id', 'hf_hub_filename')}.get(
+        config.get('source') or ''
+    )
+    if kept is None:
+        return {**config}
+    others = {*_PLACES} - {'source', *kept}
+    return {name: value for name, value in config.items() if name not in others}
+
+
+def checked_arguments(arguments: Mapping, where: str) -> dict:
+    """Arguments that a file states, less those that name files; sizes beyond reason are refused."""
+    for name, value in arguments.items():
+        largest = _LARGEST.get(name, _LARGEST_OF_OTHERS)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            in_reach = not isinstance(number, int | float) or abs(number) <= largest
+            check(in_reach, f'{where}: {name}', value, f'at most {largest}')
+    return {name: value for name, value in arguments.items() if name not in _NAMING}
+
+
 def find_source(
     source: str | PathLike[str], cache_dir: str | Path | None = None, field: str = 'upcycle'
 ) -> tuple[dict, Described]:
@@ -301,7 +331,8 @@ def find_source(
     if scheme == 'hf-hub':
         with reading(name):
             config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
-        return place_of(config), Described.of(config, name, arguments)
+        check(timm.is_model(name), field, source, 'a repository of a model that timm knows')
+        return place_of(of_one_place(config)), Described.of(config, name, arguments)
     if is_file_name(name) and '://' not in name:
         file = os.path.expanduser(name)
         return place_of({'file': file}), describe(file)
