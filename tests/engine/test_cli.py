@@ -202,6 +202,8 @@ LATER = TRAIN.replace(' w ', ' later ')  # told by what has made a work dir
     (f'{TRAIN} model.model_name=vit_tiny_vqmo', r'model_name=.*\bvit_tiny_vqmoe\b'),
     (f'{TRAIN} model.img_sizee=3', 'img_sizee'),
     (f'{TRAIN} trian_cfg.max_epochs=1', r'trian_cfg\.max_epochs=1 is not'),
+    (f'{TRAIN} train_cfg.max_epochs=ten', r"train_cfg\.max_epochs='ten' is not"),
+    (f'{TRAIN} model.in_chans=1', r'model\.in_chans=1 is not'),
     (f'{TRAIN} default_hooks.loger=None', r'default_hooks\.loger=None is not'),
     (f'{TRAIN} model.moe=all', r'moe='),
     (f'{TRAIN} model.moe=None model.moe.top_k=2', r'--cfg-options model\.moe model\.moe\.top_k: '),

@@ -19,6 +19,7 @@ from vqmoe_vision.engine import optim
 from vqmoe_vision.engine.cli import load_config, run
 from vqmoe_vision.engine.config import (
     check_fields,
+    check_folders,
     flat,
     merge_options,
     parse_options,
@@ -155,6 +156,25 @@ def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32():
     wrapper.update_params(out.sum())
     # d(sum of 4 rows)/dw = 4 for each weight
     torch.testing.assert_close(layer.weight.detach(), before - 4)
+
+
+@cases('scope, page', ('mmseg', r'segmentation\.md'), (None, r'data\.md'))
+def test_a_missing_data_set_is_said_with_its_page(scope, page):
+    config = Config(dict(default_scope=scope, val_dataloader=dict(dataset=dict(data_root='gone'))))
+    message = rf"^val_dataloader\.dataset\.data_root='gone' does not exist: docs/how-to/{page}"
+    refused(message, check_folders, config, ['train', 'val'])
+
+
+def test_a_base_of_mmsegmentation_is_read(tmp_path):
+    mmseg = pytest.importorskip('mmseg')
+    name = '_base_/models/segmenter_vit-b16_mask.py'
+    (tmp_path / 'mine.py').write_text(
+        f"_base_ = ['mmseg::{name}']\nmodel = dict(pretrained=None)\n"
+    )
+    theirs = Config.fromfile(Path(mmseg.__file__).parent / '.mim/configs' / name)
+    own = load_config(str(tmp_path / 'mine.py'))
+    assert own.model.pretrained is None and own.model.decode_head == theirs.model.decode_head
+    assert load_config(f'mmseg::{name}').model == theirs.model
 
 
 TOTAL = 'total_batch_size = 8\ntrain_dataloader = dict(batch_size=1)\n'

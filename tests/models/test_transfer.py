@@ -95,6 +95,13 @@ def test_a_last_norm_that_is_missing_is_a_warning():
     assert sum('has no fc_norm.weight, fc_norm.bias' in line for line in lines) == 1
 
 
+def test_weights_of_a_distilled_deit_name_what_takes_them():
+    with on_meta():
+        names = timm.create_model('deit_tiny_distilled_patch16_224', **TINY).state_dict()
+    state = {name: torch.zeros(value.shape) for name, value in names.items()}
+    assert 'dist_token' in (said := refusal(make('smoe'), state)) and 'convert_to_moe' in said
+
+
 @cases(
     'name',
     'beit_base_patch16_224', 'vit_relpos_small_patch16_224', 'vit_srelpos_small_patch16_224',

@@ -54,6 +54,17 @@ def test_a_folder_whose_configuration_is_none(content, message, tmp_path):
     refused(message, make, 'smoe', upcycle=f'local-dir:{folder}')
 
 
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch, tmp_path):
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    named = 'vit_tiny_patch16_224.augreg_in21k_ft_in1k'
+    for build in (
+        lambda: make('smoe', upcycle=named, cache_dir=str(tmp_path)),
+        lambda: create_model(named, {'method': 'smoe'}, pretrained=True, cache_dir=str(tmp_path)),
+        lambda: create_saved('hf-hub:timm/nothing', cache_dir=str(tmp_path)),
+    ):
+        refused(r'http://127\.0\.0\.1:9 does not answer.* needs no network', build)
+
+
 def test_parts_of_weights_are_refused(tmp_path):
     folder = folder_of(tmp_path, source := dense())
     state = source.state_dict()

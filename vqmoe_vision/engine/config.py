@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vqmoe_vision import config_path
 from ..moe.config import check
 
 _PREFIX = 'vqmoe_vision::'  # of configs that come with the package
+_PREFIX_OF_MMSEG = 'mmseg::'
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
 # that of sharded.py, that of `share_batch`, and those of tests with --tta.
 _EXTRA_FIELDS = {
@@ -55,8 +57,17 @@ _SEGMENTATION = 'vqmoe_vision.segmentation'
 
 
 def find_config(path: str) -> str:
-    """The file of a config."""
-    return config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
+    """The file of a config, which may be one that comes with this package or with mmseg."""
+    if path.startswith(_PREFIX):
+        return config_path(path.removeprefix(_PREFIX))
+    if path.startswith(_PREFIX_OF_MMSEG):
+        # mmengine asks for a distribution called mmsegmentation, and onedl's has another name
+        origin = getattr(find_spec('mmseg'), 'origin', None)
+        allowed = "installed with mmsegmentation: pip install 'vqmoe-vision[seg]'"
+        check(origin is not None, 'config', path, allowed)
+        folder = Path(str(origin)).parent / '.mim' / 'configs'
+        return str(folder / path.removeprefix(_PREFIX_OF_MMSEG))
+    return path
 
 
 def innermost(dataset: ConfigDict) -> list[ConfigDict]:
@@ -71,6 +82,8 @@ _mmengine_base_path = Config._get_cfg_path
 
 def base_path(base: str, filename: str) -> tuple[str, str | None]:
     """File and scope of a `_base_`, which may also be one that comes with the package."""
+    if base.startswith(_PREFIX_OF_MMSEG):
+        return find_config(base), 'mmseg'
     named = base.startswith(_PREFIX)
     return (find_config(base), None) if named else _mmengine_base_path(base, filename)
 
@@ -157,6 +170,10 @@ def check_fields(config: Config) -> None:
     hooks = config.get('default_hooks') or {}
     for name in [name for name, hook in hooks.items() if hook is None and name not in _HOOKS]:
         hooks.pop(name)  # of any name but its own six mmengine wants a hook
+    for name, value in (config.get('train_cfg') or {}).items():
+        if name in ('max_epochs', 'max_iters', 'val_interval'):
+            valid = isinstance(value, int | float) and value >= 1 and value % 1 == 0
+            check(valid, f'train_cfg.{name}', value, 'a whole number above 0')
     # of a CUDA graph, what is read for the log after some steps would be that of the last replay
     mode = compiled.get('mode') if isinstance(compiled := config.get('compile'), dict) else None
     allowed = "one without CUDA graphs: 'default' or 'max-autotune-no-cudagraphs'"
@@ -165,14 +182,18 @@ def check_fields(config: Config) -> None:
 
 def check_folders(config: Config, splits: Sequence[str]) -> None:
     """Refuses data sets whose folder is missing, before anything is built."""
+    page = 'segmentation.md' if config.get('default_scope') == 'mmseg' else 'data.md'
     for name in (f'{split}_dataloader' for split in splits):
         for dataset in innermost((config.get(name) or {}).get('dataset') or ConfigDict()):
             root = dataset.get('data_root')
             prefixes = (dataset.get('data_prefix') or {}).values()
             elsewhere = dataset.get('backend_args') or any(map(os.path.isabs, prefixes))
             there = not isinstance(root, str) or '://' in root or Path(root).exists()
-            allowed = 'a folder, see docs/how-to/data.md'
-            check(there or bool(elsewhere), f'{name}.dataset.data_root', root, allowed)
+            if not (there or elsewhere):
+                raise ValueError(
+                    f'{name}.dataset.data_root={root!r} does not exist: docs/how-to/{page} says '
+                    'where to get the data set, and how to lay it out'
+                )
 
 
 def expand(holder: Any) -> None:

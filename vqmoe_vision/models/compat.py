@@ -282,6 +282,12 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
     return misfit(expected, state)
 
 
+_DISTILLED = (
+    'they are of a distilled DeiT, which keeps its second token by '
+    "vqmoe_vision.models.convert_to_moe(timm.create_model('deit_..._distilled_...'), METHOD)"
+)
+
+
 def misfit(expected: StateDict, state: StateDict) -> str:
     """What keeps a state dict from being loaded, in words; empty if nothing does."""
     parts = {
@@ -293,7 +299,10 @@ def misfit(expected: StateDict, state: StateDict) -> str:
             if name in state and state[name].shape != value.shape
         ],
     }
-    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
+    problems = [f'{what}: {shorten(names)}' for what, names in parts.items() if names]
+    if 'dist_token' in parts['unexpected keys']:
+        problems.append(_DISTILLED)
+    return '; '.join(problems)
 
 
 def refuse_without_values(state: Mapping, path: str, expected: Iterable[str] = ()) -> None:

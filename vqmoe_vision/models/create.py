@@ -163,6 +163,8 @@ def create_to_start(
     model_name: str, moe: dict | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> Any:
     """As `create_model`, of a model whose weights may come later."""
+    allowed = '3, as data sets of configs give RGB images, also of gray ones'
+    check(kwargs.get('in_chans', 3) == 3, 'in_chans', kwargs.get('in_chans'), allowed)
     own = method_of(model_name) is not None
     # a model of ours takes the weights of `checkpoint_path` as they are
     loads = ('pretrained', 'upcycle') if own else ('pretrained', 'checkpoint_path')

@@ -6,8 +6,10 @@ timm's `VisionTransformer` and every option of the method's configuration datacl
 Only `blocks[i].mlp` differs from timm's ViT of the same size.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from ..moe.config import check
+from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
 from .layers import moe_options
 from .moe_vit import MoeVisionTransformer
@@ -176,14 +178,32 @@ def build(
             kwargs['pretrained_cfg'] = replace(source.known, architecture=name, custom_load=False)
         kwargs['pretrained_cfg_overlay'] = overlay
     features = {'out_indices': out_indices, 'feature_cls': 'getter'}
-    model: Any = build_model_with_cfg(
-        make, name, False, feature_cfg=features, method=method, **kwargs
-    )
+    try:
+        model: Any = build_model_with_cfg(
+            make, name, False, feature_cfg=features, method=method, **kwargs
+        )
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise TypeError(f'{name}: {_of_unknown(unknown[1], method)}') from error
     if starts:
         whole = model.model if kwargs.get('features_only') else model
         load_weights(whole, described, cache_dir, source.follow)
         model.pretrained_cfg.update({k: whole.pretrained_cfg[k] for k in ('mean', 'std')})
     return model
+
+
+def _of_unknown(argument: str, method: str) -> str:
+    """What to say of an argument that neither a method nor timm's model has."""
+    known = moe_options(method) | {*signature(VisionTransformer).parameters}
+    others = [name for name in METHODS if argument in moe_options(name)]
+    of_others = f', which {", ".join(others)} have' if others else ''
+    options = ', '.join(sorted(moe_options(method)))
+    return (
+        f'unexpected keyword argument {argument!r}{of_others}; the options of {method} are '
+        f'{options}{did_you_mean(argument, known)}'
+    )
 
 
 class Source:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import socket
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,14 @@ from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import timm
 import torch
+from huggingface_hub import constants
 from timm.models import load_model_config_from_hf, load_pretrained
 from timm.models import load_state_dict as load_file
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
@@ -109,6 +114,19 @@ def beside_weights(log: type) -> list:
 _PASSED_OVER = beside_weights(_NoLog)
 
 
+def _silent_hub(source: str) -> str:
+    """The hub's address if weights come from there and it does not answer; else empty."""
+    if '/' not in source or '://' in source or constants.HF_HUB_OFFLINE or getproxies():
+        return ''
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or {'http': 80}.get(address.scheme, 443)
+    try:  # its library would ask again and again, for most of a minute
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError:
+        return constants.ENDPOINT
+    return ''
+
+
 @contextmanager
 def reading(source: str, verify: bool = True) -> Iterator[None]:
     """Lets torch read data alone, from a file of sound checksums; says in one line what fails."""
@@ -117,16 +135,20 @@ def reading(source: str, verify: bool = True) -> Iterator[None]:
     if local and verify:
         check_file(source)
     known = get_safe_globals()
+    silent_hub = '' if local else _silent_hub(source)
     # where logs are read, as by mmengine, they stay what they are
     names = {item[1] for item in known if isinstance(item, tuple)}
     new = [] if _LOG in names else [item for item in _PASSED_OVER if item not in known]
     try:
-        with safe_globals(new):
+        offline = constants.HF_HUB_OFFLINE or bool(silent_hub)
+        with safe_globals(new), patch.object(constants, 'HF_HUB_OFFLINE', offline):
             yield
     except Exception as error:  # bytes and networks can fail in any way
         if type(error) is ValueError or is_out_of_memory(error):  # the file may well be whole
             raise
         reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        if silent_hub:
+            reason = f'{silent_hub} does not answer, and they are not in its cache'
         # torch's words for a file are advice to run the code in it
         if local or 'weights_only' in reason:
             raise ValueError(unreadable(source)) from error
