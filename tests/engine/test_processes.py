@@ -115,11 +115,12 @@ def test_a_killed_rank_ends_the_run_with_one_line_of_the_first(run):
     folder, ended = run
     assert ended['killed'][1] == -9
     first, other = said(folder, 'killed')
-    # it has lost the connection, or was told to stop before it could find out
-    assert (ended['killed'][0], first) == (1, f'error: rank 0: {GONE}\n') or (
+    # Rank 0 loses the connection, or the launcher's SIGTERM reaches it first: in the loop, where
+    # it saves, or after the training and before its own line, where it says nothing.
+    assert (ended['killed'][0], first) in ((1, f'error: rank 0: {GONE}\n'), (-15, '')) or (
         ended['killed'][0] == -15 and first.startswith('SIGTERM: saved iteration 3;')
     )
-    assert first.count('\n') == 1 and not other
+    assert first.count('\n') <= 1 and not other
 
 
 def test_the_run_goes_on_from_its_last_checkpoint(run):
