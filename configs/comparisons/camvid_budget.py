@@ -13,6 +13,7 @@ rows = dict(
     dense_2x='dense_2x',
     smoe='smoe',
     vqmoe='vqmoe',
+    vqmoe_projected='vqmoe_projected',
     smoe_frozen='smoe_frozen',
     position='position',
 )

@@ -17,6 +17,7 @@ rows = dict(
     smoe='smoe',
     smoe_frozen='smoe_frozen',
     vqmoe='vqmoe',
+    vqmoe_projected='vqmoe_projected',
     vqmoe_paper='vqmoe_paper',
     vqmoe_official='vqmoe_official',
     position='position',
