@@ -151,6 +151,8 @@ _OF_COMPARE: list[tuple[str, str, str, dict[str, Any]]] = [
     ('--images', 'table', 'Also write figures of documents here.', {'type': Path}),
     ('--to', 'export', 'The tracker.', {'choices': ('trackio',), 'required': True}),
     ('--sample', 'check', 'Only N rows, drawn at random.', {'type': int, 'metavar': 'N'}),
+    ('--contrasts', 'forest', 'Further contrasts, such as "vqmoe_official - smoe".',
+     {'nargs': '+', 'metavar': 'CONTRAST'}),
     ('--out', 'forest', 'The figure.',
      {'type': Path, 'default': WORK_DIR / 'forest.png', 'metavar': 'FILE.png'}),
     ('--out', 'control', 'Scores, with a figure beside them.',

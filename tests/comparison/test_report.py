@@ -202,7 +202,10 @@ def test_what_is_found_is_one_of_four_words(fill):
     rows = {'a': [10.0, 20.0, 30.0], 'b': [10.1, 20.0, 29.9], 'c': [7.0, 17.1, 26.9]}
     named = "contrasts = ['a - b', 'c - a', 'd - a']\nmargin = 0.5"
     path = fill({**rows, 'd': [10.3, 20.9, 30.6], 'e': [10.0, 20.4, 29.7]}, named)
-    words = found(path)['finding'].to_dict()
+    frame = found(path)
+    words, equal = frame['finding'].to_dict(), frame.loc['a - b']
+    # the smallest of three: corrected by their number
+    assert equal['p_equal_holm'] == pytest.approx(3 * equal['p_equal'])
     assert words == {'a - b': 'equal within 0.5', 'c - a': 'worse', 'd - a': 'better'}
     Path(path).write_text(Path(path).read_text().replace('margin = 0.5', 'margin = 0.01'))
     assert found(path)['finding']['a - b'] == 'open'
@@ -216,14 +219,19 @@ def test_noise_is_that_of_all_comparisons_of_the_budget_and_data(fill):
         folder.mkdir()
         for row in ROWS.iterdir():
             content = json.loads(row.read_text())
-            content['test']['mIoU'] += content['seed'] * (content['row'] == 'sure')
+            content['test']['mIoU'] += 0.3 * content['seed'] * (content['row'] == 'sure')
             if folder is budget:
                 content['budget'] = 'another'
             (folder / row.name).write_text(json.dumps(content))
-    assert found(path)['pooled_noise'].iloc[0] > 2 * alone['pooled_noise']
-    for row in other.iterdir():
-        row.write_text('damaged')
-    assert found(path).iloc[0].equals(alone)
+    counted = found(path).iloc[0]
+    assert counted['pooled_noise'] > 1.3 * alone['pooled_noise']
+    # one whose variance is another does not count, nor does a damaged one
+    for text in (None, 'damaged'):
+        for row in other.iterdir():
+            content = json.loads(row.read_text())
+            content['test']['mIoU'] += 9 * content['seed'] * (content['row'] == 'sure')
+            row.write_text(text or json.dumps(content))
+        assert found(path).iloc[0].equals(alone)
 
 
 def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says):
@@ -239,6 +247,34 @@ def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says):
     assert [line[1] for line in lines] == ['first', 'spec', 'together']
     assert float(lines[0][2]) < float(lines[2][2]) < float(lines[1][2])
     assert Path('drawn/forest.png').is_file()
+    # a contrast that a comparison does not name counts where it has both rows
+    said = says('forest', 'first.py', 'spec.py', '--contrasts', 'sure - dense')
+    lines = [[c.strip() for c in x.split('|')[1:4]] for x in said.splitlines() if 'sure' in x]
+    assert [line[1] for line in lines] == ['first', 'spec', 'together']
+    assert (float(lines[0][2]), float(lines[1][2])) == (2, pytest.approx(-0.83))
+    Path('configs/comparisons').mkdir(parents=True)
+    for name in ('first.py', 'spec.py'):
+        Path(name).rename(f'configs/comparisons/{name}')
+    Path('page.md').write_text(
+        '<!-- compare together "sure - dense" : first spec -->\n<!-- end -->'
+    )
+    says('pages', 'page.md')
+    near, sure = Path('page.md').read_text().splitlines()[4:6]
+    assert near.startswith('|near - dense|+') and near.endswith('|2 above 0, 0 below|')
+    assert sure.startswith(f'|sure - dense|{lines[2][2]} (') and '|1 above 0, 1 below|' in sure
+
+
+def test_validation_images_stand_beside_a_contrast_that_they_turn(fill, says):
+    named = "contrasts = ['near - dense', 'sure - dense']\nmargin = 1.5"
+    path = fill(SURE, named)
+    says('table', path)
+    assert 'otherwise on validation images' not in table()
+    for seed in (1, 2, 3):  # near is 1, 1.1 and 1.3 above dense on test images
+        change(f'near-seed{seed}', held_out=[[1, 5.0], [2, 10.0 * seed - 2 - seed / 10]])
+    says('table', path)
+    near, sure = (line.split('|') for line in table().splitlines() if ' - dense ' in line)
+    assert near[-2].strip().startswith('-2.20 (') and near[-2].strip().endswith(', worse')
+    assert sure[-2].strip() == '-'
 
 
 def test_tables_of_a_page_are_made_where_they_stand(fill, says):

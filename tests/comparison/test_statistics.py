@@ -55,7 +55,7 @@ SCREENED = {'b': {1: 12.0, 2: 20.0}, 'a': {2: 23.0, 1: 11.0}, 'ref': {1: 10.0, 2
 
 
 def test_noise_of_all_rows_by_hand():
-    noise, freedom = stats.pooled_noise([SCREENED])
+    noise, freedom = stats.pooled_noise(SCREENED)
     # the means of seeds are 11 and 21: less them rows are 1 -1, 0 2, -1 -1; less their own means,
     # 0 1 -1, they are 1 -1, -1 1, 0 0: squares are 4, over (3 - 1)(2 - 1) they are 2, and a
     # difference of two rows has twice that variance
@@ -71,9 +71,9 @@ def test_noise_of_all_rows_by_hand():
 
 def test_rows_that_lack_a_seed_or_repeat_another_tell_no_noise():
     more = {'early': {1: 99.0}, 'twin of b': SCREENED['b']}
-    assert stats.pooled_noise([{**SCREENED, **more}]) == stats.pooled_noise([SCREENED])
+    assert stats.pooled_noise({**SCREENED, **more}) == stats.pooled_noise(SCREENED)
     for scores in (more, {}):
-        noise, freedom = stats.pooled_noise([scores])
+        noise, freedom = stats.pooled_noise(scores)
         assert math.isnan(noise) and freedom == 0
 
 
@@ -86,15 +86,40 @@ def test_two_one_sided_tests_by_hand():
     assert math.isnan(stats.equivalence(stats.paired_difference({1: 1.0}, {1: 0.0}), 5.0))
 
 
+def test_noise_of_other_comparisons_counts_where_variances_agree():
+    # SCREENED has squares of 4 over two degrees of freedom, and scores f times as large 4 f^2.
+    # Of two and two degrees of freedom F has the distribution F / (1 + F): twice its upper tail
+    # is 0.05 at F = 39, which lies between the squares of 6 and of 7
+    larger = {
+        f: {r: {n: f * x for n, x in of.items()} for r, of in SCREENED.items()} for f in (6, 7)
+    }
+    noise, freedom = stats.pooled_noise(SCREENED, [larger[6]])
+    assert (noise, freedom) == (pytest.approx(math.sqrt(2 * (4 + 4 * 36) / 4)), 4)
+    assert stats.pooled_noise(SCREENED, [larger[7]]) == stats.pooled_noise(SCREENED)
+    assert stats.pooled_noise(larger[7], [SCREENED]) == stats.pooled_noise(larger[7])
+    # what has no variance of its own has that of others
+    assert stats.pooled_noise({}, [{}, SCREENED]) == stats.pooled_noise(SCREENED)
+
+
 def test_a_mean_over_comparisons_by_hand():
-    # alike: the mean of equal variances, no variance between
-    found = stats.together([1.0, 1.0], [0.5, 0.5])
-    assert found == pytest.approx((1, 1 - 0.98, 1 + 0.98), abs=1e-3)
-    # Q = 2 of one degree of freedom, so that the variance between is (2 - 1) / (4 - 2) = 0.5
-    mean, low, high = stats.together([0.0, 2.0], [1.0, 1.0])
-    between = (2 - 1) / (2 - 2 / 2)
-    half = 1.95996 * math.sqrt((1 + between) / 2)
-    assert (mean, low, high) == pytest.approx((1, 1 - half, 1 + half), abs=1e-4)
+    # Alike: there is no variance between, and the normal interval of equal variances stays.
+    pooled = stats.together([1.0, 1.0], [0.5, 0.5])
+    half = 1.95996 * 0.5
+    assert (pooled.mean, pooled.heterogeneity) == (1, 0)
+    assert (pooled.low, pooled.high) == pytest.approx((1 - half, 1 + half), abs=1e-4)
+    assert (pooled.predicted_low, pooled.predicted_high) == (pooled.low, pooled.high)
+    # Around the mean 3 with weights of 1 / 2, Q has three degrees of freedom, and the weights sum
+    # to 2, their squares to 1.
+    pooled = stats.together([-2.0, 0.0, 7.0, 7.0], [2.0, 2.0, 2.0, 2.0])
+    chi_square = (25 + 9 + 16 + 16) / 2
+    between = (chi_square - 3) / (2 - 1 / 2)
+    # all weights are equal: the interval is that of Student's t for four numbers
+    variance = (25 + 9 + 16 + 16) / 3 / 4
+    half, further = (3.18245 * math.sqrt(of) for of in (variance, variance + between))
+    assert pooled.mean == pytest.approx(3)
+    assert (pooled.low, pooled.high) == pytest.approx((3 - half, 3 + half), abs=1e-4)
+    assert pooled.predicted_high == pytest.approx(3 + further, abs=1e-4)
+    assert pooled.heterogeneity == pytest.approx((chi_square - 3) / chi_square)
 
 
 def test_differences_that_agree_by_chance_have_the_noise_of_others():

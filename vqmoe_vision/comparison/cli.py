@@ -30,9 +30,9 @@ from vqmoe_vision.provenance import commit, processor
 
 from . import control
 from .figures import plot_forest
-from .frame import contrasts, forest, tidy
+from .frame import Made, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
-from .pages import Made, fill
+from .pages import fill
 from .queue import Queue, Task, tasks_of
 from .report import draw_figures, write_tables
 from .scenes import SCENES
@@ -90,7 +90,7 @@ class Work:
         for name, reason in results.left_out.items():
             print(printable(f'left out: {name}: {reason}'), file=sys.stderr)
         results.missing = [r for r in results.missing if r.place not in results.stored]
-        results.noise = noise_of(self._rows, results.usable)
+        results.noise = noise_of(self.store.folder, results.usable)
         return results
 
     def own(self, what: str, refuted: bool = False) -> tuple[list[Run], Usable]:
@@ -151,14 +151,19 @@ def _table(args: argparse.Namespace) -> None:
     print(*write_tables(*made), *draw_figures(*made, args.images), sep='\n')
 
 
+def _made(args: argparse.Namespace, spec: str) -> Made:
+    work = Work(argparse.Namespace(**vars(args), spec=spec))
+    made = work.comparison, work.read()
+    return Made(*made, tidy(*made))
+
+
 def _forest(args: argparse.Namespace) -> None:
     found, margins = {}, set()
     for spec in args.specs:
-        work = Work(argparse.Namespace(**vars(args), spec=spec))
-        made = work.comparison, work.read()
-        found[work.comparison.name] = contrasts(*made, tidy(*made))
-        margins.add(work.comparison.margin)
-    frame = forest(found)
+        made = _made(args, spec)
+        found[made.comparison.name] = made
+        margins.add(made.comparison.margin)
+    frame = forest(found, args.contrasts or ())
     if frame.empty:
         raise ValueError(f'contrasts: the rows of none are finished in {", ".join(found)}')
     print(frame.to_markdown(index=False, floatfmt='+.2f'))
@@ -170,9 +175,7 @@ def _forest(args: argparse.Namespace) -> None:
 def _pages(args: argparse.Namespace) -> None:
     @cache
     def find(name: str) -> Made:
-        work = Work(argparse.Namespace(**vars(args), spec=f'configs/comparisons/{name}.py'))
-        made = work.comparison, work.read()
-        return Made(*made, tidy(*made))
+        return _made(args, f'configs/comparisons/{name}.py')
 
     for page in args.pages:
         write_atomically(page, fill(page.read_text(), find, args.results).encode())

@@ -17,6 +17,7 @@ from .statistics import Difference
 from .store import Usable
 
 TOGETHER = 'together'  # in place of a comparison's name
+PREDICTED = 'predicted_low', 'predicted_high'  # of the line of that name
 # Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
 _STYLES = (
     ('-', '--'),
@@ -131,23 +132,30 @@ def _draw(
 
 
 def plot_forest(frame: pd.DataFrame, margin: float | None) -> Figure:
-    """Draws contrasts of `forest`, a panel each, with what they say together as a diamond."""
+    """Draws contrasts of `forest`, a panel each, with what they say together as a diamond.
+
+    The line through a diamond is where the difference of another comparison is expected.
+    """
     panels = dict(tuple(frame.groupby('contrast', sort=False)))
     names = [name for name in dict.fromkeys(frame['comparison']) if name != TOGETHER]
-    figure = Figure(figsize=(1.5 + 4 * len(panels), 1.6 + 0.35 * len(names)), layout='constrained')
+    size = 1.5 + 3.4 * len(panels), 1.8 + 0.35 * len(names)
+    figure = Figure(figsize=size, layout='constrained')
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (contrast, lines) in zip(grid, panels.items(), strict=True):
         axes.axvline(0, color='black', linewidth=0.8)
         if margin is not None:
             axes.axvspan(-margin, margin, color='0.9', zorder=0)
-        for _, name, middle, low, high in lines.itertuples(index=False):
+        title = contrast
+        for _, name, middle, low, high, *predicted, share in lines.itertuples(index=False):
             place = [*names, TOGETHER].index(name)
             if name == TOGETHER:
+                axes.plot(predicted, [place, place], color='0.4', linewidth=1.5)
                 axes.fill([low, middle, high, middle], np.add([0, -0.25, 0, 0.25], place), 'k')
+                title = f'{contrast}\nI² = {share:.0%}'
             else:
                 ends = [[middle - low], [high - middle]]
                 axes.errorbar(middle, place, xerr=ends, fmt='o', color='C0', capsize=3)
-        axes.set(title=contrast, xlabel='difference (95 % interval)')
+        axes.set(title=title, xlabel='difference (95 % interval)')
     ticks = {'yticks': range(len(names) + 1), 'yticklabels': [*names, TOGETHER]}
     grid[0].set(**ticks, ylim=(len(names) + 0.5, -0.5))
     return figure

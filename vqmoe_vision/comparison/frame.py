@@ -3,9 +3,10 @@
 import math
 from base64 import b64decode
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pandas as pd
 from vqmoe_vision.engine.escaping import as_cell
 from vqmoe_vision.moe.config import check
 
-from .figures import TOGETHER
+from .figures import PREDICTED, TOGETHER
 from .measured import routing_numbers, shift_scores
 from .spec import Comparison, pair_of
 from .statistics import (
@@ -25,6 +26,7 @@ from .statistics import (
     holm,
     over_images,
     paired_difference,
+    pooled_noise,
     together,
     with_noise,
 )
@@ -39,6 +41,14 @@ LAYERS = {
     'load_perplexity': 'load_perplexity',
     'code_perplexity': 'code_usage_perplexity',
 }
+
+
+class Made(NamedTuple):
+    """A comparison, what is there of it, and its numbers."""
+
+    comparison: Comparison
+    results: Results
+    values: pd.DataFrame
 
 
 def tidy(comparison: Comparison, results: Results) -> pd.DataFrame:
@@ -92,44 +102,86 @@ def compared(
 
 
 def contrasts(comparison: Comparison, results: Results, values: pd.DataFrame) -> pd.DataFrame:
-    """What a comparison asks first: its contrasts, by the noise of its budget."""
-    scores, margin, lines = scores_of(values, TEST, comparison.metric), comparison.margin, {}
-    for contrast in comparison.contrasts:
-        own = paired_difference(*(scores.get(name, {}) for name in pair_of(contrast)))
-        known = with_noise(own, *results.noise)
-        finished = own.pairs == len(comparison.seeds)  # less is a look ahead
+    """What a comparison asks first: its contrasts, by the noise of its budget.
+
+    Columns that begin with `held_out_` are the same of validation images, by their own noise.
+    """
+    frame = _tested(comparison, values, comparison.contrasts, results.noise)
+    held_out = scores_of(values, HELD_OUT, comparison.metric)
+    if held_out and comparison.contrasts:
+        noise = pooled_noise(held_out)
+        same = _tested(comparison, values, comparison.contrasts, noise, HELD_OUT)
+        shown = ['difference', 'pooled_low', 'pooled_high', 'finding']
+        frame = frame.join(same[shown].add_prefix('held_out_'))
+    return frame
+
+
+def _tested(
+    comparison: Comparison,
+    values: pd.DataFrame,
+    names: Sequence[str],
+    noise: tuple[float, int],
+    split: str = TEST,
+) -> pd.DataFrame:
+    """Contrasts with p and p of equality, each corrected by Holm's method, and their findings."""
+    scores, margin, lines = scores_of(values, split, comparison.metric), comparison.margin, {}
+    for name in names:
+        difference, known = _differ(scores, name, noise)
+        finished = difference.pairs == len(comparison.seeds)  # less is a look ahead
         equal = math.nan if margin is None else equivalence(known, margin)
-        lines[contrast] = {
-            **_fields(own, 'pairs', 'mean', 'low', 'high'),
+        lines[name] = {
+            **_fields(difference, 'pairs', 'mean', 'low', 'high'),
             **_fields(known, 'low', 'high', 'p', 'noise', prefix='pooled_'),
             'p': known.p if finished else math.nan,
             'p_equal': equal if finished else math.nan,
         }
     frame = pd.DataFrame.from_dict(lines, orient='index')
     if lines:
-        frame['p_holm'] = pd.Series(holm(frame['p'].to_dict(), len(lines)), dtype=float)
+        for column in ('p', 'p_equal'):
+            corrected = holm(frame[column].to_dict(), len(lines))
+            frame[f'{column}_holm'] = pd.Series(corrected, dtype=float)
         frame['finding'] = frame.apply(_word, axis=1, margin=margin)
     return frame
 
 
-def forest(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Contrasts of comparisons by name, and what each says over all of them: a line each."""
+def _differ(scores: Scores, contrast: str, noise: tuple[float, int]) -> tuple[Difference, ...]:
+    """The difference of a contrast by its own pairs, and by a noise that is known better."""
+    difference = paired_difference(*(scores.get(name, {}) for name in pair_of(contrast)))
+    return difference, with_noise(difference, *noise)
+
+
+def forest(found: Mapping[str, Made], further: Iterable[str] = ()) -> pd.DataFrame:
+    """Contrasts of comparisons by name, and what each says over all of them: a line each.
+
+    Args:
+        found: The comparisons. One counts for each contrast of which it has both rows, whether it
+            names that contrast or not.
+        further: Contrasts that none of them names.
+    """
+    named = (name for made in found.values() for name in made.comparison.contrasts)
     lines = []
-    for contrast in dict.fromkeys(name for frame in found.values() for name in frame.index):
+    for contrast in dict.fromkeys((*named, *further)):
         of = {
-            name: frame.loc[contrast]
-            for name, frame in found.items()
-            if contrast in frame.index and frame.loc[contrast, 'pooled_noise'] > 0
+            title: difference
+            for title, (comparison, results, values) in found.items()
+            for scores in [scores_of(values, TEST, comparison.metric)]
+            for difference in [_differ(scores, contrast, results.noise)[1]]
+            if difference.noise > 0
         }
         if len(of) < min(len(found), 2):  # the table of that comparison says as much
             continue
-        ends = ['difference', 'pooled_low', 'pooled_high']
-        lines += [(contrast, name, *line[ends]) for name, line in of.items()]
+        lines += [
+            {'contrast': contrast, 'comparison': title, **_fields(each, 'mean', 'low', 'high')}
+            for title, each in of.items()
+        ]
         if len(of) > 1:
-            variances = [line['pooled_noise'] ** 2 / line['pairs'] for line in of.values()]
-            means = [line['difference'] for line in of.values()]
-            lines.append((contrast, TOGETHER, *together(means, variances)))
-    return pd.DataFrame(lines, columns=['contrast', 'comparison', 'difference', 'low', 'high'])
+            means = [each.mean for each in of.values()]
+            variances = [each.noise**2 / each.pairs for each in of.values()]
+            pooled = asdict(together(means, variances))
+            pooled['difference'] = pooled.pop('mean')
+            lines.append({'contrast': contrast, 'comparison': TOGETHER, **pooled})
+    columns = ['contrast', 'comparison', 'difference', 'low', 'high', *PREDICTED, 'heterogeneity']
+    return pd.DataFrame(lines, columns=columns)
 
 
 def _fields(found: Difference | None, *names: str, prefix: str = '') -> dict[str, float]:
@@ -142,7 +194,7 @@ def _fields(found: Difference | None, *names: str, prefix: str = '') -> dict[str
 def _word(contrast: pd.Series, margin: float | None) -> str:
     if contrast['p_holm'] < LEVEL:
         return 'better' if contrast['difference'] > 0 else 'worse'
-    return f'equal within {margin:g}' if contrast['p_equal'] < LEVEL else 'open'
+    return f'equal within {margin:g}' if contrast['p_equal_holm'] < LEVEL else 'open'
 
 
 def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,8 @@
     <!-- compare scores dense_2x smoe : "cifar10_long=CIFAR-10, 40 epochs" camvid_budget -->
     <!-- end -->
 
-Words before the colon are rows, and those after it comparisons with what a table calls them.
+Words before the colon are rows, or contrasts in quotes for `forest` and `together`. Those after it
+are comparisons with what a table calls them.
 """
 
 import json
@@ -12,27 +13,18 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from vqmoe_vision.moe.config import check
 
-from .frame import TEST, contrasts, forest, scores_of, summary
+from .figures import PREDICTED, TOGETHER
+from .frame import TEST, Made, contrasts, forest, scores_of, summary
 from .report import contrast_table, ends, markdown
-from .spec import Comparison
 from .statistics import paired_difference
-from .store import Results
 
 _BLOCK = re.compile(r'(<!-- compare (\w+) (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
-
-
-class Made(NamedTuple):
-    """A comparison, what is there of it, and its numbers."""
-
-    comparison: Comparison
-    results: Results
-    values: pd.DataFrame
 
 
 def fill(text: str, find: Callable[[str], Made], folder: Path) -> str:
@@ -49,7 +41,7 @@ def fill(text: str, find: Callable[[str], Made], folder: Path) -> str:
         rows, _, names = block[3].partition(':')
         titles = dict(name.partition('=')[::2] for name in shlex.split(names))
         found = {title or name: find(name) for name, title in titles.items()}
-        made = _KINDS[block[2]](found, rows.split(), folder)
+        made = _KINDS[block[2]](found, shlex.split(rows), folder)
         # as all tables of the pages, without the blanks that line up columns
         cells = re.sub('-{3,}', '---', re.sub(r' *\| *', '|', markdown(made)))
         return f'{block[1]}\n{cells}\n\n{block[4]}'
@@ -72,10 +64,31 @@ def _scores(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataF
 
 
 def _forest(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
-    """Contrasts, a column each: by the noise of each budget, and together."""
-    frame = forest({title: contrasts(*made) for title, made in found.items()})
-    lines = frame.itertuples(index=False, name=None)
-    return _wide((c, title, f'{d:+.2f} ({ends(low, high)})') for c, title, d, low, high in lines)
+    """Contrasts, a column each, and those in the place of rows: by the noise of each budget."""
+    frame = forest(found, rows)
+    return _wide((of.contrast, of.comparison, _bounded(of)) for of in frame.itertuples())
+
+
+def _together(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
+    """What contrasts say over comparisons, a line each."""
+    frame, lines = forest(found, rows), []
+    for contrast, of in frame.groupby('contrast', sort=False):
+        pooled = next(of[of.comparison == TOGETHER].itertuples())
+        means = of.difference[of.comparison != TOGETHER]
+        lines.append(
+            {
+                'contrast': _name(str(contrast)),
+                'mean (95 % interval)': _bounded(pooled),
+                'another recipe': ends(*(getattr(pooled, name) for name in PREDICTED)),
+                'I²': f'{pooled.heterogeneity:.0%}'.replace('%', ' %'),
+                'comparisons': f'{(means > 0).sum()} above 0, {(means < 0).sum()} below',
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _bounded(of: Any) -> str:
+    return f'{of.difference:+.2f} ({ends(of.low, of.high)})'
 
 
 def _verdicts(found: Mapping[str, Made], rows: Sequence[str], _: Path) -> pd.DataFrame:
@@ -161,6 +174,7 @@ def _name(row: str) -> str:
 _KINDS: dict[str, Callable[[Mapping[str, Made], Sequence[str], Path], pd.DataFrame]] = {
     'scores': _scores,
     'forest': _forest,
+    'together': _together,
     'verdicts': _verdicts,
     'contrasts': _contrasts,
     'rows': _rows,

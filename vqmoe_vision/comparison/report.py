@@ -33,7 +33,8 @@ from .spec import Comparison
 from .statistics import Difference, detectable
 from .store import SPLITS, Results, data_of
 
-_HELD_OUT = 'the same on held-out images'
+_HELD_OUT = 'the same on validation images'
+_OTHERWISE = 'otherwise on validation images'
 _IMAGES = 'interval over images'
 _BY_NOISE = 'by the noise of the budget'
 _ERROR = 'quantization error'
@@ -88,8 +89,8 @@ def shown(
 
 
 def contrast_table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
-    """The contrasts as a reader sees them."""
-    return pd.DataFrame(
+    """The contrasts as a reader sees them; validation images where they turn sign or finding."""
+    table = pd.DataFrame(
         {
             'contrast': name,
             'seeds': f'{line["pairs"]} of {len(comparison.seeds)}',
@@ -98,11 +99,25 @@ def contrast_table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
             ),
             _BY_NOISE: ends(line['pooled_low'], line['pooled_high']),
             'p (Holm)': _p_value(line['p_holm']),
-            'p of equality': _p_value(line['p_equal']),
+            'p of equality (Holm)': _p_value(line['p_equal_holm']),
             'finding': line['finding'],
+            _OTHERWISE: _otherwise(line),
         }
         for name, line in frame.iterrows()
     )
+    if not table.empty and (table[_OTHERWISE] == '-').all():
+        del table[_OTHERWISE]
+    return table
+
+
+def _otherwise(line: pd.Series) -> str:
+    """What a contrast is on validation images, if its sign or its finding is another there."""
+    difference = line.get('held_out_difference', math.nan)
+    turned = difference * line['difference'] < 0 or line.get('held_out_finding') != line['finding']
+    if math.isnan(difference) or not turned:
+        return '-'
+    bounds = ends(line['held_out_pooled_low'], line['held_out_pooled_high'])
+    return f'{difference:+.2f} ({bounds}), {line["held_out_finding"]}'
 
 
 def _difference_to(comparison: Comparison) -> str:
@@ -189,19 +204,20 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
         f'{comparison.metric} {where}. Differences are paired by seed; intervals and p are those '
         'of single comparisons by t-tests. p of a contrast is corrected by the method of Holm for '
         f'all {len(comparison.contrasts)} contrasts, and given once they have all {seeds} seeds; '
-        'other rows have theirs in brackets, uncorrected. Held-out images are those that training '
-        'validates on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
+        'other rows have theirs in brackets, uncorrected. Validation images choose no checkpoint. '
+        'Other numbers are of the same pass, by layer.'
     ]
     if freedom:
         said.append(
-            f'The noise of a difference at one seed is {noise:.2f} by all comparisons of this '
-            f'budget ({freedom} degrees of freedom): {seeds} seeds find a true difference of '
+            f'The noise of a difference at one seed is {noise:.2f} by the comparisons of this '
+            'budget whose variances agree by an F-test at 5 % '
+            f'({freedom} degrees of freedom): {seeds} seeds find a true difference of '
             f'{detectable(noise, seeds, freedom=freedom):.2f} with 80 % power at the 5 % level.'
         )
     if comparison.margin is not None:
         said.append(
             f'Equal are rows whose difference lies within {comparison.margin:g} to both sides, by '
-            'two one-sided tests at the 5 % level.'
+            'two one-sided tests at the 5 % level, corrected by the method of Holm too.'
         )
     if frame.get('unequal_compute', pd.Series(False)).any():
         said.append(

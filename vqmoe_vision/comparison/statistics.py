@@ -77,12 +77,26 @@ def _residual_noise(scores: Scores) -> tuple[float, int]:
     return (0.0 if squares <= (_ROUNDING * np.abs([*whole]).max()) ** 2 else squares), freedom
 
 
-def pooled_noise(comparisons: Iterable[Scores]) -> tuple[float, int]:
-    """Deviation of a difference of two rows by chance, and its degrees of freedom; nan and 0."""
-    squares, freedoms = zip((0.0, 0), *map(_residual_noise, comparisons), strict=True)
-    freedom = sum(freedoms)
+def pooled_noise(scores: Scores, others: Iterable[Scores] = ()) -> tuple[float, int]:
+    """Deviation of a difference of two rows by chance, and its degrees of freedom; nan and 0.
+
+    Args:
+        scores: Of the comparison, by row and seed.
+        others: Comparisons of the same budget. One counts unless an F-test at 5 % finds that its
+            variance is another; all count where the comparison has no variance of its own.
+    """
+    squares, freedom = first_squares, first_freedom = _residual_noise(scores)
+    for more, degrees in map(_residual_noise, others):
+        if not degrees:
+            continue
+        if first_squares and first_freedom:
+            ratio = more / degrees / (first_squares / first_freedom)
+            spread = stats.f(degrees, first_freedom)
+            if 2 * min(spread.cdf(ratio), spread.sf(ratio)) < LEVEL:
+                continue
+        squares, freedom = squares + more, freedom + degrees
     # a difference of two rows has twice the variance
-    return math.sqrt(2 * sum(squares) / freedom) if freedom else math.nan, freedom
+    return math.sqrt(2 * squares / freedom) if freedom else math.nan, freedom
 
 
 def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
@@ -128,14 +142,37 @@ def equivalence(found: Difference, margin: float) -> float:
     return float(max(spread.cdf(-margin), spread.sf(margin)))
 
 
-def together(means: Sequence[float], variances: Sequence[float]) -> tuple[float, float, float]:
-    """The mean over comparisons whose true differences vary, by DerSimonian and Laird."""
-    y, weights = np.array(means), 1 / np.array(variances)
-    excess = (weights * (y - np.average(y, weights=weights)) ** 2).sum() - (len(y) - 1)
-    between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
-    mean, total = np.average(y, weights=1 / (np.array(variances) + between), returned=True)
-    half = stats.norm.isf(LEVEL / 2) / math.sqrt(total)
-    return float(mean), float(mean - half), float(mean + half)
+@dataclass(frozen=True)
+class Pooled:
+    """The mean of a difference over comparisons whose true differences vary."""
+
+    mean: float
+    low: float  # of the 95 % interval of the mean
+    high: float
+    predicted_low: float  # of the 95 % interval of the true difference in another comparison
+    predicted_high: float
+    heterogeneity: float  # I^2: share of the variance that is more than chance, from 0 to 1
+
+
+def together(means: Sequence[float], variances: Sequence[float]) -> Pooled:
+    """Pool by DerSimonian and Laird, with the interval of Hartung, Knapp, Sidik and Jonkman.
+
+    It is of Student's t with one degree of freedom less than there are comparisons, and never
+    narrower than the normal interval (Jackson et al., Statistics in Medicine 2017).
+    """
+    y, weights, freedom = np.array(means), 1 / np.array(variances), len(means) - 1
+    chi_square = (weights * (y - np.average(y, weights=weights)) ** 2).sum()
+    excess = max(0.0, chi_square - freedom)
+    between = excess / (weights.sum() - (weights**2).sum() / weights.sum())
+    weights = 1 / (np.array(variances) + between)
+    mean, total = np.average(y, weights=weights, returned=True)
+    variance = (weights * (y - mean) ** 2).sum() / (freedom * total)
+    quantile, normal = stats.t.isf(LEVEL / 2, freedom), stats.norm.isf(LEVEL / 2)
+    half = max(quantile * math.sqrt(variance), normal / math.sqrt(total))
+    further = math.hypot(half, quantile * math.sqrt(between))
+    share = excess / chi_square if excess else 0.0
+    bounds = mean - half, mean + half, mean - further, mean + further
+    return Pooled(*map(float, (mean, *bounds, share)))
 
 
 def detectable(std: float, pairs: int, freedom: int) -> float:

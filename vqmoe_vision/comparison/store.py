@@ -304,12 +304,17 @@ class Store:
         return None
 
 
-def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
-    """The noise of all comparisons with the budget and the training data of some rows."""
+def noise_of(folder: Path, usable: Usable) -> tuple[float, int]:
+    """The noise of a comparison's rows, and of others of its budget and data that agree.
+
+    Args:
+        folder: Of the comparison's rows, beside those of others.
+        usable: Its rows.
+    """
     found: dict[Path, Any] = defaultdict(lambda: defaultdict(dict))
     budgets = {(content['budget'], content['metric']) for content in usable.values()}
     data = set(map(_trained_on, usable.values())) | {None}  # which the first rows do not say
-    for path in rows.glob('*/*-seed*.json'):
+    for path in folder.parent.glob('*/*-seed*.json'):
         with suppress(AttributeError, KeyError, TypeError, ValueError):  # of a damaged one
             content = load(path)
             if _mistyped(content):
@@ -318,7 +323,8 @@ def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
             same = (content['budget'], content['metric']) in budgets and math.isfinite(score)
             if same and _trained_on(content) in data and refutation(content) is None:
                 found[path.parent][content['row']][content['seed']] = score
-    return pooled_noise(found[folder] for folder in sorted(found))
+    own = found.pop(folder, {})
+    return pooled_noise(own, (found[other] for other in sorted(found)))
 
 
 def _trained_on(content: Mapping[str, Any]) -> str | None:
