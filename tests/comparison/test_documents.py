@@ -11,7 +11,7 @@ import pytest
 
 from vqmoe_vision.arguments import WORK_DIR
 from vqmoe_vision.comparison.cli import Work
-from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, contrasts, forest, scores_of, tidy
+from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, forest, scores_of, tidy
 from vqmoe_vision.comparison.pages import Made, fill
 from vqmoe_vision.comparison.statistics import Difference, differences, pooled_noise, with_noise
 
@@ -30,6 +30,8 @@ DOCUMENTS = [  # those that print an interval
 MADE = [path for path in DOCUMENTS if '<!-- compare ' in path.read_text()]
 FROM_SCRATCH = ('cifar10_budget', 'cifar10_stream', 'cifar10_long', 'cifar10_muon')
 FROM_SCRATCH += ('cifar100', 'imagenette', 'camvid_budget')
+FURTHER = ('vqmoe_official - smoe', 'position - smoe', 'dense_2x - dense_1x')
+FURTHER += ('smoe_frozen - dense_2x',)  # contrasts that findings names beside the comparisons' own
 Interval = tuple[float, ...]
 
 
@@ -54,7 +56,7 @@ def differences_of(of: Made) -> Iterator[Difference]:
         for reference in scores:
             for found in differences(scores, reference).values():
                 two = len(of.comparison.seeds) == 2
-                yield with_noise(found, *pooled_noise([scores])) if two else found
+                yield with_noise(found, *pooled_noise(scores)) if two else found
 
 
 @pytest.fixture(scope='module')
@@ -62,8 +64,10 @@ def known(outcomes: dict[str, Made]) -> set[Interval]:
     """Every interval that rows give, with one digit and with two."""
     found = [d for of in outcomes.values() for d in differences_of(of)]
     ends = [(d.mean, d.low, d.high) for d in found]
-    together = forest({name: contrasts(*outcomes[name]) for name in FROM_SCRATCH})
-    ends += together[['difference', 'low', 'high']].itertuples(index=False, name=None)
+    together = forest({name: outcomes[name] for name in FROM_SCRATCH}, FURTHER)
+    by_noise = [forest({name: made}) for name, made in outcomes.items()]
+    for frame in (together, *by_noise):
+        ends += frame[['difference', 'low', 'high']].itertuples(index=False, name=None)
     return {
         tuple(round(value, digits) + 0.0 for value in (abs(mean), *turned))
         for mean, low, high in ends
