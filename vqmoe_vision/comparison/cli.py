@@ -166,9 +166,9 @@ def _forest(args: argparse.Namespace) -> None:
     frame = forest(found, args.contrasts or ())
     if frame.empty:
         raise ValueError(f'contrasts: the rows of none are finished in {", ".join(found)}')
-    # One comparison has no prediction, and None prints an empty cell where nan prints a word.
+    # A single comparison predicts nothing; tabulate takes None for missing, and nan for a number.
     cells = frame.astype(object).where(frame.notna(), None)
-    print(cells.to_markdown(index=False, floatfmt='+.2f'))
+    print(cells.to_markdown(index=False, floatfmt='+.2f', missingval='-'))
     make_folder(args.out.parent)
     plot_forest(frame, margins.pop() if len(margins) == 1 else None).savefig(args.out, dpi=110)
     print(args.out)
