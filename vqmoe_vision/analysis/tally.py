@@ -244,7 +244,7 @@ class LayerTally:
         self.usage = self.usage + chosen.flatten().bincount(minlength=len(codes)).double()
         quantized = codebook.as_long_as(tokens, codes[chosen])
         self.squared_distance += (tokens - quantized).square().sum(dim=-1).double().sum().item()
-        return (codebook.compared(tokens) - codes[chosen]).square().sum(dim=-1)
+        return (codebook.compared(tokens).detach() - codes[chosen]).square().sum(dim=-1)
 
     def survey(self) -> LayerSurvey:
         """Everything seen so far."""
@@ -282,7 +282,7 @@ class LayerTally:
                 of_codes[f'quantization_error{name}'] = error
             codebook, own = self._codebook()
             usage = (self.usage / self.usage.sum()).float()
-            codes = Codes(own, usage, codebook.compared(self.tokens), self.indices)
+            codes = Codes(own, usage, codebook.compared(self.tokens).detach(), self.indices)
         numbers |= {f'{self.codebook}/{name}': value for name, value in of_codes.items()}
         return LayerSurvey(
             self.num_experts,

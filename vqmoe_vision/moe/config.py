@@ -13,6 +13,8 @@ from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from typing_extensions import override
+
 Named = dict[str, dict]
 Config = TypeVar('Config', bound='MoeConfig')
 
@@ -76,6 +78,8 @@ class MoeConfig:
 
     # 'matched' has the compute of two experts per token, as every row of our comparisons
     PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {}}
+    # Presets that were meant by a call with a preset, or with none, before defaults changed.
+    FORMER_PRESETS: ClassVar[dict[str | None, str]] = {}
     # Options by name with which a layer of equal experts answers as one of them alone, so that a
     # model that starts from a dense one begins with its answers; empty where none do so.
     EXACT_UPCYCLING: ClassVar[Named] = {}
@@ -189,13 +193,17 @@ class BalancedConfig(MoeConfig):
 
     global_balance: bool = option(True, False, of_weights=False)
 
+    @override
     def unused(self) -> dict[str, str]:
-        """Without a loss that balances, over which tokens it does."""
         found = super().unused()
+        return found | self._idle_balance(found)
+
+    def _idle_balance(self, found: dict[str, str]) -> dict[str, str]:
+        """Return `global_balance` where no loss balances tokens, because of options `found`."""
         weights = [each.name for each in fields(self) if each.metadata['balances']]
-        if all(name in found or getattr(self, name) == 0 for name in weights):
-            found['global_balance'] = ', '.join({found.get(n, f'{n}=0'): None for n in weights})
-        return found
+        if not all(name in found or getattr(self, name) == 0 for name in weights):
+            return {}
+        return {'global_balance': ', '.join({found.get(n, f'{n}=0'): None for n in weights})}
 
 
 def _within(value: Any, bounds: str) -> tuple[bool, str]:

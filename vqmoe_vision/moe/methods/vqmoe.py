@@ -16,9 +16,12 @@ does; the discrete form computes one.
 Where we differ: fed the code itself (3), with M = E every expert maps its one code to one constant;
 `expert_input` has other readings, see `Quantizer`. (6) uses means over tokens and channels, as the
 authors' code; a squared norm is D times larger. Their balance loss is always zero by mistake, and
-their top-1 weight one, which leaves the router untrained; ours is the probability, as (2) says. The
-code passes a LayerNorm before the expert (`input_norm`). The default codebook starts from data and
-replaces dead codes: the paper's own ('plain') collapses on tokens with a common mean.
+their top-1 weight one, which leaves the router untrained; ours is E / 2 times the probability of (2).
+
+By default codes lie in a learned space of few channels (codebooks/projected.py): an expert is fed
+the token, and (6) has nothing to learn. Codes of the tokens themselves, found by k-means, are the
+preset 'ema': they pass a LayerNorm before the expert (`input_norm`), and dead ones are replaced.
+The paper's own ('plain') collapse on tokens with a common mean.
 
 Preset 'official' is the released code; docs/explanation/methods.md names what it lacks of it.
 
@@ -33,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from typing_extensions import override
 
 from .. import losses
 from ..codebooks import Codebook, Quantized, rotate_to
@@ -64,9 +68,19 @@ _NO_ROUTER = {'form': 'discrete'}
 _OF_GRADIENT = 'plain', 'simvq', 'projected'  # codebooks that do not learn from usage
 _PROJECTED = {**_NO_CODES, 'codebook': 'projected'}
 _NOT_FULL = {'form': ('discrete', 'continuous')}
-_PLAIN = {'codebook': 'plain', 'balance_weight': 0.0}
+# The weight of the router is its probability, and no token is kept from it.
+_OF_PROBABILITY = {'routed_scaling_factor': 1.0, 'router_drop': 0.0}
+_PLAIN = {'codebook': 'plain', 'balance_weight': 0.0, **_OF_PROBABILITY}
+_EMA = {'codebook': 'ema', **_OF_PROBABILITY}  # the default until December 2026
 # An expert has to be fed the token alone, as the dense MLP was, and not its norm.
-_AS_DENSE = {'expert_input': 'token', 'input_norm': False}
+_AS_DENSE = {'preset': 'ema', 'expert_input': 'token', 'input_norm': False}
+
+_FROZEN = {'train_router': False, 'balance_weight': 0.0}
+
+
+def _with_ema(**options: Any) -> dict[str, Any]:
+    """Return a trial of options that have no effect with the default codebook."""
+    return {'codebook': 'ema', **options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +90,8 @@ class VQMoEConfig(BalancedConfig):
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
         num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        codebook: 'ema' starts by k-means and replaces dead codes, 'plain' is VQ-VAE's, and
-            'projected' learns from the task in a space of its own.
+        codebook: 'projected' learns from the task in a space of its own, 'ema' starts by k-means
+            and replaces dead codes, and 'plain' is VQ-VAE's.
         code_dim: R, the channels of that space.
         vq_weight: alpha of (6).
         commitment: beta of (6).
@@ -90,16 +104,15 @@ class VQMoEConfig(BalancedConfig):
         rotation_trick: Gradients through the code by rotation in place of straight through.
         input_norm: LayerNorm between code and expert.
         output_norm: LayerNorm after the expert of the discrete branch.
-        balance_weight: Weight of the router's balance loss.
+        balance_weight: Weight of the balance losses of the router and of 'projected' codes.
         diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0).
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Of the router's weight, not of losses; None, which a preset may have,
-            is E / 2.
+        routed_scaling_factor: Of the router's weight, not of losses; None is E / 2.
         router_drop: Share of tokens that training sends to the code's expert alone, as the
             discrete form does.
 
     Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults; 'official',
-    the released code; 'projected', whose codes find what the task needs.
+    the released code; 'ema', the defaults until December 2026, with codes of the tokens themselves.
     """
 
     PRESETS: ClassVar[Named] = {
@@ -112,16 +125,16 @@ class VQMoEConfig(BalancedConfig):
             'output_norm': True,
             'train_router': False,
         },
-        'projected': {
-            'codebook': 'projected',
-            'routed_scaling_factor': None,
-            'router_drop': 0.3,
-        },
+        'ema': _EMA,
     }
-    # The weight of the continuous branch is a probability, below 1, unless its router is frozen.
+    FORMER_PRESETS: ClassVar[dict[str | None, str]] = {None: 'ema', 'matched': 'ema'}
+    # The weight of the continuous branch is a probability times a factor, unless its router is
+    # frozen.
     EXACT_UPCYCLING: ClassVar[Named] = {
-        'discrete': {'form': 'discrete', **_AS_DENSE},
-        'full': {**_AS_DENSE, 'train_router': False, 'balance_weight': 0.0},
+        'discrete': {'form': 'discrete'},
+        'full': _FROZEN,
+        'discrete, ema': {'form': 'discrete', **_AS_DENSE},
+        'full, ema': {**_AS_DENSE, **_FROZEN},
     }
 
     form: Literal['full', 'discrete', 'continuous'] = option(
@@ -129,28 +142,30 @@ class VQMoEConfig(BalancedConfig):
     )
     num_codes: int | None = option(None, 48, bounds='[1, inf)', of_weights=False, idle=_NO_CODES)
     codebook: Literal['ema', 'plain', 'simvq', 'cvq', 'projected'] = option(
-        'ema', 'simvq', 'cvq', 'projected', idle=_NO_CODES
+        'projected', 'ema', 'simvq', 'cvq', idle=_NO_CODES
     )
     code_dim: int = option(
         24,
-        {'codebook': 'projected', 'code_dim': 3},
+        3,
         bounds='[2, inf)',
         of_weights=False,
         idle={**_NO_CODES, 'codebook': ('ema', 'plain', 'simvq', 'cvq')},
     )
-    vq_weight: float = loss_weight(0.08, 0.5, idle=_PROJECTED)
-    commitment: float = loss_weight(0.25, 0.5, idle={**_PROJECTED, 'vq_weight': 0})
-    use_cosine_sim: bool = option(False, True, idle=_PROJECTED)
+    vq_weight: float = loss_weight(0.08, _with_ema(vq_weight=0.5), idle=_PROJECTED)
+    commitment: float = loss_weight(
+        0.25, _with_ema(commitment=0.5), idle={**_PROJECTED, 'vq_weight': 0}
+    )
+    use_cosine_sim: bool = option(False, _with_ema(use_cosine_sim=True), idle=_PROJECTED)
     ema_decay: float = option(
         0.99,
-        0.9,
+        _with_ema(ema_decay=0.9),
         bounds='[0, 1)',
         of_weights=False,
         idle={**_NO_CODES, 'codebook': _OF_GRADIENT, 'train_codebook': False},
     )
     dead_code_threshold: float = option(
         0.01,
-        0.1,
+        _with_ema(dead_code_threshold=0.1),
         bounds='[0, 1)',
         of_weights=False,
         idle={**_NO_CODES, 'codebook': (*_OF_GRADIENT, 'cvq'), 'train_codebook': False},
@@ -159,21 +174,26 @@ class VQMoEConfig(BalancedConfig):
         True, {'train_codebook': False, 'form': 'discrete'}, of_weights=False, idle=_NO_CODES
     )
     expert_input: Literal['mix', 'ste', 'token', 'official'] = option(
-        'mix', 'ste', 'token', idle=_PROJECTED
+        'mix', _with_ema(expert_input='ste'), _with_ema(expert_input='token'), idle=_PROJECTED
     )
     code_share: float = option(
-        0.05, 0.3, bounds='[0, 1]', idle={**_PROJECTED, 'expert_input': (*FIXED_SHARES,)}
+        0.05,
+        _with_ema(code_share=0.3),
+        bounds='[0, 1]',
+        idle={**_PROJECTED, 'expert_input': (*FIXED_SHARES,)},
     )
-    rotation_trick: bool = option(False, True, of_weights=False, idle=_PROJECTED)
-    input_norm: bool = option(True, False, idle=_PROJECTED)
-    output_norm: bool = option(False, idle=_NO_CODES)
-    balance_weight: float = loss_weight(0.01, balances=True, idle=_NO_ROUTER)
+    rotation_trick: bool = option(
+        False, _with_ema(rotation_trick=True), of_weights=False, idle=_PROJECTED
+    )
+    input_norm: bool = option(True, _with_ema(input_norm=False), idle=_PROJECTED)
+    output_norm: bool = option(False, True, idle=_NO_CODES)
+    balance_weight: float = loss_weight(0.01, 0.0, balances=True)
     diversity_weight: float = loss_weight(0.0, 0.1, balances=True, idle=_NO_CODES)
     train_router: bool = option(True, idle=_NO_ROUTER)
     routed_scaling_factor: float | None = option(
-        1.0, 2.75, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
+        None, 2.75, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
     )
-    router_drop: float = option(0.0, 0.3, bounds='[0, 1)', of_weights=False, idle=_NOT_FULL)
+    router_drop: float = option(0.3, 0.0, bounds='[0, 1)', of_weights=False, idle=_NOT_FULL)
 
     @property
     def learns_routing(self) -> bool:
@@ -187,9 +207,12 @@ class VQMoEConfig(BalancedConfig):
         valid = self.train_router or self.balance_weight == 0
         self.require('balance_weight', valid, '0 with train_router=False')
 
+    @override
     def unused(self) -> dict[str, str]:
-        """As its base, and what the values of two options leave without effect together."""
         found = super().unused()
+        if self.form == 'discrete' and self.codebook != 'projected':
+            found['balance_weight'] = f'form={self.form!r} and codebook={self.codebook!r}'
+            found |= self._idle_balance(found)
         if self.commitment == 0 and self.vq_weight > 0:
             if not self.train_codebook:
                 found.setdefault('vq_weight', 'commitment=0 and train_codebook=False')
