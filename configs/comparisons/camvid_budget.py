@@ -6,14 +6,14 @@ metric = 'mIoU'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
 # named when the runs were there
-contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
+contrasts = ['smoe - smoe_frozen', 'vqmoe_ema - smoe', 'smoe - dense_2x', 'vqmoe_ema - dense_2x']
 margin = 1.0
 rows = dict(
     dense_1x='dense_1x',
     dense_2x='dense_2x',
     smoe='smoe',
+    vqmoe_ema='vqmoe_ema',
     vqmoe='vqmoe',
-    vqmoe_projected='vqmoe_projected',
     smoe_frozen='smoe_frozen',
     position='position',
 )

@@ -11,7 +11,7 @@ all_started = True
 # named when the runs were there
 contrasts = [
     'smoe_started - smoe_frozen_started',
-    'vqmoe_started - smoe_started',
+    'vqmoe_ema_started - smoe_started',
     'smoe_started - dense_1x_started',
 ]
 margin = 1.0
@@ -19,10 +19,13 @@ rows = dict(
     dense_1x='dense_1x',
     dense_2x='dense_2x',
     smoe_frozen_started='smoe_frozen model.backbone.checkpoint={start}',
-    vqmoe_full='vqmoe model.backbone.checkpoint={start:vqmoe}',
-    vqmoe_discrete='vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete',
-    vqmoe_frozen_codes=(
-        'vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete '
+    vqmoe_ema_started='vqmoe_ema model.backbone.checkpoint={start}',
+    vqmoe_ema_full='vqmoe_ema model.backbone.checkpoint={start:vqmoe_ema}',
+    vqmoe_ema_discrete=(
+        'vqmoe_ema model.backbone.checkpoint={start:vqmoe_ema} model.backbone.moe.form=discrete'
+    ),
+    vqmoe_ema_frozen_codes=(
+        'vqmoe_ema model.backbone.checkpoint={start:vqmoe_ema} model.backbone.moe.form=discrete '
         'model.backbone.moe.train_codebook=False'
     ),
 )

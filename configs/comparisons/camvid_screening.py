@@ -7,27 +7,27 @@ config = 'vqmoe_vision::segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_cam
 stage = 'dev'
 metric = 'mIoU'
 also = ['code_usage_unused', 'quantization_error']
-reference = 'vqmoe'
+reference = 'vqmoe_ema'
 seeds = [11, 12]
 rows = dict(
-    vqmoe='vqmoe',
+    vqmoe_ema='vqmoe_ema',
     smoe='smoe',
-    vqmoe_scales='vqmoe train_dataloader.dataset.pipeline.2.ratio_range="(0.4, 1.25)"',
+    vqmoe_ema_scales='vqmoe_ema train_dataloader.dataset.pipeline.2.ratio_range="(0.4, 1.25)"',
     smoe_scales='smoe train_dataloader.dataset.pipeline.2.ratio_range="(0.4, 1.25)"',
-    vqmoe_token='vqmoe model.backbone.moe.expert_input=token',
-    vqmoe_decay_90='vqmoe model.backbone.moe.ema_decay=0.9',
-    vqmoe_bias_correction='vqmoe model.backbone.moe.ema_bias_correction=True',
-    vqmoe_kmeans_usage='vqmoe model.backbone.moe.usage_from_kmeans=True',
-    vqmoe_code_share_30='vqmoe model.backbone.moe.code_share=0.3',
-    vqmoe_router_scale='vqmoe model.backbone.moe.routed_scaling_factor=2.75',
-    vqmoe_decay_warmup='vqmoe model.backbone.moe.ema_decay_warmup=True',
-    vqmoe_diversity_10='vqmoe model.backbone.moe.diversity_weight=0.1',
-    vqmoe_no_input_norm='vqmoe model.backbone.moe.input_norm=False',
-    vqmoe_output_norm='vqmoe model.backbone.moe.output_norm=True',
-    vqmoe_layers_23='vqmoe model.backbone.moe.moe_layers="(2, 3)"',
+    vqmoe_ema_token='vqmoe_ema model.backbone.moe.expert_input=token',
+    vqmoe_ema_decay_90='vqmoe_ema model.backbone.moe.ema_decay=0.9',
+    vqmoe_ema_bias_correction='vqmoe_ema model.backbone.moe.ema_bias_correction=True',
+    vqmoe_ema_kmeans_usage='vqmoe_ema model.backbone.moe.usage_from_kmeans=True',
+    vqmoe_ema_code_share_30='vqmoe_ema model.backbone.moe.code_share=0.3',
+    vqmoe_ema_router_scale='vqmoe_ema model.backbone.moe.routed_scaling_factor=2.75',
+    vqmoe_ema_decay_warmup='vqmoe_ema model.backbone.moe.ema_decay_warmup=True',
+    vqmoe_ema_diversity_10='vqmoe_ema model.backbone.moe.diversity_weight=0.1',
+    vqmoe_ema_no_input_norm='vqmoe_ema model.backbone.moe.input_norm=False',
+    vqmoe_ema_output_norm='vqmoe_ema model.backbone.moe.output_norm=True',
+    vqmoe_ema_layers_23='vqmoe_ema model.backbone.moe.moe_layers="(2, 3)"',
     # experts that are three quarters as wide in all four blocks, for the same compute
-    vqmoe_narrow=(
-        'vqmoe model.backbone.moe.expert_mlp_ratio=3.0 model.backbone.moe.moe_layers=every1'
+    vqmoe_ema_narrow=(
+        'vqmoe_ema model.backbone.moe.expert_mlp_ratio=3.0 model.backbone.moe.moe_layers=every1'
     ),
     smoe_z='smoe model.backbone.moe.z_weight=0.001',
     smoe_z_tenfold='smoe model.backbone.moe.z_weight=0.01',

@@ -8,7 +8,7 @@ seeds = [1, 2, 3, 4, 5]
 contrasts = [
     'smoe - smoe_frozen',
     'vqmoe_paper - smoe',
-    'vqmoe - smoe',
+    'vqmoe_ema - smoe',
     'smoe - dense_2x',
 ]
 margin = 1.0
@@ -16,8 +16,8 @@ rows = dict(
     dense_2x='dense_2x',
     smoe='smoe',
     smoe_frozen='smoe_frozen',
+    vqmoe_ema='vqmoe_ema',
     vqmoe='vqmoe',
-    vqmoe_projected='vqmoe_projected',
     vqmoe_paper='vqmoe_paper',
     vqmoe_official='vqmoe_official',
     position='position',

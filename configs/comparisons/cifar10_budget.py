@@ -6,15 +6,15 @@ seeds = [1, 2, 3, 4, 5]
 all_methods = True
 all_presets = True
 # named when the runs were there
-contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'vqmoe_paper - smoe', 'smoe - dense_2x']
+contrasts = ['smoe - smoe_frozen', 'vqmoe_ema - smoe', 'vqmoe_paper - smoe', 'smoe - dense_2x']
 margin = 1.0
 rows = dict(
-    vqmoe_token='vqmoe model.moe.expert_input=token',
-    vqmoe_official_input='vqmoe model.moe.expert_input=official',
-    vqmoe_ste='vqmoe model.moe.expert_input=ste',
-    vqmoe_discrete='vqmoe model.moe.form=discrete',
-    vqmoe_continuous='vqmoe model.moe.form=continuous',
-    vqmoe_32_codes='vqmoe model.moe.num_codes=32',
+    vqmoe_ema_token='vqmoe_ema model.moe.expert_input=token',
+    vqmoe_ema_official_input='vqmoe_ema model.moe.expert_input=official',
+    vqmoe_ema_ste='vqmoe_ema model.moe.expert_input=ste',
+    vqmoe_ema_discrete='vqmoe_ema model.moe.form=discrete',
+    vqmoe_ema_continuous='vqmoe_ema model.moe.form=continuous',
+    vqmoe_ema_32_codes='vqmoe_ema model.moe.num_codes=32',
     # its slots mix all tokens almost evenly to the end; from the root of the width they need not
     softmoe_scale_11='softmoe model.moe.init_scale=11.0',
 )

@@ -6,13 +6,13 @@ seeds = [1, 2, 3]
 rows = dict(
     dense_1x='dense_1x',
     smoe='smoe',
-    vqmoe='vqmoe',
+    vqmoe_ema='vqmoe_ema',
     dense_2x='dense_2x',
     smoe_frozen='smoe_frozen',
     position='position',
 )
 # named when the runs were there
-contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
+contrasts = ['smoe - smoe_frozen', 'vqmoe_ema - smoe', 'smoe - dense_2x', 'vqmoe_ema - dense_2x']
 margin = 1.0
 options = ['train_cfg.max_epochs=40', 'param_scheduler.1.end=40', 'param_scheduler.1.T_max=39']
 # what docs/evidence/findings.md shows: tools/compare.py table --images docs/images

@@ -4,9 +4,9 @@ metric = 'accuracy/top1'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4]
 # primary, named before the first run; every other difference is exploratory
-contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
+contrasts = ['smoe - smoe_frozen', 'vqmoe_ema - smoe', 'smoe - dense_2x', 'vqmoe_ema - dense_2x']
 margin = 1.0
-names = ('dense_2x', 'smoe_frozen', 'smoe', 'vqmoe')
+names = ('dense_2x', 'smoe_frozen', 'smoe', 'vqmoe_ema')
 rows = {name: name for name in names}
 del names
 options = [

@@ -6,9 +6,9 @@ metric = 'accuracy/top1'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
 # named when the runs were there
-contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
+contrasts = ['smoe - smoe_frozen', 'vqmoe_ema - smoe', 'smoe - dense_2x', 'vqmoe_ema - dense_2x']
 margin = 1.0
-names = ('dense_1x', 'dense_2x', 'smoe', 'vqmoe', 'smoe_frozen', 'position')
+names = ('dense_1x', 'dense_2x', 'smoe', 'vqmoe_ema', 'smoe_frozen', 'position')
 rows = {name: name for name in names}
 del names
 options = ['model.stream_loss.weight=0.02', 'model.stream_loss.blocks=[1,3]']

@@ -8,16 +8,16 @@ also = ['accuracy/head', 'accuracy/medium', 'accuracy/tail', 'code_usage_unused'
 reference = 'ema'
 seeds = [1, 2, 3, 4, 5]
 rows = dict(
-    ema='vqmoe',
-    ema_warmup='vqmoe model.moe.ema_decay_warmup=True',
-    cosine='vqmoe model.moe.use_cosine_sim=True',
-    gradient='vqmoe model.moe.codebook=gradient',
-    cvq='vqmoe model.moe.codebook=cvq',
-    simvq='vqmoe model.moe.codebook=simvq',
-    plain='vqmoe model.moe.codebook=plain',
+    ema='vqmoe_ema',
+    ema_warmup='vqmoe_ema model.moe.ema_decay_warmup=True',
+    cosine='vqmoe_ema model.moe.use_cosine_sim=True',
+    gradient='vqmoe_ema model.moe.codebook=gradient',
+    cvq='vqmoe_ema model.moe.codebook=cvq',
+    simvq='vqmoe_ema model.moe.codebook=simvq',
+    plain='vqmoe_ema model.moe.codebook=plain',
     # the code itself is fed to the expert: how its gradient is made decides most there
-    ste='vqmoe model.moe.expert_input=ste',
-    rotation='vqmoe model.moe.expert_input=ste model.moe.rotation_trick=True',
+    ste='vqmoe_ema model.moe.expert_input=ste',
+    rotation='vqmoe_ema model.moe.expert_input=ste model.moe.rotation_trick=True',
     dense_1x='dense_1x',
     dense_2x='dense_2x',
     smoe_frozen='smoe_frozen',

@@ -10,7 +10,7 @@ all_methods = True
 # named when the runs were there
 contrasts = [
     'smoe_started - smoe_frozen_started',
-    'vqmoe_started - smoe_started',
+    'vqmoe_ema_started - smoe_started',
     'smoe_started - dense_longer',
 ]
 margin = 1.0
@@ -19,8 +19,10 @@ rows = dict(
     smoe_frozen_started='smoe_frozen model.checkpoint={start}',
     smoe_exact='smoe model.checkpoint={start} model.moe.renormalize=True',
     smoe_frozen_exact='smoe_frozen model.checkpoint={start} model.moe.renormalize=True',
-    vqmoe_discrete='vqmoe model.checkpoint={start} model.moe.form=discrete',
-    vqmoe_drop='vqmoe model.checkpoint={start} model.upcycling.drop=0.5',
+    vqmoe_ema='vqmoe_ema',
+    vqmoe_ema_started='vqmoe_ema model.checkpoint={start}',
+    vqmoe_ema_discrete='vqmoe_ema model.checkpoint={start} model.moe.form=discrete',
+    vqmoe_ema_drop='vqmoe_ema model.checkpoint={start} model.upcycling.drop=0.5',
     # The upcycled rows have 17.5 million multiply-accumulates and go on for six epochs; the dense
     # model has 13.2 million, so that eight epochs cost it as much: what that compute is worth
     # without experts.
@@ -39,8 +41,8 @@ highlighted = [
     'position_started',
     'smoe',
     'smoe_started',
-    'vqmoe',
-    'vqmoe_started',
+    'vqmoe_ema',
+    'vqmoe_ema_started',
     'smoe_frozen_started',
     'mocle',
 ]

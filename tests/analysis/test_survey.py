@@ -61,9 +61,9 @@ def test_every_method_can_be_looked_at(tiny_variant):
     assert json.loads(json.dumps(seen.content()))['layers'][NAME]['numbers'] == layer.numbers
 
 
-@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
-def test_the_numbers_are_those_of_the_record(cosine):
-    model = make('vqmoe', num_codes=8, use_cosine_sim=cosine)
+@cases('options', {}, {'codebook': 'ema'}, {'codebook': 'ema', 'use_cosine_sim': True}, ids=str)
+def test_the_numbers_are_those_of_the_record(options):
+    model = make('vqmoe', num_codes=8, **options)
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         nn.init.normal_(moe_layers(model)[NAME].gate.weight)
@@ -79,13 +79,15 @@ def test_the_numbers_are_those_of_the_record(cosine):
     nearest = torch.cdist(layer.codebook.tokens, layer.codebook.codes).argmin(dim=1)
     assert torch.equal(layer.codebook.indices, nearest)
     sampled = layer.codebook.tokens.norm(dim=1)
-    assert torch.allclose(sampled, torch.ones(len(sampled))) == cosine
+    of_length_one = options.get('use_cosine_sim', not options)
+    assert torch.allclose(sampled, torch.ones(len(sampled))) == of_length_one
+    book = moe_layers(model)[NAME].quantizer.codebook
     tokens = record.inputs.flatten(0, 1).double()
-    length = tokens.norm(dim=1, keepdim=True) if cosine else 1
-    distance = (tokens - length * layer.codebook.codes[codes.flatten()]).square().sum()
+    quantized = book.as_long_as(tokens, layer.codebook.codes[codes.flatten()].double())
+    distance = (tokens - quantized).square().sum().item()
     for name, mean in (('', 0), ('_around_mean', tokens.mean(dim=0))):
         value = layer.numbers[f'quantizer.codebook/quantization_error{name}']
-        assert value == pytest.approx((distance / (tokens - mean).square().sum()).item(), rel=1e-5)
+        assert value == pytest.approx(distance / (tokens - mean).square().sum().item(), rel=1e-5)
     assert layer.numbers['gate_continuous'] == pytest.approx(record.gates[..., 0].mean().item())
     for name, side in (('before', record.inputs), ('after', record.outputs)):
         side = side.flatten(0, 1).double()

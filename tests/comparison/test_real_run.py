@@ -17,9 +17,9 @@ from vqmoe_vision.comparison.measured import expanded, routing_numbers
 SPEC = """
 config = 'vqmoe_vision::classification/digits/demo/vit_tiny_vqmoe_demo.py'
 metric = 'accuracy/top1'
-reference = 'vqmoe'
+reference = 'vqmoe_ema'
 seeds = [3]
-rows = dict(vqmoe='vqmoe')
+rows = dict(vqmoe_ema='vqmoe_ema')
 options = [
     'train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'param_scheduler.1.end=3',
     'model.depth=2', 'model.embed_dim=24', 'default_hooks.checkpoint.interval=1',
@@ -34,7 +34,7 @@ shifts = dict(
 
 def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    spec, file = tmp_path / 'digits.py', tmp_path / 'rows/digits/vqmoe-seed3.json'
+    spec, file = tmp_path / 'digits.py', tmp_path / 'rows/digits/vqmoe_ema-seed3.json'
     spec.write_text(SPEC)
     given = [str(spec), '--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]
     compare(['run', *given])
@@ -79,8 +79,8 @@ def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     assert routed['convergence']['model.blocks.1.mlp.router']['distance'] == [1, 0]
     compare(['table', *given])
     words = ' '.join((tmp_path / 'tables/digits.md').read_text().split())
-    assert f'| unchanged | vqmoe | {row["test"]["accuracy/top1"]:.2f}' in words
-    assert '| vqmoe | router | 1 ' in words and '| vqmoe | quantizer.codebook | 1 ' in words
+    assert f'| unchanged | vqmoe_ema | {row["test"]["accuracy/top1"]:.2f}' in words
+    assert '| vqmoe_ema | router | 1 ' in words and '| vqmoe_ema | quantizer.codebook | 1 ' in words
     before = file.stat().st_mtime_ns
     compare(['shifts', *given])
     assert file.stat().st_mtime_ns == before
@@ -89,7 +89,7 @@ def test_a_run_leaves_every_number(tmp_path, monkeypatch, capsys):
     next((tmp_path / 'work').rglob('run.json')).write_text(json.dumps(record))
     capsys.readouterr()
     compare(['routing', *given])
-    assert capsys.readouterr().out.strip().endswith('the training of: vqmoe-seed3')
+    assert capsys.readouterr().out.strip().endswith('the training of: vqmoe_ema-seed3')
 
 
 NUMBERS = dict(effective_rank_before=10.0, effective_rank_after=5.0, similarity_outputs=0.5)

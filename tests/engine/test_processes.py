@@ -24,6 +24,7 @@ from .tiny import TINY
 # 360 images of validation and test are no multiple of 2 times 77
 CLASSIFICATION = f"""{TINY}
 custom_imports = dict(imports=['vqmoe_vision.classification', 'dies'])
+model = dict(moe=dict(preset='ema'))  # codes learn without gradients
 total_batch_size = 100
 test_dataloader = dict(batch_size=77)
 """

@@ -171,7 +171,9 @@ def test_a_batch_that_no_epoch_fills_is_refused_and_one_of_several_rounds_is_not
         assert len(next(iter(loader))) == 6
 
 
-@pytest.mark.parametrize('method, options', [('vqmoe', {}), ('smoe', {'bias_update_rate': 0.1})])
+@cases(
+    'method, options', ('vqmoe', {'preset': 'ema'}), ('smoe', {'bias_update_rate': 0.1}), ids=str
+)
 def test_what_waits_for_a_step_is_in_the_checkpoint(method, options):
     sizes = dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, moe_layers=[0])
     make = partial(timm.create_model, f'vit_tiny_{method}', num_experts=4, **sizes, **options)

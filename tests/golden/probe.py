@@ -30,6 +30,7 @@ STEPS = 3
 ROOT = Path(__file__).parents[2]
 IGNORED = 255  # a label that no head learns from
 
+EMA = {'preset': 'ema'}  # VQMoE's default until December 2026
 # Options beside the presets that run other code and stay.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     'smoe-switch': ('smoe', {'top_k': 1, 'balance_weight': 0.1, 'z_weight': 0.1}),
@@ -38,11 +39,23 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     'xmoe-sigmoid': ('xmoe', {'gate': 'sigmoid', 'balance_temperature': 0.5}),
     'stablemoe-short': ('stablemoe', {'stage1_steps': 1, 'distill_weight': 0.5}),
     'softmoe-slots': ('softmoe', {'slots_per_expert': 3, 'init_scale': 8.0}),
-    'vqmoe-discrete': ('vqmoe', {'form': 'discrete', 'code_share': 0.3, 'use_cosine_sim': True}),
+    'vqmoe-discrete': (
+        'vqmoe',
+        {**EMA, 'form': 'discrete', 'code_share': 0.3, 'use_cosine_sim': True},
+    ),
     'vqmoe-continuous': ('vqmoe', {'form': 'continuous', 'routed_scaling_factor': 2.75}),
-    'vqmoe-codes': ('vqmoe', {'num_codes': 48, 'ema_decay': 0.9, 'dead_code_threshold': 0.5}),
-    'vqmoe-simvq': ('vqmoe', {'codebook': 'simvq', 'expert_input': 'ste', 'rotation_trick': True}),
-    'vqmoe-cvq': ('vqmoe', {'codebook': 'cvq', 'expert_input': 'token', 'diversity_weight': 0.1}),
+    'vqmoe-codes': (
+        'vqmoe',
+        {**EMA, 'num_codes': 48, 'ema_decay': 0.9, 'dead_code_threshold': 0.5},
+    ),
+    'vqmoe-simvq': (
+        'vqmoe',
+        {**EMA, 'codebook': 'simvq', 'expert_input': 'ste', 'rotation_trick': True},
+    ),
+    'vqmoe-cvq': (
+        'vqmoe',
+        {**EMA, 'codebook': 'cvq', 'expert_input': 'token', 'diversity_weight': 0.1},
+    ),
     'ecmoe-one': ('ecmoe', {'capacity_factor': 1.0}),
     'mocle-soft': ('mocle', {'num_clusters': 8, 'temperature': 1.0, 'router_noise': 0.0}),
 }

@@ -43,7 +43,7 @@ SAVED: dict[str, dict[str, Any]] = {
     'xmoe': {'gate': 'sigmoid', 'top_k': 2},
     'stablemoe': {'stage1_steps': 1},
     'softmoe': {'slots_per_expert': 3},
-    'vqmoe': {'num_codes': 6, 'code_share': 0.3, 'output_norm': True},
+    'vqmoe': {**probe.EMA, 'num_codes': 6, 'code_share': 0.3, 'output_norm': True},
     'ecmoe': {'capacity_factor': 1.0},
     'hashmoe': {'preset': 'paper'},  # a hash more would be 33 KB more
     'mocle': {'num_clusters': 8},

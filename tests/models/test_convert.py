@@ -73,7 +73,12 @@ def test_patches_are_dropped_where_a_method_does_not_need_their_places(method, h
         refused(r'patch_drop_rate=0\.5 is not possible: 0, ', build, method)
 
 
-FULL = [{}, {'preset': 'official'}, {'codebook': 'simvq', 'num_codes': 16, 'output_norm': True}]
+FULL = [
+    {},
+    {'preset': 'ema'},
+    {'preset': 'official'},
+    {'codebook': 'simvq', 'num_codes': 16, 'output_norm': True},
+]
 
 
 def full(**options: Any) -> Any:
@@ -119,7 +124,7 @@ def test_a_discrete_model_learns_and_is_built_again(said, tmp_path, images):
     model.train()
     with collect_losses(model) as collected:
         (model(images).sum() + collected.total()).backward()
-    assert all(name.endswith('/vq') for name in collected.losses)
+    assert all(name.endswith(('/vq', '/code_balance')) for name in collected.losses)
     assert all(p.grad is not None for name, p in model.named_parameters() if 'experts' in name)
     discrete: Any = model.eval()
     assert discrete.moe_config.form == 'discrete'
@@ -130,7 +135,7 @@ def test_a_discrete_model_learns_and_is_built_again(said, tmp_path, images):
 
 @pytest.mark.parametrize('host', [None, 'vit_tiny_patch16_224'])
 def test_the_discrete_form_of_a_saved_full_model(host, tmp_path, images):
-    options = {'balance_weight': 0.1, 'num_experts': 4}
+    options = {'preset': 'ema', 'balance_weight': 0.1, 'num_experts': 4}
     moe = {'method': 'vqmoe', **options} if host else options
     model: Any = create_model(host or 'vit_tiny_vqmoe', moe, **TINY)
     save_for_hf(model, tmp_path / 'full')

@@ -29,6 +29,10 @@ WORLD = 2
 
 # larger losses, where there are any, and no noise
 OPTIONS = {'router_noise': 0.0, 'load_weight': 0.0, 'importance_weight': 0.5, 'balance_weight': 0.5}
+OPTIONS |= {'router_drop': 0.0}
+# Method and options: each method as it is by default, and with codes that learn from usage.
+TRAINED: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in METHODS}
+TRAINED['vqmoe-ema'] = 'vqmoe', {'preset': 'ema'}
 
 
 def quiet(method: str, **options: Any) -> dict[str, Any]:
@@ -128,11 +132,12 @@ def losses_of_tokens(rank: int = 0, size: int = 1) -> dict[str, Tensor]:
 def worker(rank: int, folder: Path) -> None:
     begin(rank, WORLD, folder)
     found: dict[str, Any] = {'losses': losses_of_tokens(rank, WORLD)}
-    for method in METHODS:
-        found[method] = {mode: three_steps(make(method, **quiet(method)), mode) for mode in MODES}
-        model = make(method)
+    for name, (method, options) in TRAINED.items():
+        calm = quiet(method, **options)
+        found[name] = {mode: three_steps(make(method, **calm), mode) for mode in MODES}
+        model = make(method, **options)
         torch.manual_seed(rank)  # other noise on each
-        found[method]['state'] = three_steps(model, 'plain')[-1]
+        found[name]['state'] = three_steps(model, 'plain')[-1]
     torch.save(found, folder / f'rank{rank}.pth')
     dist.destroy_process_group()
 
@@ -160,19 +165,23 @@ def test_losses_and_their_gradients_are_those_of_all_tokens(ranks):
 
 
 @pytest.mark.parametrize('mode', MODES)
-def test_processes_that_share_a_batch_train_as_one(ranks, method, mode):
-    found = [rank[method][mode] for rank in ranks]
+@pytest.mark.parametrize('name', TRAINED)
+def test_processes_that_share_a_batch_train_as_one(ranks, name, mode):
+    method, options = TRAINED[name]
+    found = [rank[name][mode] for rank in ranks]
     for rank in found[1:]:
         torch.testing.assert_close(rank, found[0], rtol=0, atol=0)
     # sums of float32 in another order: of 1e-7 of the largest term each, and three steps that
     # carry them on
-    expected = three_steps(make(method, **quiet(method)), mode)
+    expected = three_steps(make(method, **quiet(method, **options)), mode)
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=2e-6)
 
 
-def test_ranks_stay_equal(ranks, method):
-    first, second = (rank[method]['state'] for rank in ranks)
+@pytest.mark.parametrize('name', TRAINED)
+def test_ranks_stay_equal(ranks, name):
+    method, options = TRAINED[name]
+    first, second = (rank[name]['state'] for rank in ranks)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    start = make(method).state_dict()
+    start = make(method, **options).state_dict()
     unchanged = [name for name, value in first.items() if torch.equal(value, start[name])]
     assert 'head.weight' not in unchanged and 'blocks.1.mlp.experts.fc1.weight' not in unchanged

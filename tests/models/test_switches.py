@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FEWER: dict[str, dict[str, Any]] = {
     'ecmoe': {'capacity_factor': CAPACITY * 4 / 5},
-    'vqmoe': {'num_codes': 8},
+    'vqmoe': {'num_codes': 8, 'routed_scaling_factor': 5 / 2},  # as of five
 }
 
 

@@ -65,8 +65,8 @@ def test_gradient_checkpointing_changes_nothing(method, options):
 
 @cases(
     'method, options',
-    ('vqmoe', {}),
-    ('vqmoe', {'form': 'discrete'}),
+    ('vqmoe', {'preset': 'ema'}),
+    ('vqmoe', {'preset': 'ema', 'form': 'discrete'}),
     ('vqmoe', {'codebook': 'cvq'}),
     ('stablemoe', {'stage1_steps': 1}),
 )
@@ -256,7 +256,7 @@ def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, image
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_state_moves_once_per_step_and_travels_in_checkpoints(checkpointing):
-    options = {'vqmoe': {}, 'stablemoe': {'stage1_steps': 2}}
+    options = {'vqmoe': {'preset': 'ema'}, 'stablemoe': {'stage1_steps': 2}}
     moved = {}
     for method, chosen in options.items():
         torch.manual_seed(0)

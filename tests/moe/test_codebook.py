@@ -195,7 +195,7 @@ def test_tokens_without_a_rotation():
     [('mix', 1 - SHARE, SHARE), ('ste', 0.0, 1.0), ('official', 1 - 2 * SHARE, SHARE)],
 )
 def test_every_reading_keeps_its_values_and_turns_the_code(expert_input, of_token, of_code):
-    options = {'expert_input': expert_input, 'code_share': SHARE}
+    options = {'codebook': 'ema', 'expert_input': expert_input, 'code_share': SHARE}
     straight, turned = (
         Quantizer(D, VQMoEConfig(rotation_trick=rotation_trick, **options))
         for rotation_trick in (False, True)

@@ -42,16 +42,20 @@ REFUSED = {
         num_codes=0 | vq_weight=-0.1 | diversity_weight=inf | ema_decay=1.0
         dead_code_threshold=-0.1 | routed_scaling_factor=nan
         train_router=False, balance_weight=0.01
-        form='discrete', balance_weight=5.0 | form='discrete', global_balance=False
+        codebook='ema', form='discrete', balance_weight=5.0
+        codebook='ema', form='discrete', global_balance=False
         form='discrete', routed_scaling_factor=2.0
         train_router=False, balance_weight=0.0, routed_scaling_factor=2.0
         balance_weight=0.0, global_balance=False | form='continuous', num_codes=16
         form='continuous', vq_weight=9.0 | form='continuous', diversity_weight=0.1
         form='continuous', dead_code_threshold=0.1 | form='continuous', use_cosine_sim=True
-        expert_input='ste', code_share=0.05 | expert_input='token', rotation_trick=True
-        code_share=0.0, rotation_trick=True | vq_weight=0.0, commitment=3.0
-        commitment=0.0, vq_weight=0.5 | codebook='plain', ema_decay=0.9
-        codebook='cvq', dead_code_threshold=0.1 | train_codebook=False, ema_decay=0.9
+        codebook='ema', expert_input='ste', code_share=0.05
+        codebook='ema', expert_input='token', rotation_trick=True
+        codebook='ema', code_share=0.0, rotation_trick=True
+        codebook='ema', vq_weight=0.0, commitment=3.0 | vq_weight=0.08
+        codebook='simvq', commitment=0.0, train_codebook=False, vq_weight=0.5
+        codebook='plain', ema_decay=0.9 | codebook='cvq', dead_code_threshold=0.1
+        codebook='ema', train_codebook=False, ema_decay=0.9
     """,
 }
 NUMBERS = {'inf': math.inf, 'nan': math.nan}

@@ -108,7 +108,8 @@ class Trial:
         # noise comes from the generator of a device
         known = METHODS[method].config.option_names()
         options: dict[str, Any] = dict(sizes)
-        options |= {name: 0.0 for name in ('router_noise', 'load_weight') if name in known}
+        noisy = ('router_noise', 'load_weight', 'router_drop')
+        options |= {name: 0.0 for name in noisy if name in known}
         spec = ','.join([f'vit_tiny_{method}', *(f'{name}={v}' for name, v in options.items())])
         low = way.dtype != 'float32'
         comparison = Comparison(models=(spec,), batch=8, img_size=64, dtype=way.dtype, amp=low)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -48,10 +48,12 @@ class SparseModel:
 
     @_model_args.setter
     def _model_args(self, args: dict) -> None:
-        # a model that is built again for its saved weights does not start from others, and has no
-        # option of a form that it was before
-        left_out = {*BEGINNING, *self.moe_config.unused()}
-        self._given = {k: v for k, v in args.items() if k not in left_out}
+        # A model that is built again for its saved weights does not start from others, has no
+        # option of a form that it was before, and keeps its options when defaults change.
+        unused = self.moe_config.unused()
+        options = {k: v for k, v in asdict(self.moe_config).items() if k not in unused}
+        left_out = {*BEGINNING, 'preset', *unused}
+        self._given = options | {k: v for k, v in args.items() if k not in left_out}
 
     def no_weight_decay(self: Any) -> set[str]:
         """Names of parameters that should not use weight decay."""

@@ -109,7 +109,10 @@ def _entry_point(name: str, method: str, sizes: dict) -> None:
     """Registers a function with timm, which knows them by their names."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
-        return build(MoeVisionTransformer, name, method, pretrained, **{**sizes, **kwargs})
+        given = {**sizes, **kwargs}
+        if kwargs.get('pretrained_model_args'):  # saved options are in full
+            given |= {'preset': kwargs.get('preset')}
+        return build(MoeVisionTransformer, name, method, pretrained, **given)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f'A vision transformer with layers of {method}, of {sizes}.'
@@ -119,7 +122,8 @@ def _entry_point(name: str, method: str, sizes: dict) -> None:
 for _method in METHODS:
     for _size, _sizes in SIZES.items():
         _entry_point(f'vit_{_size}_{_method}', _method, _sizes)
-_entry_point('test_vit_vqmoe', 'vqmoe', {**_TEST, 'num_experts': 4, 'moe_layers': (2, 4)})
+_OF_WEIGHTS = {'preset': 'ema', 'num_experts': 4, 'moe_layers': (2, 4)}
+_entry_point('test_vit_vqmoe', 'vqmoe', {**_TEST, **_OF_WEIGHTS})
 
 
 @register_model
@@ -155,8 +159,14 @@ def build(
     check(not (pretrained and upcycle), 'pretrained', True, f'False with upcycle={upcycle!r}')
     if saved:
         # without those of saved weights that the other options leave without effect
-        options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
-        past = {'upcycling', *METHODS[method].config.of_preset(**options).unused()}
+        kind = METHODS[method].config
+        if kwargs.get('preset') == saved.get('preset'):
+            kwargs['preset'] = kind.former_preset(saved)
+        else:  # the call names another one
+            names = kind.option_names() & saved.keys()
+            kwargs = {k: v for k, v in kwargs.items() if k not in names or v != saved[k]}
+        options = {k: v for k, v in kwargs.items() if k in kind.option_names()}
+        past = {'upcycling', *kind.of_preset(**options).unused()}
         kwargs = {
             k: v for k, v in kwargs.items() if k not in past or k not in saved or saved[k] != v
         }

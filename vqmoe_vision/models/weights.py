@@ -13,7 +13,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from os import PathLike
@@ -35,6 +35,7 @@ from torch import nn
 from torch.serialization import get_safe_globals, safe_globals
 
 from ..moe.config import check, did_you_mean
+from ..moe.methods import METHODS
 from .compat import (
     Network,
     StateDict,
@@ -46,7 +47,7 @@ from .compat import (
     refuse_without_values,
 )
 from .fitting import in_names_of_timm, transfer
-from .layers import VIT_MODULES, Convertible
+from .layers import VIT_MODULES, Convertible, method_of
 from .moe_vit import SparseModel
 from .normalization import Normalization, check_normalization
 from .upcycle import BEGINNING, read_upcycling
@@ -249,6 +250,11 @@ class Described:
         given = {k: v for k, v in given.items() if k not in BEGINNING}
         if given and 'num_classes' in config:  # beside the arguments, where `save` leaves it alone
             given.setdefault('num_classes', config['num_classes'])
+        method = given.get('method', method_of(name))
+        if given and method in METHODS:
+            with suppress(ValueError):  # which the model says when it is built
+                preset = METHODS[method].config.former_preset(given)
+                given |= {} if preset is None else {'preset': preset}
         return cls(kept, name, given)
 
     def network(self, source: str) -> Network | None:

@@ -5,7 +5,7 @@ A method's options are a frozen dataclass, whose fields are keyword arguments of
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -128,6 +128,20 @@ class MoeConfig:
         """
         check(preset in (None, *cls.PRESETS), 'preset', preset, f'one of {sorted(cls.PRESETS)}')
         return cls(**cls.PRESETS.get(preset or '', {}) | options)
+
+    @classmethod
+    def former_preset(cls, saved: Mapping[str, Any]) -> str | None:
+        """Return the preset that saved options stand on.
+
+        Args:
+            saved: Options beside weights. Until December 2026 only those were saved that a call had
+                given: the others are of the presets of that time.
+        """
+        preset = saved.get('preset')
+        options = {name: value for name, value in saved.items() if name in cls.option_names()}
+        unused = cls.of_preset(**options).unused()
+        complete = all(each.name in saved or each.name in unused for each in fields(cls))
+        return preset if complete else cls.FORMER_PRESETS.get(preset, preset)
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
         """As `check`, of the value of a field.

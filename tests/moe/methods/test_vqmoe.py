@@ -16,6 +16,7 @@ from ..codebooks import BY_DISTANCE
 
 D, E = 8, 4
 SHARE = 0.3  # of the code; the default 0.05 would hide a mistake
+EMA = {'preset': 'ema'}
 
 
 def read(config, token, code):
@@ -56,7 +57,9 @@ def naive(layer, x):
                 cosines = v @ z / (v.norm(dim=1) * z.norm())
                 probs = (cosines / 0.3).softmax(dim=0)
                 q = int(cosines.argmax())
-                branches.append(probs[q] / probs[q].detach() * expert(layer.experts, q % E, token))
+                answer = expert(layer.experts, q % E, token)
+                answer = layer.output_norm(answer) if config.output_norm else answer
+                branches.append(probs[q] / probs[q].detach() * answer)
             else:
                 q, code = nearest(book.codes(), token, config.use_cosine_sim)
                 fed = layer.quantizer.norm(read(config, token, code))
@@ -78,21 +81,26 @@ READINGS += [{'expert_input': name, 'code_share': SHARE} for name in ('mix', 'of
 @cases(
     'options',
     *(
-        {'form': form, 'num_codes': codes, **reading}
+        {**EMA, 'form': form, 'num_codes': codes, **reading}
         for form, codes, reading in product(('full', 'discrete'), (E, 3 * E), READINGS)
     ),
     *({'form': 'continuous', **more} for more in ({}, {'routed_scaling_factor': 4.0})),
     {'preset': 'official', 'code_share': SHARE},
-    *(dict([each]) for each in (('preset', 'paper'), ('output_norm', True), ('input_norm', False))),
-    {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
-    *({'codebook': name} for name in BY_DISTANCE),
-    *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in BY_DISTANCE),
+    *({'preset': preset} for preset in ('paper', 'ema')),
+    *({**EMA, **norm} for norm in ({'output_norm': True}, {'input_norm': False})),
+    {**EMA, 'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
+    *({**EMA, 'codebook': name} for name in BY_DISTANCE),
     *(
-        {'codebook': 'projected', 'code_dim': dim, 'num_codes': codes}
-        for dim, codes in ((3, E), (5, 2 * E))
+        {**EMA, 'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE}
+        for name in BY_DISTANCE
     ),
-    {'codebook': 'projected', 'form': 'discrete'},
-    *({'routed_scaling_factor': factor} for factor in (2.75, None)),
+    *(
+        {'code_dim': dim, 'num_codes': codes, 'output_norm': norm, 'router_drop': 0.0}
+        for dim, codes, norm in ((3, E, False), (5, 2 * E, True))
+    ),
+    {'form': 'discrete'},
+    {'train_router': False, 'balance_weight': 0.0, 'router_drop': 0.0},
+    *({'routed_scaling_factor': factor, 'router_drop': 0.0} for factor in (2.75, None)),
     ids=str,
 )
 def test_output_and_every_gradient(make_layer, options):
@@ -106,15 +114,15 @@ def test_output_and_every_gradient(make_layer, options):
     found = assert_by_hand(net, lambda x: naive(net.layer, x), x, rtol=1e-4, atol=1e-4)
     still = {name for name, value in found.items() if not value.any()}
     codes = {name for name in found if '.codebook.' in name}
-    if options.get('codebook') == 'projected':  # its weight is 1, and has a gradient
+    if net.layer.config.codebook == 'projected':  # its weight is 1, and has a gradient
         codes = set()
-    frozen = {'layer.router.weight'} if options.get('preset') == 'official' else set()
+    frozen = set() if net.layer.config.train_router else {'layer.router.weight'}
     assert still == codes | frozen
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_ste_feeds_exactly_the_code_whatever_the_precision(dtype):
-    quantizer = Quantizer(D, VQMoEConfig(expert_input='ste'))
+    quantizer = Quantizer(D, VQMoEConfig(codebook='ema', expert_input='ste'))
     x, code = (10 * torch.randn(5, D)).to(dtype).requires_grad_(), torch.randn(5, D).to(dtype) / 8
     out = quantizer.expert_input(x, code)
     weights = torch.randn(5, D).to(dtype)
@@ -139,7 +147,7 @@ def test_the_vq_loss_moves_codes_and_tokens(make_layer, codebook, codes):
 
 
 def test_statistics(make_layer):
-    net, x = make_layer('vqmoe', num_codes=3 * E), torch.randn(3, 20, D)
+    net, x = make_layer('vqmoe', **EMA, num_codes=3 * E), torch.randn(3, 20, D)
     tokens, layer = x.flatten(0, 1), net.layer
     distance, q = torch.cdist(tokens, layer.quantizer.codebook.codes()).min(dim=1)
     first, error = (tokens @ layer.router.weight.t()).argmax(dim=1), distance.square().mean() / D
@@ -204,7 +212,7 @@ def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine)
 def test_a_step_against_the_diversity_loss_evens_the_use_of_codes_known_answer(make_layer):
     # in one channel of D = 8, codes at 0 and 2, tokens at 0.8 three times and at 1.8: the mean
     # probability of the first is above one half, and tokens near the border move to the second
-    net = make_layer('vqmoe', num_experts=2, diversity_weight=1.0, code_share=0.0)
+    net = make_layer('vqmoe', **EMA, num_experts=2, diversity_weight=1.0, code_share=0.0)
     with torch.no_grad():
         net.layer.quantizer.codebook.embed.zero_()
         net.layer.quantizer.codebook.embed[1, 0] = 2.0
@@ -243,7 +251,7 @@ def test_the_paper_preset_is_the_papers_equations_known_answer(make_layer):
 
 
 def test_codes_of_a_learned_space_are_balanced_as_the_router(make_layer):
-    net, x = make_layer('vqmoe', preset='projected', router_drop=0.0), torch.randn(3, 20, D)
+    net, x = make_layer('vqmoe', router_drop=0.0), torch.randn(3, 20, D)
     book, tokens = net.layer.quantizer.codebook, x.flatten(0, 1)
     cosines = F.normalize(tokens @ book.project.T, dim=1) @ F.normalize(book.embed, dim=1).T
     probs, q = (cosines / 0.3).softmax(dim=1), cosines.argmax(dim=1)
@@ -263,7 +271,7 @@ def test_codes_of_a_learned_space_are_balanced_as_the_router(make_layer):
 
 
 def test_dropped_tokens_are_trained_as_the_discrete_form_computes_them(make_layer):
-    net = make_layer('vqmoe', preset='projected', router_drop=0.25)
+    net = make_layer('vqmoe', router_drop=0.25)
     x = torch.randn(8, 500, D)
     with torch.no_grad():
         full = net.eval()(x)

@@ -16,7 +16,7 @@ does; the discrete form computes one.
 Where we differ: fed the code itself (3), with M = E every expert maps its one code to one constant;
 `expert_input` has other readings, see `Quantizer`. (6) uses means over tokens and channels, as the
 authors' code; a squared norm is D times larger. Their balance loss is always zero by mistake, and
-their top-1 weight one, which leaves the router untrained; ours is E / 2 times the probability of (2).
+their top-1 weight one, which leaves the router untrained; ours is E / 2 times that of (2).
 
 By default codes lie in a learned space of few channels (codebooks/projected.py): an expert is fed
 the token, and (6) has nothing to learn. Codes of the tokens themselves, found by k-means, are the
@@ -124,6 +124,7 @@ class VQMoEConfig(BalancedConfig):
             'expert_input': 'official',
             'output_norm': True,
             'train_router': False,
+            'routed_scaling_factor': None,
         },
         'ema': _EMA,
     }
