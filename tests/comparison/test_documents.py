@@ -30,7 +30,7 @@ DOCUMENTS = [  # those that print an interval
 MADE = [path for path in DOCUMENTS if '<!-- compare ' in path.read_text()]
 FROM_SCRATCH = ('cifar10_budget', 'cifar10_stream', 'cifar10_long', 'cifar10_muon')
 FROM_SCRATCH += ('cifar100', 'imagenette', 'camvid_budget')
-FURTHER = ('vqmoe_official - smoe', 'position - smoe', 'dense_2x - dense_1x')
+FURTHER = ('vqmoe_official - smoe', 'vqmoe - smoe', 'position - smoe', 'dense_2x - dense_1x')
 FURTHER += ('smoe_frozen - dense_2x',)  # contrasts that findings names beside the comparisons' own
 Interval = tuple[float, ...]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -49,6 +50,33 @@ def test_every_method_with_all_its_options(variant, tmp_path, images, train_step
     loss = train_step(model, None, images, torch.arange(4))
     torch.manual_seed(1)
     torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
+
+
+@cases('given', {'preset': 'official', 'code_share': 0.3}, {'form': 'discrete'}, ids=str)
+def test_a_folder_of_weights_names_every_option(given, tmp_path):
+    model: Any = make('vqmoe', **given)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    saved = json.loads((tmp_path / 'config.json').read_text())['model_args']
+    options = vars(model.moe_config)
+    assert options.keys() - saved.keys() == model.moe_config.unused().keys()
+    assert all(saved[name] == value for name, value in options.items() if name in saved)
+    # a preset that the call names is not ignored
+    load = partial(timm.create_model, f'local-dir:{tmp_path}', pretrained=True)
+    refused(r'does not fit the model: .*codebook', load, preset='ema', form='full')
+
+
+@cases('preset, said', ('ema', {}), ('ema', {'preset': 'matched'}), ('paper', {'preset': 'paper'}))
+def test_a_folder_that_names_only_what_a_call_gave_has_the_presets_of_then(preset, said, tmp_path):
+    model: Any = make('vqmoe', preset=preset, num_experts=3)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    content = json.loads((tmp_path / 'config.json').read_text())
+    options = vars(model.moe_config).keys() - {'num_experts'}
+    kept = {name: value for name, value in content['model_args'].items() if name not in options}
+    (tmp_path / 'config.json').write_text(json.dumps(content | {'model_args': kept | said}))
+    again: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert again.moe_config == model.moe_config
+    discrete: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, form='discrete')
+    assert discrete.moe_config.codebook == model.moe_config.codebook
 
 
 # of options those of slots alone follow the size
