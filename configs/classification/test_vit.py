@@ -5,7 +5,7 @@ model = dict(
     _delete_=True,
     type='Classifier',
     model_name='test_vit_vqmoe',
-    moe=dict(),
+    moe=dict(preset='ema'),
     num_classes=10,
 )
 optim_wrapper = dict(
