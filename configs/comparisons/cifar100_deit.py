@@ -1,9 +1,9 @@
 # Experts put into a ViT that ImageNet trained: DeiT-Tiny learns 10,000 images of CIFAR-100 at 64
 # pixels, each row from the same weights. The images are listed in docs/results/cifar100_10k.txt;
-# docs/how-to/data.md makes their folder. The learning rate and the length were chosen by
-# cifar100_deit_screening.py. dense_longer trains as many more epochs as the experts of a token cost
-# in multiply-accumulates. SMoE, its frozen router, XMoE, experts by position and VQMoE's discrete
-# form begin with the answers of the dense model.
+# docs/how-to/data.md makes their folder. The learning rate and the length are chosen by
+# docs/archive/specs/cifar100_deit_screening.py. dense_longer trains as many more epochs as the
+# experts of a token cost in multiply-accumulates. SMoE, its frozen router, XMoE, experts by
+# position and VQMoE's discrete form begin with the answers of the dense model.
 config = 'vqmoe_vision::classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
