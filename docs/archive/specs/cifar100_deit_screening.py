@@ -1,6 +1,6 @@
 # The learning rate and the length of cifar100_deit.py, on 2,000 training images that it does not
 # train on, at a seed that it does not have: four trials for each of four rows.
-_base_ = 'vqmoe_vision::comparisons/cifar100_deit.py'
+_base_ = '../../../configs/comparisons/cifar100_deit.py'
 stage = 'dev'
 reference = 'dense_1x_3e4'
 seeds = [11]
