@@ -27,7 +27,7 @@ LIMITS = {
     'xmoe': (93, 14),
     'stablemoe': (113, 15),
     'softmoe': (61, 22),
-    'vqmoe': (141, 17),
+    'vqmoe': (140, 17),
     'ecmoe': (54, 12),
     'hashmoe': (47, 13),
     'mocle': (73, 14),

@@ -70,12 +70,10 @@ _PROJECTED = {**_NO_CODES, 'codebook': 'projected'}
 _NOT_FULL = {'form': ('discrete', 'continuous')}
 # The weight of the router is its probability, and no token is kept from it.
 _OF_PROBABILITY = {'routed_scaling_factor': 1.0, 'router_drop': 0.0}
-_PLAIN = {'codebook': 'plain', 'balance_weight': 0.0, **_OF_PROBABILITY}
-_EMA = {'codebook': 'ema', **_OF_PROBABILITY}  # the default until December 2026
+_PLAIN = {'codebook': 'plain', 'balance_weight': 0.0}
+_FROZEN = {'train_router': False, 'balance_weight': 0.0}
 # An expert has to be fed the token alone, as the dense MLP was, and not its norm.
 _AS_DENSE = {'preset': 'ema', 'expert_input': 'token', 'input_norm': False}
-
-_FROZEN = {'train_router': False, 'balance_weight': 0.0}
 
 
 def _with_ema(**options: Any) -> dict[str, Any]:
@@ -117,16 +115,16 @@ class VQMoEConfig(BalancedConfig):
 
     PRESETS: ClassVar[Named] = {
         # weights of (6) are those of the released code, as the text does not give them
-        'paper': {**_PLAIN, 'expert_input': 'ste', 'input_norm': False},
+        'paper': {**_PLAIN, **_OF_PROBABILITY, 'expert_input': 'ste', 'input_norm': False},
         'matched': {},
         'official': {
             **_PLAIN,
             'expert_input': 'official',
             'output_norm': True,
             'train_router': False,
-            'routed_scaling_factor': None,
+            'router_drop': 0.0,
         },
-        'ema': _EMA,
+        'ema': {'codebook': 'ema', **_OF_PROBABILITY},
     }
     FORMER_PRESETS: ClassVar[dict[str | None, str]] = {None: 'ema', 'matched': 'ema'}
     # The weight of the continuous branch is a probability times a factor, unless its router is
@@ -414,9 +412,7 @@ class VQMoEMlp(MoeLayer):
         gates = None if of_gate is None else probabilities(of_gate)
         if gates is not None and self.training and config.router_drop > 0:
             dropped = torch.rand_like(gates[:, :1]) < config.router_drop
-            continuous, discrete = gates.split(1, dim=1)
-            parts = continuous.masked_fill(dropped, 0.0), discrete.masked_fill(dropped, 1.0)
-            gates = torch.cat(parts, dim=1)
+            gates = torch.where(dropped, torch.arange(2.0, device=gates.device), gates)  # (0, 1)
         out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
         if self.listens:
             stats = {'load': self._load(decisions, stats), **stats}
