@@ -8,7 +8,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -73,9 +73,7 @@ def state_network(model: Any) -> dict:
     stated = {'network': dict(own.facts), 'pooling': pooling, 'img_size': size}
     if own.options is None:
         return {'method': None, 'options': None, **stated}
-    unused = own.options.unused()
-    options = {k: v for k, v in asdict(own.options).items() if k not in unused}
-    return {'method': model.method, 'options': options, **stated}
+    return {'method': model.method, 'options': own.options.effective_options(), **stated}
 
 
 def stated_in(content: Any) -> dict:

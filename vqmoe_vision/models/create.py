@@ -1,6 +1,7 @@
 """`timm.create_model` as tasks call it, and the options of a row."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -212,11 +213,8 @@ def options_in_full(model: Mapping) -> dict:
         return {}
     known = METHODS[method].config.option_names()
     options: dict = {n: v for n, v in given.items() if n in known}
-    try:
-        config = METHODS[method].config.from_options(**options)
-        options = {n: v for n, v in asdict(config).items() if n not in config.unused()}
-    except ValueError:  # a finished comparison may name what is possible no more
-        pass
+    with suppress(ValueError):  # a finished comparison may name what is possible no more
+        options = METHODS[method].config.from_options(**options).effective_options()
     if any(model.get(start) for start in STARTS):
         options['upcycling'] = asdict(read_upcycling(model.get('upcycling')))
     return {'method': method, **options}

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -50,9 +50,8 @@ class SparseModel:
     def _model_args(self, args: dict) -> None:
         # A model that is built again for its saved weights does not start from others, has no
         # option of a form that it was before, and keeps its options when defaults change.
-        unused = self.moe_config.unused()
-        options = {k: v for k, v in asdict(self.moe_config).items() if k not in unused}
-        left_out = {*BEGINNING, 'preset', *unused}
+        left_out = {*BEGINNING, 'preset', *self.moe_config.unused()}
+        options = self.moe_config.effective_options()
         self._given = options | {k: v for k, v in args.items() if k not in left_out}
 
     def no_weight_decay(self: Any) -> set[str]:

@@ -110,7 +110,7 @@ def _entry_point(name: str, method: str, sizes: dict) -> None:
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
         given = {**sizes, **kwargs}
-        if kwargs.get('pretrained_model_args'):  # saved options are in full
+        if kwargs.get('pretrained_model_args'):  # they say the preset, and not the name
             given |= {'preset': kwargs.get('preset')}
         return build(MoeVisionTransformer, name, method, pretrained, **given)
 

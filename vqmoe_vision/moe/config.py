@@ -6,7 +6,7 @@ A method's options are a frozen dataclass, whose fields are keyword arguments of
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
@@ -139,8 +139,7 @@ class MoeConfig:
         """
         preset = saved.get('preset')
         options = {name: value for name, value in saved.items() if name in cls.option_names()}
-        unused = cls.of_preset(**options).unused()
-        complete = all(each.name in saved or each.name in unused for each in fields(cls))
+        complete = cls.of_preset(**options).effective_options().keys() <= saved.keys()
         return preset if complete else cls.FORMER_PRESETS.get(preset, preset)
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
@@ -162,6 +161,11 @@ class MoeConfig:
                 if idle(value) if callable(idle) else value in (idle if several else (idle,)):
                     found.setdefault(each.name, f'{name}={value!r}')
         return found
+
+    def effective_options(self) -> dict[str, Any]:
+        """Return all options but those that the others leave without effect."""
+        unused = self.unused()
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @property
     def num_routed(self) -> int:
